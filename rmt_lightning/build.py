@@ -1,0 +1,96 @@
+"""From a checked config to the objects of a run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning as L
+from filelock import FileLock
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from transformers import PreTrainedTokenizerBase
+
+from rmt_lightning.config import check
+from rmt_lightning.errors import UserError
+from rmt_lightning.models.backbone import Backbone, Restored
+from rmt_lightning.models.rmt import RMTEncoder
+from rmt_lightning.tasks.datamodule import FactDataModule
+from rmt_lightning.tasks.facts import Task
+from rmt_lightning.tasks.noise import SPLITS, Noise, tokenise
+from rmt_lightning.tasks.placement import Key, Placement
+from rmt_lightning.training.classification import FactClassifier
+
+TOKENIZER = "tokenizer"
+BACKBONE = "backbone"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of."""
+
+    tokenizer: PreTrainedTokenizerBase
+    data: FactDataModule
+    classifier: FactClassifier
+
+
+def build(config: DictConfig, run: Path | None = None, trained: bool = False) -> Parts:
+    """Check the config, then build tokenizer, data and model.
+
+    Args:
+        config: the composed config of a run.
+        run: folder of an earlier run to go on with; its tokenizer is used if it has left one.
+        trained: whether weights of that run are about to be loaded, so that pretrained ones are not needed.
+
+    Raises:
+        UserError: if something cannot be built.
+    """
+    check(config)
+    L.seed_everything(config.seed, verbose=False)
+    task: Task = instantiate(config.task)
+    noise: Noise = instantiate(config.noise)
+    fresh: Backbone = instantiate(config.backbone)
+    earlier = Restored(run / TOKENIZER, run / BACKBONE) if run and (run / TOKENIZER).is_dir() else None
+    tokenizer = (earlier or fresh).tokenizer(_all_sentences(task, noise))
+    encoder = (earlier if earlier and trained else fresh).encoder(tokenizer)
+    model: RMTEncoder = instantiate(config.model, encoder=encoder)
+    corpora = tokenise(noise, tokenizer, config.cache_dir)
+    longest = config.curriculum.max_segments * model.text_length
+    for split in SPLITS:
+        if len(corpora[split].tokens) < longest:
+            raise UserError(
+                f"noise: has {len(corpora[split].tokens)} tokens for {split}, fewer than the {longest} of one sample of "
+                f"{config.curriculum.max_segments} segments; give more text or lower curriculum.max_segments"
+            )
+    placement = Placement(task, corpora, tokenizer, model.text_length, config.seed)
+    for split in SPLITS:
+        placement.sample(split, Key(num_segments=1, index=0))
+    return Parts(
+        tokenizer,
+        instantiate(config.data, placement=placement),
+        FactClassifier(
+            model, len(task.answers), instantiate(config.optim), config.curriculum.max_segments, config.seed
+        ),
+    )
+
+
+def save_architecture(parts: Parts, folder: Path) -> None:
+    """Leave tokenizer and backbone config in a run folder, whole or not at all, so that checkpoints can be opened later."""
+    model = parts.classifier.model.encoder.model
+    for name, part in ((TOKENIZER, parts.tokenizer), (BACKBONE, model.config)):
+        with FileLock(folder / f".{name}.lock"):
+            if (folder / name).exists():
+                continue
+            partial = folder / f".{name}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            part.save_pretrained(partial)
+            os.rename(partial, folder / name)
+
+
+def _all_sentences(task: Task, noise: Noise) -> Iterator[str]:
+    yield from task.sentences()
+    for document in noise.documents("train"):
+        yield from document

@@ -1,0 +1,34 @@
+"""The screen and the log file of a run."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+
+from rich import get_console
+
+# What Lightning says at every start, and what does not apply to short epochs of samples that are pure functions.
+_NOT_FOR_US = ("does not have many workers", "The number of training batches", "not resumable")
+
+
+class ConsoleHandler(logging.Handler):
+    """Prints log records above a live progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        get_console().print(self.format(record), soft_wrap=True, markup=False, highlight=False)
+
+
+def start_logging(file: Path, first_process: bool) -> None:
+    """Send our log to the screen and, with dates, to `file`. Other ranks only report trouble."""
+    written = logging.FileHandler(file, delay=True)
+    written.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    shown = ConsoleHandler(logging.INFO if first_process else logging.WARNING)
+    for name in ("rmt_lightning", "lightning", "py.warnings"):
+        logging.getLogger(name).handlers = [shown, written]
+        logging.getLogger(name).propagate = False
+    logging.getLogger("rmt_lightning").setLevel(logging.INFO)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.captureWarnings(True)
+    for pattern in _NOT_FOR_US:
+        warnings.filterwarnings("ignore", message=f".*{pattern}.*")

@@ -1,0 +1,1 @@
+"""TENSORS: how it is remembered. Nothing in this package knows a task."""

@@ -1,0 +1,215 @@
+"""A Hugging Face encoder behind one small interface.
+
+Shapes: B batch, N tokens that the backbone sees, E width of the embeddings, D width of the hidden states.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+import torch
+from annotated_types import Ge
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from rmt_lightning.errors import UserError
+
+
+class Encoder(nn.Module):
+    """What the recurrence needs of an encoder: embed token ids, turn embeddings into hidden states.
+
+    Args:
+        model: any Hugging Face encoder that takes `inputs_embeds`.
+        tokenizer: tells which ids stand for [CLS], [SEP] and padding.
+
+    Raises:
+        UserError: if the tokenizer has no such tokens.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__()
+        # A pooler would be computed for nothing, and DDP does not like parameters without gradient.
+        if getattr(model, "pooler", None) is not None:
+            model.pooler = None
+        self.model = model
+        self.cls_token_id = _first(tokenizer.cls_token_id, tokenizer.bos_token_id)
+        self.sep_token_id = _first(tokenizer.sep_token_id, tokenizer.eos_token_id)
+        self.pad_token_id = _first(tokenizer.pad_token_id, self.sep_token_id)
+        if self.cls_token_id is None or self.sep_token_id is None:
+            raise UserError(
+                f"backbone: {model.config.model_type} has no tokens to begin and to end a segment; choose an encoder "
+                "such as BERT, RoBERTa, DistilBERT, ELECTRA, MPNet or ModernBERT"
+            )
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return int(self.model.config.hidden_size)
+
+    @property
+    def embedding_width(self) -> int:
+        """E. ELECTRA's is smaller than D."""
+        return int(self.model.get_input_embeddings().weight.shape[1])
+
+    @property
+    def embedding_scale(self) -> float:
+        """Standard deviation of the word embeddings."""
+        return float(self.model.get_input_embeddings().weight.detach().std())
+
+    @property
+    def max_positions(self) -> int:
+        """How many tokens the backbone can see at once."""
+        positions = int(self.model.config.max_position_embeddings)
+        table = getattr(getattr(self.model, "embeddings", None), "position_embeddings", None)
+        # RoBERTa and MPNet keep the first rows of the table for padding.
+        padding = getattr(table, "padding_idx", None)
+        return positions if padding is None else positions - padding - 1
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Word embeddings, before positions are added: (B, N) -> (B, N, E)."""
+        embedded: Tensor = self.model.get_input_embeddings()(input_ids)
+        return embedded
+
+    def forward(self, embeddings: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """(B, N, E), (B, N) with 1 for what may be seen -> (B, N, D)."""
+        hidden: Tensor = self.model(inputs_embeds=embeddings, attention_mask=attention_mask)[0]
+        return hidden
+
+
+class Backbone(Protocol):
+    """How a backbone comes into being."""
+
+    def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
+        """The backbone's tokenizer; one that has none of its own learns it from `texts`."""
+
+    def encoder(self, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+        """The encoder, with the weights that training starts from."""
+
+
+class TinyBert:
+    """A small BERT with random weights, for two cores and a few minutes. Its tokenizer is trained on the text at hand.
+
+    Args:
+        width: D.
+        layers: number of layers.
+        heads: attention heads of a layer.
+        max_positions: the longest segment.
+        vocabulary_size: of the tokenizer.
+        dropout: off by default: it costs a third of the speed, and the samples are never the same.
+    """
+
+    def __init__(
+        self,
+        width: Annotated[int, Ge(1)] = 128,
+        layers: Annotated[int, Ge(1)] = 4,
+        heads: Annotated[int, Ge(1)] = 4,
+        max_positions: Annotated[int, Ge(1)] = 512,
+        vocabulary_size: Annotated[int, Ge(100)] = 2000,
+        dropout: Annotated[float, Ge(0)] = 0.0,
+    ) -> None:
+        if width % heads:
+            raise UserError(f"backbone.width={width}: must be a multiple of backbone.heads={heads}")
+        self.width = width
+        self.layers = layers
+        self.heads = heads
+        self.max_positions = max_positions
+        self.vocabulary_size = vocabulary_size
+        self.dropout = dropout
+
+    def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
+        special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=self.vocabulary_size, special_tokens=list(special.values()), show_progress=False
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+    def encoder(self, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+        config = BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=self.width,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            intermediate_size=4 * self.width,
+            max_position_embeddings=self.max_positions,
+            hidden_dropout_prob=self.dropout,
+            attention_probs_dropout_prob=self.dropout,
+            initializer_range=self.width**-0.5,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        return Encoder(BertModel(config, add_pooling_layer=False), tokenizer)
+
+
+class Pretrained:
+    """An encoder with pretrained weights.
+
+    Args:
+        name: an id on the Hugging Face Hub, or a folder with config, weights and tokenizer.
+
+    Raises:
+        UserError: if there is no such model, or the Hub cannot be reached.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
+        tokenizer: PreTrainedTokenizerBase = self._load(AutoTokenizer)
+        return tokenizer
+
+    def encoder(self, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+        # from_pretrained would keep the checkpoint's precision; training needs full precision weights.
+        return Encoder(self._load(AutoModel, dtype=torch.float32), tokenizer)
+
+    def _load(self, auto_class: Any, **options: Any) -> Any:
+        if os.sep in self.name and self.name.count("/") != 1 and not Path(self.name).is_dir():
+            raise UserError(f"backbone.name={self.name}: no such folder; give a folder or an id on the Hugging Face Hub")
+        try:
+            return auto_class.from_pretrained(self.name, **options)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"backbone.name={self.name}: cannot be loaded ({reason}); give a folder that holds a model, or an id on "
+                "the Hugging Face Hub while the network is there, or use backbone=tiny_bert"
+            ) from None
+
+
+class Restored:
+    """Tokenizer and architecture of an earlier run, whose weights are about to come from a checkpoint.
+
+    Args:
+        tokenizer_folder: what `tokenizer.save_pretrained` has left.
+        config_folder: what `model.config.save_pretrained` has left.
+    """
+
+    def __init__(self, tokenizer_folder: Path, config_folder: Path) -> None:
+        self.tokenizer_folder = tokenizer_folder
+        self.config_folder = config_folder
+
+    def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.tokenizer_folder)
+        return tokenizer
+
+    def encoder(self, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+        return Encoder(AutoModel.from_config(AutoConfig.from_pretrained(self.config_folder)), tokenizer)
+
+
+def _first(*values: int | None) -> int | None:
+    return next((value for value in values if value is not None), None)

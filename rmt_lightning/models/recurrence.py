@@ -1,0 +1,67 @@
+"""The only loop over segments. Truncation, checkpointing and streaming live here.
+
+Shapes: B batch, T segments, S text tokens of a segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+State = TypeVar("State")
+
+
+class Segment(NamedTuple):
+    """One segment of a batch of texts.
+
+    Attributes:
+        input_ids: (B, S) tokens of the text, without special tokens.
+        attention_mask: (B, S), 1 for text and 0 for padding, text first; None if every row is full.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None = None
+
+
+def unroll(
+    step: Callable[[Segment, State], tuple[Tensor, State]],
+    segments: Iterable[Segment],
+    state: State,
+    bptt_depth: int = -1,
+    checkpointing: bool = False,
+) -> Iterator[tuple[Tensor, State]]:
+    """Run a segment model over segments in order and yield (hidden, state) after each.
+
+    For a loss on the last segment, gradients flow back over the last `bptt_depth` borders between segments and no
+    further; earlier segments build no graph (truncated backpropagation through time, RMT-2022, section 3.2).
+    Nothing is kept once it has been yielded, so without gradients any number of segments takes constant memory.
+
+    Args:
+        step: the segment model, `(segment, state) -> (hidden, state)`.
+        segments: any iterable; truncation needs one whose length is known.
+        state: what the first segment is given.
+        bptt_depth: number of borders; -1 for all of them.
+        checkpointing: forget the activations of a segment and compute them again in the backward pass. Gradients are
+            the same; memory grows by one state a segment instead of one forward pass.
+
+    Raises:
+        TypeError: if truncation is asked for and the number of segments is not known.
+    """
+    first_with_gradient = 0
+    if bptt_depth >= 0 and torch.is_grad_enabled():
+        if not isinstance(segments, Sized):
+            raise TypeError("bptt_depth needs segments whose number is known; pass a list, or bptt_depth=-1")
+        first_with_gradient = max(0, len(segments) - 1 - bptt_depth)
+    for position, segment in enumerate(segments):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and position >= first_with_gradient):
+            arguments: tuple[Any, ...] = (segment, state)
+            if checkpointing and torch.is_grad_enabled():
+                # Only the non-reentrant kind survives DDP with a varying number of segments.
+                hidden, state = checkpoint(step, *arguments, use_reentrant=False)
+            else:
+                hidden, state = step(*arguments)
+        yield hidden, state

@@ -1,0 +1,175 @@
+"""The Recurrent Memory Transformer: one segment and a memory in, hidden states and the next memory out.
+
+RMT-2023: Bulatov, Kuratov, Burtsev, "Scaling Transformer to 1M tokens and beyond with RMT", arXiv 2304.11062.
+
+Shapes: B batch, T segments, S text tokens of a segment, M memory tokens, D width of the hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import chain
+from typing import Annotated
+
+import torch
+from annotated_types import Ge
+from torch import Tensor, nn
+
+from rmt_lightning.errors import UserError
+from rmt_lightning.models.backbone import Encoder
+from rmt_lightning.models.recurrence import Segment, unroll
+
+
+class RMTEncoder(nn.Module):
+    """An encoder with memory tokens (RMT-2023, section 3).
+
+    ```
+    [CLS] mem … mem [SEP] text … text [SEP]      what the backbone sees of segment τ
+          └─ mem_τ ─┘
+    [CLS] mem … mem [SEP] text … text [SEP]      the hidden states of its last layer
+          └ mem_τ+1 ┘
+    ```
+
+    The state is the memory, (B, M, D). The answer is read at [CLS] of the last segment.
+
+    Args:
+        encoder: the backbone.
+        segment_length: how many tokens the backbone sees of each segment, memory and special tokens included.
+        memory_size: M. Without memory (0) segments know nothing of each other.
+        bptt_depth: over how many borders between segments gradients flow back; -1 for all of them.
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+
+    Raises:
+        UserError: if segment_length exceeds the backbone's positions or leaves no room for text, or bptt_depth is 0.
+    """
+
+    # [CLS] before the memory, [SEP] behind it and behind the text.
+    NUM_SPECIAL_TOKENS = 3
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        segment_length: Annotated[int, Ge(1)],
+        memory_size: Annotated[int, Ge(0)] = 10,
+        bptt_depth: Annotated[int, Ge(-1)] = -1,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if bptt_depth == 0:
+            raise UserError("model.bptt_depth=0: memory would never learn; give 1 or more, or -1 for all segments")
+        if segment_length > encoder.max_positions:
+            raise UserError(
+                f"data.segment_length={segment_length}: the backbone sees at most {encoder.max_positions} tokens; "
+                f"give {encoder.max_positions} or less"
+            )
+        self.text_length = segment_length - memory_size - self.NUM_SPECIAL_TOKENS
+        if self.text_length < 1:
+            raise UserError(
+                f"data.segment_length={segment_length}: {memory_size} memory tokens and {self.NUM_SPECIAL_TOKENS} special "
+                f"tokens leave no room for text; give more than {memory_size + self.NUM_SPECIAL_TOKENS}"
+            )
+        self.encoder = encoder
+        self.segment_length = segment_length
+        self.bptt_depth = bptt_depth
+        self.gradient_checkpointing = gradient_checkpointing
+        # The first memory stands among word embeddings, so it starts at their scale.
+        self.memory = nn.Parameter(torch.randn(memory_size, encoder.width) * encoder.embedding_scale)
+        self.to_embedding: nn.Module = nn.Identity()
+        if encoder.embedding_width != encoder.width:
+            self.to_embedding = nn.Linear(encoder.width, encoder.embedding_width)
+
+    @property
+    def memory_size(self) -> int:
+        return self.memory.shape[0]
+
+    def initial_state(self, batch_size: int) -> Tensor:
+        """The memory before the first segment, (B, M, D): the trained vectors, the same for all."""
+        return self.memory.expand(batch_size, -1, -1)
+
+    def step(self, segment: Segment, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Read one segment: `mem_τ+1` are the rows of `Transformer([mem_τ ∘ H_τ])` at the memory's places (section 3).
+
+        Args:
+            segment: at most `text_length` tokens a row. A row without text leaves its memory as it is.
+            memory: (B, M, D).
+
+        Returns:
+            Hidden states (B, 1 + M + 1 + S + 1, D), [CLS] first, and the next memory (B, M, D).
+        """
+        text, mask = self._append_separator(segment)
+        special = text.new_tensor([[self.encoder.cls_token_id, self.encoder.sep_token_id]]).expand(len(text), -1)
+        cls, sep = self.encoder.embed(special).split(1, dim=1)
+        # Under autocast hidden states are bf16 while embeddings stay fp32; the memory follows the embeddings.
+        read = self.to_embedding(memory).to(cls.dtype)
+        embeddings = torch.cat([cls, read, sep, self.encoder.embed(text)], dim=1)
+        if mask is not None:
+            mask = nn.functional.pad(mask, (2 + self.memory_size, 0), value=1)
+        hidden = self.encoder(embeddings, mask)
+        written = hidden[:, 1 : 1 + self.memory_size].to(memory.dtype)
+        if segment.attention_mask is not None:
+            has_text = segment.attention_mask.any(dim=1)
+            written = torch.where(has_text[:, None, None], written, memory)
+        return hidden, written
+
+    def _append_separator(self, segment: Segment) -> tuple[Tensor, Tensor | None]:
+        """Put [SEP] behind each row's text: (B, S) -> ids and mask (B, S + 1)."""
+        ids, mask = segment
+        if mask is None:
+            return nn.functional.pad(ids, (0, 1), value=self.encoder.sep_token_id), None
+        length = mask.sum(dim=1, keepdim=True)
+        ids = nn.functional.pad(ids, (0, 1)).scatter(1, length, self.encoder.sep_token_id)
+        return ids, (torch.arange(ids.shape[1], device=ids.device) <= length).long()
+
+    def forward(
+        self, input_ids: Tensor | Iterable[Tensor], attention_mask: Tensor | None = None, state: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Read a whole input.
+
+        Args:
+            input_ids: (B, T, S) text cut into full segments; or (B, N) plain ids without special tokens, of any length,
+                padded anywhere, which are cut so that every row ends with its last segment; or an iterable of (B, S).
+            attention_mask: (B, N), 1 for text; plain ids only.
+            state: the memory to start from; by default the trained one.
+
+        Returns:
+            Hidden states of the last segment and the memory after it. A row's result does not depend on the others.
+        """
+        if isinstance(input_ids, Tensor):
+            batch_size = len(input_ids)
+            if input_ids.dim() == 2:
+                segments: Iterable[Segment] = self.cut(input_ids, attention_mask)
+            else:
+                segments = [Segment(ids) for ids in input_ids.unbind(dim=1)]
+        else:
+            stream = iter(input_ids)
+            first = next(stream)
+            batch_size = len(first)
+            segments = (Segment(ids) for ids in chain([first], stream))
+        if state is None:
+            state = self.initial_state(batch_size)
+        for hidden, state in unroll(self.step, segments, state, self.bptt_depth, self.gradient_checkpointing):
+            pass
+        if hidden.requires_grad:
+            # Truncation may leave the first memory without gradient. DDP then computes wrong averages in silence.
+            hidden = hidden + 0 * self.memory.sum()
+        return hidden, state
+
+    def cut(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Segment]:
+        """Cut plain ids (B, N) into segments, counted from the end, where the question is: only the first may be short.
+
+        Rows shorter than the longest one begin with empty segments, which leave their memory untouched.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        length = max(self.text_length, -(-input_ids.shape[1] // self.text_length) * self.text_length)
+        missing = length - input_ids.shape[1]
+        ids = nn.functional.pad(input_ids, (missing, 0))
+        mask = nn.functional.pad(attention_mask.long(), (missing, 0))
+        # Padding to the front of the row, then, within each segment, to its end.
+        order = mask.argsort(dim=1, stable=True)
+        ids, mask = ids.gather(1, order), mask.gather(1, order)
+        segments = []
+        for ids_s, mask_s in zip(ids.split(self.text_length, 1), mask.split(self.text_length, 1), strict=True):
+            order = mask_s.argsort(dim=1, descending=True, stable=True)
+            segments.append(Segment(ids_s.gather(1, order), mask_s.gather(1, order)))
+        return segments

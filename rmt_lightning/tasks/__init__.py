@@ -1,0 +1,1 @@
+"""TEXT: what must be remembered. Nothing in this package knows a model."""

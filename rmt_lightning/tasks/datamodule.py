@@ -1,0 +1,166 @@
+"""Batches of fact samples, all segments of a batch at once.
+
+Shapes: B batch, T segments, S text tokens of a segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+from annotated_types import Ge
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from rmt_lightning.tasks.facts import Split
+from rmt_lightning.tasks.placement import Key, Placement
+
+Lengths = Literal["exact", "uniform"]
+
+
+class FactDataset(Dataset[dict[str, Any]]):
+    """Samples by key. What a key means never changes, so copies of the data set in loader workers cannot be stale."""
+
+    def __init__(self, placement: Placement, split: Split) -> None:
+        self.placement = placement
+        self.split = split
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        sample = self.placement.sample(self.split, key)
+        return {
+            "input_ids": torch.from_numpy(np.stack(list(sample.segments))),  # (T, S)
+            "label": sample.answer,
+            "distance": sample.distance,
+        }
+
+
+class TrainingKeys(Sampler[list[Key]]):
+    """The keys of one short epoch's batches, `steps_per_epoch` of them, beginning where training stands.
+
+    The length of a batch is drawn from (seed, number of the batch), so all ranks agree on it.
+    """
+
+    def __init__(self, data: FactDataModule) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return self.data.steps_per_epoch
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        data = self.data
+        first = data.consumed
+        # A run that was interrupted within an epoch goes on with what is left of it.
+        last = first - first % data.steps_per_epoch + data.steps_per_epoch
+        for batch in range(first, last):
+            num_segments = data.draw_length(batch)
+            start = (batch * data.world_size + data.rank) * data.batch_size
+            yield [Key(num_segments, index) for index in range(start, start + data.batch_size)]
+
+
+class ValidationKeys(Sampler[list[Key]]):
+    """The fixed keys of one validation: `validation_samples` at the full length and, if training mixes lengths, an eighth
+    as many at each shorter one. No sample is seen twice, whatever the number of ranks."""
+
+    def __init__(self, data: FactDataModule) -> None:
+        self.data = data
+
+    def _batches(self) -> Iterator[list[Key]]:
+        data = self.data
+        shortest = 1 if data.lengths == "uniform" else data.num_segments
+        for num_segments in range(shortest, data.num_segments + 1):
+            share = 1 if num_segments == data.num_segments else 8
+            keys = [Key(num_segments, index) for index in range(-(-data.validation_samples // share))]
+            mine = keys[data.rank :: data.world_size]
+            yield from (mine[i : i + 2 * data.batch_size] for i in range(0, len(mine), 2 * data.batch_size))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self._batches())
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        return self._batches()
+
+
+class FactDataModule(L.LightningDataModule):
+    """Fact samples for training and validation.
+
+    `num_segments` lives here and travels in checkpoints; the curriculum is the only one that changes it. It also says
+    whether training is on inputs of exactly that length ("exact") or of all up to it ("uniform").
+
+    Args:
+        placement: makes the samples.
+        segment_length: what the backbone sees of a segment; the model tells how much of it is text.
+        batch_size: samples of a training step, on each device.
+        num_workers: processes that make samples; 0 makes them in the main process, which is usually fast enough.
+        steps_per_epoch: training steps between two validations.
+        validation_samples: samples of a validation at the current length.
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        segment_length: Annotated[int, Ge(1)],
+        batch_size: Annotated[int, Ge(1)],
+        num_workers: Annotated[int, Ge(0)] = 0,
+        steps_per_epoch: Annotated[int, Ge(1)] = 25,
+        validation_samples: Annotated[int, Ge(1)] = 512,
+    ) -> None:
+        super().__init__()
+        self.placement = placement
+        self.segment_length = segment_length
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.steps_per_epoch = steps_per_epoch
+        self.validation_samples = validation_samples
+        self.lengths: Lengths = "uniform"
+        self.num_segments = 1
+        self.consumed = 0
+
+    @property
+    def rank(self) -> int:
+        return self.trainer.global_rank if self.trainer else 0
+
+    @property
+    def world_size(self) -> int:
+        return self.trainer.world_size if self.trainer else 1
+
+    def draw_length(self, batch: int) -> int:
+        """The number of segments of training batch number `batch`."""
+        if self.lengths == "exact":
+            return self.num_segments
+        rng = np.random.Generator(np.random.Philox(key=[self.placement.seed, 2**32], counter=[0, 0, 0, batch]))
+        return int(rng.integers(1, self.num_segments + 1))
+
+    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        return self._loader("train", TrainingKeys(self))
+
+    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        return self._loader("validation", ValidationKeys(self))
+
+    def _loader(self, split: Split, keys: Sampler[list[Key]]) -> DataLoader[dict[str, Tensor]]:
+        return DataLoader(
+            FactDataset(self.placement, split),
+            batch_sampler=keys,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def stream(self, split: Split, num_segments: int, indices: range) -> tuple[Iterator[Tensor], Tensor, Tensor]:
+        """Samples side by side, one segment at a time, for inputs too long to be held at once.
+
+        Returns:
+            An iterator of T tensors (B, S), the labels (B,) and the distances (B,).
+        """
+        samples = [self.placement.sample(split, Key(num_segments, index)) for index in indices]
+        segments = (torch.from_numpy(np.stack(rows)) for rows in zip(*(s.segments for s in samples), strict=True))
+        return segments, torch.tensor([s.answer for s in samples]), torch.tensor([s.distance for s in samples])
+
+    def state_dict(self) -> dict[str, int]:
+        return {"num_segments": self.num_segments, "consumed": self.consumed}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.num_segments = state_dict["num_segments"]
+        self.consumed = state_dict["consumed"]

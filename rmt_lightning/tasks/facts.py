@@ -1,0 +1,277 @@
+"""Worlds that state facts, ask a question and know the answer.
+
+To add a task, write a class with the five members of `Task` and one yaml in conf/task/.
+
+Every world holds a fifth of its statements back from training, so that validation asks about sentences
+the model has never read. (The published code drew both from the same ones.)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+
+from rmt_lightning.errors import UserError
+
+Split = Literal["train", "validation", "test"]
+
+# The six answers, the four people and the five verbs of RMT-2023 (arXiv 2304.11062, section 4), taken from bAbI.
+PLACES = ("bathroom", "hallway", "garden", "office", "bedroom", "kitchen")
+PEOPLE = ("Mary", "John", "Daniel", "Sandra")
+VERBS = ("moved", "went", "went back", "journeyed", "travelled")
+OBJECTS = ("apple", "football", "milk")
+PICK_UPS = ("picked up", "took", "got", "grabbed")
+OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
+DIRECTIONS = tuple(OPPOSITE)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question and what must be remembered to answer it.
+
+    Attributes:
+        facts: whole sentences, in the order in which they are read.
+        question: the sentence that ends the input.
+        answer: index into the task's `answers`.
+        support: indices of the facts without which the answer is not known; the others are decoys.
+    """
+
+    facts: tuple[str, ...]
+    question: str
+    answer: int
+    support: tuple[int, ...]
+
+
+class Task(Protocol):
+    """What every task offers.
+
+    Attributes:
+        name: how people call it.
+        answers: the classes.
+        where: "start" sets the facts at the very start of the input, "anywhere" between any two sentences.
+    """
+
+    name: str
+    answers: tuple[str, ...]
+    where: Literal["start", "anywhere"]
+
+    def draw(self, rng: np.random.Generator, split: Split) -> Example:
+        """Draw an example that belongs to `split`, using `rng` alone."""
+
+    def sentences(self) -> Iterator[str]:
+        """Every sentence the task can say, for a tokenizer that is trained on the spot."""
+
+
+def held_out(*choices: int) -> bool:
+    """Whether a combination of choices is kept for validation and test: one in five, spread evenly over each choice."""
+    return sum(choices) % 5 == 0
+
+
+def pick(rng: np.random.Generator, split: Split, *sizes: int) -> tuple[int, ...]:
+    """Draw one index below each of `sizes`, among the combinations that belong to `split`."""
+    while True:
+        choices = tuple(int(rng.integers(size)) for size in sizes)
+        if held_out(*choices) == (split != "train"):
+            return choices
+
+
+class Detect:
+    """One fact, anywhere in the noise (RMT-2023, section 4.2).
+
+    ```
+    noise noise Mary went to the garden. noise noise … noise Where is Mary?   -> garden
+    ```
+    """
+
+    name = "detect"
+    where: Literal["start", "anywhere"] = "anywhere"
+    answers = PLACES
+
+    def draw(self, rng: np.random.Generator, split: Split) -> Example:
+        person, verb, place = pick(rng, split, len(PEOPLE), len(VERBS), len(PLACES))
+        fact = f"{PEOPLE[person]} {VERBS[verb]} to the {PLACES[place]}."
+        return Example((fact,), f"Where is {PEOPLE[person]}?", place, support=(0,))
+
+    def sentences(self) -> Iterator[str]:
+        for person in PEOPLE:
+            yield f"Where is {person}?"
+            yield from (f"{person} {verb} to the {place}." for verb in VERBS for place in PLACES)
+
+
+class Memorize(Detect):
+    """One fact, at the very start (RMT-2023, section 4.1).
+
+    ```
+    Mary went to the garden. noise noise … noise Where is Mary?   -> garden
+    ```
+    """
+
+    name = "memorize"
+    where = "start"
+
+
+class Reasoning:
+    """Two facts about three places in a row (RMT-2023, section 4.3; bAbI task 4, two-argument relations).
+
+    ```
+    noise The hallway is east of the bathroom. noise The bedroom is west of the bathroom. noise
+    What is the bathroom east of?   -> bedroom
+    ```
+
+    As in bAbI, the question is answered by one of the two facts or by its inverse; the other one names the wrong place.
+    For a task in which both facts are needed see `Carried`.
+    """
+
+    name = "reasoning"
+    where: Literal["start", "anywhere"] = "anywhere"
+    answers = PLACES
+
+    def draw(self, rng: np.random.Generator, split: Split) -> Example:
+        while True:
+            left, middle, right, axis = pick(rng, split, len(PLACES), len(PLACES), len(PLACES), len(DIRECTIONS))
+            if len({left, middle, right}) == 3:
+                break
+        # `left` lies in direction d of `middle`, and `right` on the other side of it.
+        d = DIRECTIONS[axis]
+        facts = [self._state(rng, left, d, middle), self._state(rng, right, OPPOSITE[d], middle)]
+        rng.shuffle(facts)
+        asked = int(rng.integers(2))
+        subject, direction, reference = facts[asked]
+        if rng.integers(2):
+            question = f"What is {direction} of the {PLACES[reference]}?"
+        else:
+            question = f"What is the {PLACES[reference]} {OPPOSITE[direction]} of?"
+        sentences = tuple(f"The {PLACES[a]} is {way} of the {PLACES[b]}." for a, way, b in facts)
+        return Example(sentences, question, subject, support=(asked,))
+
+    @staticmethod
+    def _state(rng: np.random.Generator, place: int, direction: str, middle: int) -> tuple[int, str, int]:
+        # Two times in three the middle place comes last, as in the published rows.
+        if rng.integers(3):
+            return place, direction, middle
+        return middle, OPPOSITE[direction], place
+
+    def sentences(self) -> Iterator[str]:
+        for direction in DIRECTIONS:
+            for place in PLACES:
+                yield f"What is {direction} of the {place}?"
+                yield f"What is the {place} {direction} of?"
+                yield f"The {place} is {direction} of the {PLACES[0]}."
+
+
+class Carried:
+    """Who carried it, and where they went: both facts are needed (in the manner of bAbI task 2).
+
+    ```
+    noise Mary took the apple. noise John got the milk. noise John went to the office. noise
+    Mary moved to the garden. noise Where is the apple?   -> garden
+    ```
+
+    A second person with a second object is the decoy, so neither the object nor the places alone tell the answer.
+    """
+
+    name = "carried"
+    where: Literal["start", "anywhere"] = "anywhere"
+    answers = PLACES
+
+    def draw(self, rng: np.random.Generator, split: Split) -> Example:
+        who, what, where = pick(rng, split, len(PEOPLE), len(OBJECTS), len(PLACES))
+        other_who, other_what, other_where = (
+            int((own + rng.integers(1, size)) % size)
+            for own, size in ((who, len(PEOPLE)), (what, len(OBJECTS)), (where, len(PLACES)))
+        )
+        mine = [self._take(rng, who, what), self._go(rng, who, where)]
+        theirs = [self._take(rng, other_who, other_what), self._go(rng, other_who, other_where)]
+        # Everybody takes before they go; apart from that the two stories are interleaved at random.
+        slots = rng.permutation(np.array([True, True, False, False]))
+        support = (int(np.flatnonzero(slots)[0]), int(np.flatnonzero(slots)[1]))
+        facts = tuple(mine.pop(0) if own else theirs.pop(0) for own in slots)
+        return Example(facts, f"Where is the {OBJECTS[what]}?", where, support)
+
+    @staticmethod
+    def _take(rng: np.random.Generator, person: int, thing: int) -> str:
+        return f"{PEOPLE[person]} {PICK_UPS[rng.integers(len(PICK_UPS))]} the {OBJECTS[thing]}."
+
+    @staticmethod
+    def _go(rng: np.random.Generator, person: int, place: int) -> str:
+        return f"{PEOPLE[person]} {VERBS[rng.integers(len(VERBS))]} to the {PLACES[place]}."
+
+    def sentences(self) -> Iterator[str]:
+        yield from (f"Where is the {thing}?" for thing in OBJECTS)
+        for person in PEOPLE:
+            yield from (f"{person} {verb} to the {place}." for verb in VERBS for place in PLACES)
+            yield from (f"{person} {verb} the {thing}." for verb in PICK_UPS for thing in OBJECTS)
+
+
+_BABI_LINE = re.compile(r"^(\d+) (.*?)\s*(?:\t(.*?)\t([\d ]+))?$")
+
+
+class Babi:
+    """Facts, questions and answers read from a file of the bAbI tasks (Weston et al. 2016, arXiv 1502.05698).
+
+    Every statement told before a question is a fact, in the order of the file. The answers of the file are the
+    classes. Stories, not questions, are split into training (8 of 10), validation and test.
+
+    Args:
+        path: a bAbI file, such as tasks_1-20_v1-2/en-10k/qa1_single-supporting-fact_train.txt.
+
+    Raises:
+        UserError: if the file is missing or is no bAbI file.
+    """
+
+    name = "babi"
+    where: Literal["start", "anywhere"] = "anywhere"
+
+    def __init__(self, path: str) -> None:
+        stories = list(self._read(path))
+        if len(stories) < 10:
+            raise UserError(f"task.path={path}: holds {len(stories)} bAbI stories; at least 10 are needed")
+        texts = sorted({answer for story in stories for *_, answer, _ in story})
+        self.answers = tuple(texts)
+        self._sentences = tuple(
+            dict.fromkeys(s for story in stories for facts, question, *_ in story for s in (*facts, question))
+        )
+        self._examples: dict[Split, list[Example]] = {"train": [], "validation": [], "test": []}
+        for number, story in enumerate(stories):
+            split: Split = "validation" if number % 10 == 8 else "test" if number % 10 == 9 else "train"
+            self._examples[split] += [
+                Example(facts, question, texts.index(answer), support) for facts, question, answer, support in story
+            ]
+
+    @staticmethod
+    def _read(path: str) -> Iterator[list[tuple[tuple[str, ...], str, str, tuple[int, ...]]]]:
+        """Yield each story as a list of (facts so far, question, answer, indices of the supporting facts)."""
+        try:
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"task.path={path}: cannot be read as a bAbI file ({error}); give a qa*.txt file") from None
+        facts: dict[int, str] = {}
+        story: list[tuple[tuple[str, ...], str, str, tuple[int, ...]]] = []
+        for number, line in enumerate(lines, start=1):
+            match = _BABI_LINE.match(line)
+            if match is None:
+                raise UserError(f"task.path={path}: line {number} is not of the form '<number> <sentence>' of bAbI files")
+            position, text, answer, support = int(match[1]), match[2], match[3], match[4]
+            if position == 1 and facts:
+                yield story
+                facts, story = {}, []
+            if answer is None:
+                facts[position] = text
+            else:
+                order = list(facts)
+                needed = tuple(order.index(int(p)) for p in support.split())
+                story.append((tuple(facts.values()), text, answer, needed))
+        if story:
+            yield story
+
+    def draw(self, rng: np.random.Generator, split: Split) -> Example:
+        examples = self._examples[split]
+        return examples[int(rng.integers(len(examples)))]
+
+    def sentences(self) -> Iterator[str]:
+        yield from self._sentences

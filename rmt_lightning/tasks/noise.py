@@ -1,0 +1,354 @@
+"""Where unrelated text comes from, and how it is kept: tokenised once, memory-mapped, split by document.
+
+A noise source is any object with `documents(split)`, which yields documents as lists of sentences, and
+`fingerprint()`, which names their content. To add one, write such a class and one yaml in conf/noise/.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+import numpy as np
+from annotated_types import Ge
+from filelock import FileLock
+from transformers import PreTrainedTokenizerBase
+
+from rmt_lightning.errors import UserError
+from rmt_lightning.tasks import prose
+from rmt_lightning.tasks.facts import Split
+
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+# The space after a full stop, question or exclamation mark and perhaps a closing quote, before a capital or a quote;
+# not after titles and initials.
+_SENTENCE_END = re.compile(
+    r"(?:(?<=[.!?])|(?<=[.!?][\"'”’)]))(?<!\bMr\.)(?<!\bMrs\.)(?<!\bDr\.)(?<!\bSt\.)(?<!\b[A-Z]\.) (?=[\"'“‘(]?[A-Z0-9])"
+)
+# A text with fewer documents than there are splits is cut into this many passages, which then count as documents.
+_PASSAGES = 20
+
+
+class Noise(Protocol):
+    """What every noise source offers."""
+
+    def documents(self, split: Split) -> Iterator[list[str]]:
+        """Yield the documents of one split, each a list of sentences. No document is in two splits."""
+
+    def fingerprint(self) -> str:
+        """A name for the content: it changes when the documents do."""
+
+
+class Prose:
+    """Narrative made by rules from a seed (see prose.py): nothing to download, nothing to read.
+
+    Args:
+        documents: how many training documents of 60 sentences; validation and test get a tenth each on top.
+        seed: of the generator.
+    """
+
+    def __init__(self, documents: Annotated[int, Ge(10)] = 1000, seed: Annotated[int, Ge(0)] = 0) -> None:
+        self.count = documents
+        self.seed = seed
+
+    def documents(self, split: Split) -> Iterator[list[str]]:
+        count = self.count if split == "train" else self.count // 10
+        # Philox keys that differ in one number give unrelated streams, so each split has its own seed.
+        yield from prose.documents(3 * self.seed + SPLITS.index(split), count)
+
+    def fingerprint(self) -> str:
+        source = Path(prose.__file__).read_bytes()
+        return f"prose-{self.count}-{self.seed}-{hashlib.sha256(source).hexdigest()}"
+
+
+class Files:
+    """Your own text: txt (a file is a document), jsonl or parquet (a row is a document).
+
+    Args:
+        path: a file, a folder, or a pattern such as "books/*.txt".
+        field: the column that holds the text of jsonl and parquet rows.
+        validation_path: text for validation and test, which share its documents; without it, one document in ten of
+            `path` goes to validation and one in ten to test.
+    """
+
+    def __init__(self, path: str, field: str = "text", validation_path: str | None = None) -> None:
+        self.path = path
+        self.field = field
+        self.validation_path = validation_path
+        self._files = self._find("noise.path", path)
+        self._validation_files = self._find("noise.validation_path", validation_path) if validation_path else []
+
+    def documents(self, split: Split) -> Iterator[list[str]]:
+        if not self._validation_files:
+            yield from share(self._load("noise.path", self._files), split)
+        elif split == "train":
+            yield from self._load("noise.path", self._files)
+        else:
+            held_out = self._load("noise.validation_path", self._validation_files)
+            yield from held_out[::2] if split == "validation" else held_out[1::2]
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(self.field.encode())
+        for file in [*self._files, None, *self._validation_files]:
+            digest.update(b"|" if file is None else hashlib.sha256(file.read_bytes()).digest())
+        return f"files-{digest.hexdigest()}"
+
+    @staticmethod
+    def _find(key: str, pattern: str) -> list[Path]:
+        folder = Path(pattern)
+        names = [str(p) for p in folder.rglob("*")] if folder.is_dir() else glob.glob(pattern, recursive=True)
+        suffixes = (".txt", ".jsonl", ".parquet")
+        files = sorted(Path(name) for name in names if Path(name).suffix in suffixes)
+        if not files:
+            raise UserError(f"{key}={pattern}: no {', '.join(suffixes)} file there; give a file, a folder or a pattern")
+        if len({file.suffix for file in files}) > 1:
+            raise UserError(f"{key}={pattern}: holds several kinds of files; choose one, such as '{pattern}/*.txt'")
+        return files
+
+    def _load(self, key: str, files: list[Path]) -> list[list[str]]:
+        given = self.path if key == "noise.path" else self.validation_path
+        builder, options = {
+            ".txt": ("text", {"sample_by": "document"}),
+            ".jsonl": ("json", {}),
+            ".parquet": ("parquet", {}),
+        }[files[0].suffix]
+        if not any(file.stat().st_size for file in files):
+            raise UserError(f"{key}={given}: is empty; give text")
+        datasets = _datasets()
+        try:
+            rows = datasets.load_dataset(builder, data_files=[str(f) for f in files], split="train", **options)
+        except (datasets.exceptions.DatasetGenerationError, UnicodeDecodeError, ValueError) as error:
+            reason = str(error.__cause__ or error).splitlines()[0]
+            raise UserError(f"{key}={given}: is not {files[0].suffix} text ({reason})") from None
+        field = "text" if builder == "text" else self.field
+        if field not in rows.column_names:
+            raise UserError(f"noise.field={field}: {given} has no such column; it has {', '.join(rows.column_names)}")
+        if rows.features[field].dtype not in ("string", "large_string"):
+            raise UserError(f"noise.field={field}: is {rows.features[field].dtype}, not text, in {given}")
+        texts = [text for text in rows[field] if text and not text.isspace()]
+        if not texts:
+            raise UserError(f"{key}={given}: is empty; give text")
+        if any("\0" in text for text in texts):
+            raise UserError(f"{key}={given}: is binary data, not text; give .txt, .jsonl or .parquet text")
+        needed = 2 if key == "noise.validation_path" else 1 if self.validation_path else len(SPLITS)
+        return cut(texts, needed)
+
+
+class Hub:
+    """A data set of the Hugging Face Hub in parquet form.
+
+    Args:
+        name: its id, such as "emozilla/quality".
+        config: its configuration, if it has several.
+        field: the column that holds the text.
+        limit: how many documents to take at most.
+    """
+
+    def __init__(self, name: str, field: str, config: str | None = None, limit: Annotated[int, Ge(3)] = 2000) -> None:
+        self.name = name
+        self.field = field
+        self.config = config
+        self.limit = limit
+
+    def documents(self, split: Split) -> Iterator[list[str]]:
+        yield from share(cut(self._texts(), len(SPLITS)), split)
+
+    def fingerprint(self) -> str:
+        return f"hub-{self.name}-{self.config}-{self.field}-{self.limit}"
+
+    def _texts(self) -> list[str]:
+        try:
+            rows = _datasets().load_dataset(self.name, self.config, split="train", streaming=True)
+            texts: dict[str, None] = {}
+            for row in rows:
+                # Some sets repeat a document for each of its questions.
+                texts[row[self.field]] = None
+                if len(texts) == self.limit:
+                    break
+        except KeyError:
+            raise UserError(f"noise.field={self.field}: {self.name} has no such column") from None
+        except Exception as error:  # the Hub's client raises a different class for each way of being out of reach
+            raise UserError(
+                f"noise.name={self.name}: cannot be loaded from the Hugging Face Hub ({type(error).__name__}); "
+                "connect to the network, or use noise=prose, or noise=files noise.path=…"
+            ) from None
+        return [text for text in texts if text.strip()]
+
+
+def cut(texts: list[str], needed: int) -> list[list[str]]:
+    """Split texts into sentences; a text that comes as fewer than `needed` documents is cut into passages."""
+    documents = [sentences(text) for text in texts]
+    if len(documents) >= needed:
+        return documents
+    everything = [sentence for document in documents for sentence in document]
+    size = max(1, -(-len(everything) // _PASSAGES))
+    return [everything[start : start + size] for start in range(0, len(everything), size)]
+
+
+def share(documents: list[list[str]], split: Split) -> list[list[str]]:
+    """The documents of one split: of every ten the last but one is for validation, the last for test."""
+    if len(documents) < 10:
+        parts: dict[Split, list[list[str]]] = {
+            "train": documents[:-2], "validation": documents[-2:-1], "test": documents[-1:]
+        }  # fmt: skip
+        return parts[split]
+    kept = {"train": range(8), "validation": range(8, 9), "test": range(9, 10)}[split]
+    return [document for number, document in enumerate(documents) if number % 10 in kept]
+
+
+def sentences(text: str) -> list[str]:
+    """Split running text into sentences; line breaks inside them are only typography."""
+    return _SENTENCE_END.sub("\n", " ".join(text.split())).splitlines()
+
+
+def _datasets() -> Any:
+    """The `datasets` library, imported when it is needed and told to keep its progress bars off the screen."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    return datasets
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokenised sentences of one split, as memory-mapped arrays.
+
+    Attributes:
+        tokens: (N,) token ids of all documents, one after the other, without special tokens.
+        sentence_starts: (K + 1,) positions in `tokens` at which a sentence begins, and N.
+        document_starts: (D + 1,) indices into `sentence_starts` at which a document begins, and K.
+    """
+
+    tokens: np.ndarray
+    sentence_starts: np.ndarray
+    document_starts: np.ndarray
+
+    @classmethod
+    def open(cls, folder: Path) -> Corpus:
+        return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in cls.__dataclass_fields__))
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.document_starts) - 1
+
+
+def tokenise(noise: Noise, tokenizer: PreTrainedTokenizerBase, cache_dir: str | Path) -> dict[Split, Corpus]:
+    """Tokenise all splits of `noise`, or open what an earlier run has left in `cache_dir`.
+
+    The cache is keyed by the content of the noise and of the tokenizer. It appears under its name only when it is
+    complete, and several processes may ask for it at once: one builds, the others wait.
+
+    Raises:
+        UserError: if a split holds no text.
+    """
+    key = hashlib.sha256(f"{noise.fingerprint()}|{_tokenizer_fingerprint(tokenizer)}|v1".encode()).hexdigest()[:32]
+    cache = Path(cache_dir).expanduser() / "noise"
+    cache.mkdir(parents=True, exist_ok=True)
+    folder = cache / key
+    with FileLock(cache / f"{key}.lock"):
+        if not folder.is_dir():
+            partial = Path(tempfile.mkdtemp(prefix=f"{key}-", dir=cache))
+            try:
+                for split in SPLITS:
+                    _write(noise.documents(split), tokenizer, partial / split)
+                    if Corpus.open(partial / split).num_documents == 0:
+                        raise UserError(f"noise: no document is left for {split}; give at least {len(SPLITS)} sentences")
+                os.rename(partial, folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    return {split: Corpus.open(folder / split) for split in SPLITS}
+
+
+def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        return hashlib.sha256(backend.to_str().encode()).hexdigest()
+    return hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
+
+
+def _write(documents: Iterable[list[str]], tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32
+    pieces: list[np.ndarray] = []
+    sentence_lengths: list[int] = []
+    document_lengths: list[int] = []
+    for document in documents:
+        ids = [i for i in tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] if i] if document else []
+        if ids:
+            pieces.append(np.fromiter((token for sentence in ids for token in sentence), dtype=dtype))
+            sentence_lengths += map(len, ids)
+            document_lengths.append(len(ids))
+    folder.mkdir()
+    np.save(folder / "tokens.npy", np.concatenate(pieces) if pieces else np.zeros(0, dtype))
+    np.save(folder / "sentence_starts.npy", np.cumsum([0, *sentence_lengths], dtype=np.int64))
+    np.save(folder / "document_starts.npy", np.cumsum([0, *document_lengths], dtype=np.int64))
+
+
+class Reader:
+    """Reads noise in order, from a random sentence on, without end and in constant memory.
+
+    After a document comes another one; none is read twice before all have been read.
+
+    Args:
+        corpus: what to read.
+        rng: decides where to start and which document follows.
+    """
+
+    def __init__(self, corpus: Corpus, rng: np.random.Generator) -> None:
+        self._corpus = corpus
+        self._rng = rng
+        self._to_come: list[int] = []
+        sentence = int(rng.integers(len(corpus.sentence_starts) - 1))
+        self._document = int(np.searchsorted(corpus.document_starts, sentence, side="right")) - 1
+        self._position = int(corpus.sentence_starts[sentence])
+        self._end = self._start_of(self._document + 1)
+
+    def _start_of(self, document: int) -> int:
+        return int(self._corpus.sentence_starts[self._corpus.document_starts[document]])
+
+    def _open_next_document(self) -> None:
+        if not self._to_come:
+            self._to_come = [int(d) for d in self._rng.permutation(self._corpus.num_documents) if d != self._document]
+        self._document = self._to_come.pop() if self._to_come else self._document
+        self._position = self._start_of(self._document)
+        self._end = self._start_of(self._document + 1)
+
+    def finish_sentence(self) -> None:
+        """Leave out what is left of a sentence that has been begun."""
+        starts = self._corpus.sentence_starts
+        self._position = int(starts[np.searchsorted(starts, self._position)])
+
+    def spans(self, length: int) -> list[slice]:
+        """Where in the corpus the next `length` tokens stand: one span unless a document ends. Moves on behind them."""
+        spans = []
+        while length > 0:
+            if self._position == self._end:
+                self._open_next_document()
+            stop = min(self._position + length, self._end)
+            spans.append(slice(self._position, stop))
+            length -= stop - self._position
+            self._position = stop
+        return spans
+
+    def tokens(self, spans: list[slice]) -> np.ndarray:
+        """The token ids of some spans, one after the other."""
+        return np.concatenate([np.zeros(0, np.int64), *(self._corpus.tokens[span] for span in spans)])
+
+    def gaps(self, spans: list[slice]) -> np.ndarray:
+        """The offsets in `tokens(spans)` at which a sentence begins or ends, in order; both ends count."""
+        starts = self._corpus.sentence_starts
+        gaps: list[int] = []
+        offset = 0
+        for span in spans:
+            first, last = np.searchsorted(starts, (span.start, span.stop + 1))
+            gaps += [int(start) - span.start + offset for start in starts[first:last]]
+            offset += span.stop - span.start
+        return np.unique(gaps) if spans else np.zeros(1, np.int64)

@@ -1,0 +1,172 @@
+"""Sets facts into noise and cuts the text into segments.
+
+A sample is a pure function of its key: counter-based random numbers, no generator that is shared, no state to save.
+Resuming, sharding over ranks and loader workers are right by construction, and validation sets are fixed.
+
+Shapes: T segments, S text tokens of a segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from rmt_lightning.errors import UserError
+from rmt_lightning.tasks.facts import Example, Split, Task
+from rmt_lightning.tasks.noise import SPLITS, Corpus, Reader
+
+# How often an example that needs more room than the sample has is drawn anew before giving up.
+_ATTEMPTS = 200
+
+
+class Key(NamedTuple):
+    """Names a sample of a split: its length and its number."""
+
+    num_segments: int
+    index: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One input of T segments, not yet read.
+
+    Attributes:
+        segments: yields T arrays (S,) of token ids; can be read once.
+        answer: the class.
+        distance: segments between the first fact that is needed and the question; 0 if they share one.
+    """
+
+    segments: Iterator[np.ndarray]
+    answer: int
+    distance: int
+
+
+class Placement:
+    """Draws an example, chooses places for its facts and fills the rest with noise.
+
+    Every segment is full. Facts stand between two sentences of the noise, whole, never over the border of a segment;
+    the question ends the last segment. The noise runs on over borders.
+
+    Args:
+        task: what is asked.
+        corpora: the noise of each split.
+        tokenizer: of the backbone.
+        text_length: S.
+        seed: two placements with the same seed give the same samples.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        corpora: dict[Split, Corpus],
+        tokenizer: PreTrainedTokenizerBase,
+        text_length: int,
+        seed: int,
+    ) -> None:
+        self.task = task
+        self.corpora = corpora
+        self.tokenizer = tokenizer
+        self.text_length = text_length
+        self.seed = seed
+        self._token_ids: dict[str, np.ndarray] = {}
+
+    def sample(self, split: Split, key: Key) -> Sample:
+        """The sample of this name.
+
+        Raises:
+            UserError: if a segment is too short for the question and the facts.
+        """
+        # The key of the generator names the stream, its counter's upper half the sample, its lower half counts.
+        counter = [0, 0, key.num_segments, key.index]
+        rng = np.random.Generator(np.random.Philox(key=[self.seed, SPLITS.index(split)], counter=counter))
+        for _ in range(_ATTEMPTS):
+            example = self.task.draw(rng, split)
+            facts = [self._ids(fact) for fact in example.facts]
+            question = self._ids(example.question)
+            homes = self._choose_segments(rng, facts, len(question), key.num_segments)
+            if homes is not None:
+                break
+        else:
+            raise UserError(
+                f"data.segment_length: leaves room for {self.text_length} tokens of text, too small for the facts and "
+                f"the question of task={self.task.name} ({self._size(example)} tokens); raise it or lower model.memory_size"
+            )
+        segments = self._fill(Reader(self.corpora[split], rng), rng, facts, homes, question, key.num_segments)
+        first_needed = min(homes[fact] for fact in example.support)
+        return Sample(segments, example.answer, distance=key.num_segments - 1 - first_needed)
+
+    def _ids(self, sentence: str) -> np.ndarray:
+        if sentence not in self._token_ids:
+            ids = self.tokenizer(sentence, add_special_tokens=False)["input_ids"]
+            self._token_ids[sentence] = np.array(ids, dtype=np.int64)
+        return self._token_ids[sentence]
+
+    def _size(self, example: Example) -> int:
+        return sum(len(self._ids(sentence)) for sentence in (*example.facts, example.question))
+
+    def _choose_segments(
+        self, rng: np.random.Generator, facts: list[np.ndarray], question_length: int, num_segments: int
+    ) -> list[int] | None:
+        """The segment of each fact, in order; None if they do not fit.
+
+        Segments are drawn uniformly and sorted. Where facts crowd, a fact moves on to the next segment with room, but
+        never past the last one from which those that follow still find theirs.
+        """
+        room = [self.text_length] * num_segments
+        room[-1] -= question_length
+        latest = [0] * len(facts)
+        spare, segment = list(room), num_segments - 1
+        for fact in reversed(range(len(facts))):
+            while segment >= 0 and spare[segment] < len(facts[fact]):
+                segment -= 1
+            if segment < 0:
+                return None
+            spare[segment] -= len(facts[fact])
+            latest[fact] = segment
+        wanted = np.sort(rng.integers(num_segments, size=len(facts)))
+        if self.task.where == "start":
+            wanted[:] = 0
+        homes: list[int] = []
+        segment = 0
+        for fact, ids in enumerate(facts):
+            segment = max(segment, min(int(wanted[fact]), latest[fact]))
+            while room[segment] < len(ids):
+                segment += 1
+            room[segment] -= len(ids)
+            homes.append(segment)
+        return homes
+
+    def _fill(
+        self,
+        reader: Reader,
+        rng: np.random.Generator,
+        facts: list[np.ndarray],
+        homes: list[int],
+        question: np.ndarray,
+        num_segments: int,
+    ) -> Iterator[np.ndarray]:
+        """Yield the T segments, each (S,), reading no more noise than the next one needs."""
+        for segment in range(num_segments):
+            here = [ids for ids, home in zip(facts, homes, strict=True) if home == segment]
+            end = question if segment == num_segments - 1 else question[:0]
+            length = self.text_length - len(end) - sum(map(len, here))
+            spans = reader.spans(length)
+            if not here:
+                yield np.concatenate([reader.tokens(spans), end])
+                continue
+            gaps = reader.gaps(spans)
+            if len(gaps) == 0:
+                # The passage lies inside one long sentence. Break it off, so that the facts stand before the next one.
+                reader.finish_sentence()
+                spans = reader.spans(length)
+                gaps = reader.gaps(spans)
+            if self.task.where == "start":
+                gaps = np.zeros(1, np.int64)
+            places = np.sort(rng.choice(gaps, size=len(here)))
+            text = np.split(reader.tokens(spans), places)
+            woven = [piece for pair in zip(text, here, strict=False) for piece in pair]
+            yield np.concatenate([*woven, text[-1], end])

@@ -1,0 +1,1 @@
+"""Where text meets tensors."""

@@ -1,0 +1,144 @@
+"""What is saved, when, and how it is read again. Nothing is lost by a kill, a signal or a full disk."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import nn
+
+from rmt_lightning.errors import UserError
+from rmt_lightning.training.curriculum import SegmentCurriculum
+
+log = logging.getLogger(__name__)
+
+LAST = "last.ckpt"
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and has saved where it stands.
+
+    Args:
+        signum: the signal that asked.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and moves it there when it is on the disk, so that no reader ever meets half a
+    file, and the previous checkpoint survives a kill or a full disk."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        # torch reports a full disk as a RuntimeError; writing its bytes ourselves keeps the OSError.
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        try:
+            with open(partial, "wb") as file:
+                file.write(content.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Load a checkpoint without executing anything in it.
+
+    Raises:
+        UserError: if it is missing or damaged.
+    """
+    if not path.is_file():
+        raise UserError(f"resume={path}: no such checkpoint; give a run folder or one of its checkpoints/*.ckpt")
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["state_dict"]
+    except Exception as error:  # zip, pickle and torch each have their own way to say that a file is broken
+        raise UserError(
+            f"resume={path}: is truncated or no checkpoint ({type(error).__name__}); "
+            "give another one of the run's checkpoints/*.ckpt"
+        ) from None
+    return checkpoint
+
+
+def check_fits(module: nn.Module, state_dict: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Raise UserError, naming the first difference, unless `state_dict` has the names and shapes of `module`."""
+    own = module.state_dict()
+    for name in [*own, *state_dict]:
+        here = tuple(own[name].shape) if name in own else "missing"
+        there = tuple(state_dict[name].shape) if name in state_dict else "missing"
+        if here != there:
+            raise UserError(f"resume={path}: holds another model: {name} is {there} there and {here} here")
+
+
+class RunCheckpoints(Callback):
+    """Saves `last.ckpt` after every validation and `stage-<n>.ckpt` when a stage ends; saves and stops when signalled.
+
+    Must stand behind the curriculum in the list of callbacks, so that it saves what the curriculum has decided.
+
+    Args:
+        folder: where checkpoints go.
+        curriculum: tells when a stage has ended.
+    """
+
+    def __init__(self, folder: Path, curriculum: SegmentCurriculum) -> None:
+        super().__init__()
+        self.folder = folder
+        self.curriculum = curriculum
+        self._signum: int | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._stages = len(self.curriculum.results)
+        self._handlers = {signum: signal.signal(signum, self._remember) for signum in (signal.SIGINT, signal.SIGTERM)}
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        for signum, handler in getattr(self, "_handlers", {}).items():
+            signal.signal(signum, handler)
+
+    def _remember(self, signum: int, frame: Any) -> None:
+        if self._signum is not None:
+            # Asked twice: leave at once. The last checkpoint is intact.
+            raise KeyboardInterrupt
+        self._signum = signum
+        log.info("%s: saving after this step; once more to leave at once", signal.Signals(signum).name)
+
+    def _asked_to_stop(self, trainer: L.Trainer) -> bool:
+        asked = self._signum is not None
+        if trainer.world_size > 1:
+            # A signal may reach one rank alone, yet all of them must save together.
+            asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
+        return asked
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        trainer.datamodule.consumed += 1
+        # Lightning would skip the validation of an epoch that is resumed behind its last batch.
+        if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and self._asked_to_stop(trainer):
+            self._save_and_stop(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        results = self.curriculum.results
+        if len(results) > self._stages:
+            self._stages = len(results)
+            trainer.save_checkpoint(self.folder / f"stage-{results[-1].stage}.ckpt")
+        trainer.save_checkpoint(self.folder / LAST)
+        if not trainer.should_stop and self._asked_to_stop(trainer):
+            raise Interrupted(self._signum or signal.SIGTERM)
+
+    def _save_and_stop(self, trainer: L.Trainer) -> None:
+        trainer.save_checkpoint(self.folder / LAST)
+        raise Interrupted(self._signum or signal.SIGTERM)

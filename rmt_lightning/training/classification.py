@@ -1,0 +1,111 @@
+"""The fact tasks as classification of the last segment.
+
+Shapes: B batch, T segments, S text tokens of a segment, C answers, N longest number of segments.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from rmt_lightning.models.rmt import RMTEncoder
+from rmt_lightning.training.optimization import WarmupDecay
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer a number."""
+
+
+class SlicedAccuracy(Metric):
+    """Counts right answers by number of segments and by distance from fact to question, summed over ranks.
+
+    Args:
+        longest: N.
+    """
+
+    full_state_update = False
+
+    def __init__(self, longest: int) -> None:
+        super().__init__()
+        # Both (N + 1, N): rows are numbers of segments, columns are distances.
+        self.add_state("right", torch.zeros(longest + 1, longest, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("seen", torch.zeros(longest + 1, longest, dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, correct: Tensor, num_segments: int, distance: Tensor) -> None:
+        """Count a batch: correct (B,) bool, distance (B,)."""
+        self.right[num_segments].index_add_(0, distance, correct.long())
+        self.seen[num_segments].index_add_(0, distance, torch.ones_like(distance))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Accuracy of every slice that has been seen."""
+        slices = {f"segments_{n}": (self.right[n], self.seen[n]) for n in range(len(self.seen))}
+        slices |= {f"distance_{d}": (self.right[:, d], self.seen[:, d]) for d in range(self.seen.shape[1])}
+        return {name: right.sum() / seen.sum() for name, (right, seen) in slices.items() if seen.sum() > 0}
+
+
+class FactClassifier(L.LightningModule):
+    """A recurrent model and a linear head that reads the answer at [CLS] of the last segment.
+
+    Args:
+        model: turns segments into the hidden states of the last one.
+        num_answers: C.
+        optimization: how to train.
+        max_segments: N, the longest input in training and validation.
+        seed: of dropout.
+    """
+
+    def __init__(
+        self, model: RMTEncoder, num_answers: int, optimization: WarmupDecay, max_segments: int, seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.head = nn.Linear(model.encoder.width, num_answers)
+        self.optimization = optimization
+        self.seed = seed
+        self.accuracy = SlicedAccuracy(max_segments)
+        self._batch_began = time.perf_counter()
+
+    def forward(self, input_ids: Any, attention_mask: Tensor | None = None) -> Tensor:
+        """Scores (B, C) of the answers; takes whatever the model takes."""
+        hidden, _ = self.model(input_ids, attention_mask)
+        return self.head(hidden[:, 0].to(self.head.weight.dtype))
+
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        # Dropout is a function of (seed, step, rank), so that a resumed run draws what an uninterrupted one does.
+        torch.manual_seed((self.seed * 1_000_003 + self.global_step) * 1_009 + self.global_rank)
+        self._batch_began = time.perf_counter()
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = nn.functional.cross_entropy(self(batch["input_ids"]), batch["label"])
+        if not torch.isfinite(loss):
+            raise Diverged(
+                f"the loss became {loss.item()} at step {self.global_step}; lower optim.lr or raise optim.warmup"
+            )
+        self.log("train/loss", loss.detach(), prog_bar=False)
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
+        samples, segments, _ = batch["input_ids"].shape
+        tokens = samples * segments * self.trainer.datamodule.segment_length * self.trainer.world_size
+        self.log("train/tokens_per_second", tokens / (time.perf_counter() - self._batch_began))
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        correct = self(batch["input_ids"]).argmax(dim=1) == batch["label"]
+        self.accuracy.update(correct, batch["input_ids"].shape[1], batch["distance"])
+
+    def on_validation_epoch_end(self) -> None:
+        accuracy = self.accuracy.compute()
+        self.accuracy.reset()
+        # The longest inputs of a validation are those of the stage.
+        longest = max((name for name in accuracy if name.startswith("segments_")), key=lambda name: int(name[9:]))
+        self.log("val/accuracy", accuracy[longest])
+        self.log_dict({f"val/accuracy_{name}": value for name, value in accuracy.items()})
+
+    def configure_optimizers(self) -> Any:
+        optimizer, schedule = self.optimization.build(self.parameters(), self.trainer.datamodule.num_segments)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,0 +1,151 @@
+"""Longer inputs as soon as the present ones are mastered."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal
+
+import lightning as L
+from annotated_types import Ge, Gt, Le
+from lightning.pytorch.callbacks import Callback
+
+from rmt_lightning.training.optimization import at_stage
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a finished stage has shown.
+
+    Attributes:
+        stage: its number, which is also the number of segments of its longest inputs.
+        steps: optimizer steps it took.
+        seconds: wall-clock time it took.
+        accuracy: at the last validation, on inputs of `stage` segments.
+        converged: whether it ended by converging rather than by running out of steps.
+    """
+
+    stage: int
+    steps: int
+    seconds: float
+    accuracy: float
+    converged: bool
+
+
+class SegmentCurriculum(Callback):
+    """Adds a segment each time the run converges (RMT-2023, section 5: "curriculum").
+
+    Converged means accuracy of at least `threshold` in `validations` validations in a row, or, if `patience` is given,
+    that many validations without a better one. The next stage starts from the weights just reached, with a fresh
+    optimizer and schedule.
+
+    The metric is summed over all ranks, so every rank decides alike.
+
+    Args:
+        max_segments: the last stage.
+        lengths: stage n trains on inputs of "exact"ly n segments, as published, or of 1 … n ("uniform"), which keeps
+            short inputs working.
+        steps: budget of a stage in optimizer steps; a list gives one for each stage.
+        threshold: accuracy at which a stage has converged.
+        validations: how many in a row must reach it.
+        patience: validations without improvement after which a stage counts as converged; None: never.
+        when_stuck: what to do if the budget is spent: "stop" the run, or "continue" with the next stage.
+    """
+
+    def __init__(
+        self,
+        max_segments: Annotated[int, Ge(1)],
+        steps: Annotated[int, Ge(1)] | list[Annotated[int, Ge(1)]],
+        lengths: Literal["exact", "uniform"] = "uniform",
+        threshold: Annotated[float, Gt(0), Le(1)] = 0.99,
+        validations: Annotated[int, Ge(1)] = 1,
+        patience: Annotated[int, Ge(1)] | None = None,
+        when_stuck: Literal["stop", "continue"] = "stop",
+    ) -> None:
+        super().__init__()
+        self.max_segments = max_segments
+        self.steps = steps
+        self.lengths = lengths
+        self.threshold = threshold
+        self.validations = validations
+        self.patience = patience
+        self.when_stuck = when_stuck
+        self.results: list[StageResult] = []
+        # (optimizer step of the run, stage, accuracy) of every validation
+        self.history: list[tuple[int, int, float]] = []
+        self._begin_stage(first_step=0)
+
+    def _begin_stage(self, first_step: int) -> None:
+        self.first_step = first_step
+        self.seconds = 0.0
+        self.successes = 0
+        self.best = 0.0
+        self.since_best = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last stage is over. A run that has stopped short of it can be resumed with more steps."""
+        last = self.results[-1] if self.results else None
+        return last is not None and last.stage >= self.max_segments and self._may_leave(last.converged)
+
+    def _may_leave(self, converged: bool) -> bool:
+        return converged or self.when_stuck == "continue"
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        trainer.datamodule.lengths = self.lengths
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._clock = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self._count_time()
+
+    def _count_time(self) -> None:
+        now = time.perf_counter()
+        self.seconds += now - self._clock
+        self._clock = now
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._count_time()
+        accuracy = float(trainer.callback_metrics["val/accuracy"])
+        stage = trainer.datamodule.num_segments
+        steps = trainer.global_step - self.first_step
+        converged = self._converged(accuracy)
+        self.history.append((trainer.global_step, stage, accuracy))
+        log.info("stage %d: step %d, accuracy %.4f on %d segments", stage, steps, accuracy, stage)
+        if not converged and steps < at_stage(self.steps, stage):
+            return
+        # A stage that was stuck and has been resumed has a result already, which this one replaces.
+        self.results = [result for result in self.results if result.stage != stage]
+        self.results.append(StageResult(stage, steps, self.seconds, accuracy, converged))
+        log.info(
+            "stage %d %s after %d steps and %.1f s with accuracy %.4f",
+            stage, "converged" if converged else "did not converge", steps, self.seconds, accuracy,
+        )  # fmt: skip
+        if stage >= self.max_segments or not self._may_leave(converged):
+            trainer.should_stop = True
+            return
+        trainer.datamodule.num_segments = stage + 1
+        self._begin_stage(first_step=trainer.global_step)
+        trainer.strategy.setup_optimizers(trainer)
+
+    def _converged(self, accuracy: float) -> bool:
+        self.successes = self.successes + 1 if accuracy >= self.threshold else 0
+        self.since_best = 0 if accuracy > self.best else self.since_best + 1
+        self.best = max(self.best, accuracy)
+        on_plateau = self.patience is not None and self.since_best >= self.patience
+        return self.successes >= self.validations or on_plateau
+
+    def state_dict(self) -> dict[str, Any]:
+        names = ("history", "first_step", "seconds", "successes", "best", "since_best")
+        return {name: getattr(self, name) for name in names} | {
+            "results": [asdict(result) for result in self.results]
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name, value in state_dict.items():
+            setattr(self, name, value)
+        self.results = [StageResult(**result) for result in state_dict["results"]]

@@ -1,0 +1,51 @@
+"""AdamW with linear warm-up and decay, begun anew at each stage of the curriculum (RMT-2023, appendix)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, TypeVar
+
+from annotated_types import Ge, Gt, Le
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+Number = TypeVar("Number", int, float)
+
+
+def at_stage(values: Number | list[Number], num_segments: int) -> Number:
+    """A setting's value at a stage: a list names the first stages' values, and its last entry holds from there on."""
+    if not isinstance(values, list):
+        return values
+    return values[min(num_segments, len(values)) - 1]
+
+
+@dataclass(frozen=True)
+class WarmupDecay:
+    """How weights are optimised within a stage.
+
+    Attributes:
+        steps: budget of a stage, over which the learning rate rises and falls; a list gives one for each stage.
+        lr: highest learning rate; a list gives one for each stage.
+        weight_decay: of all weights.
+        warmup: share of `steps` during which the learning rate rises from 0.
+    """
+
+    steps: Annotated[int, Ge(1)] | list[Annotated[int, Ge(1)]]
+    lr: Annotated[float, Gt(0)] | list[Annotated[float, Gt(0)]]
+    weight_decay: Annotated[float, Ge(0)] = 1e-3
+    warmup: Annotated[float, Ge(0), Le(1)] = 0.1
+
+    def build(self, parameters: Iterable[nn.Parameter], num_segments: int) -> tuple[AdamW, LambdaLR]:
+        """Optimizer and schedule for the stage at which inputs are `num_segments` long."""
+        steps = at_stage(self.steps, num_segments)
+        optimizer = AdamW(parameters, lr=at_stage(self.lr, num_segments), weight_decay=self.weight_decay)
+        rising = self.warmup * steps
+
+        def scale(step: int) -> float:
+            if step < rising:
+                return (step + 1) / (rising + 1)
+            return max(0.0, (steps - step) / max(1.0, steps - rising))
+
+        return optimizer, LambdaLR(optimizer, scale)
