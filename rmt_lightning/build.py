@@ -60,14 +60,15 @@ def build(config: DictConfig, run: Path | None = None, trained: bool = False) ->
     corpora = tokenise(noise, tokenizer, config.cache_dir)
     longest = config.curriculum.max_segments * model.text_length
     for split in SPLITS:
-        if len(corpora[split].tokens) < longest:
+        available = len(corpora[split].tokens)
+        if available < longest:
             raise UserError(
-                f"noise: has {len(corpora[split].tokens)} tokens for {split}, fewer than the {longest} of one sample of "
+                f"noise: has {available} tokens for {split}, fewer than the {longest} of one sample of "
                 f"{config.curriculum.max_segments} segments; give more text or lower curriculum.max_segments"
             )
     placement = Placement(task, corpora, tokenizer, model.text_length, config.seed)
     for split in SPLITS:
-        placement.sample(split, Key(num_segments=1, index=0))
+        placement.sample(split, Key(num_segments=1, number=0))
     return Parts(
         tokenizer,
         instantiate(config.data, placement=placement),
@@ -78,7 +79,7 @@ def build(config: DictConfig, run: Path | None = None, trained: bool = False) ->
 
 
 def save_architecture(parts: Parts, folder: Path) -> None:
-    """Leave tokenizer and backbone config in a run folder, whole or not at all, so that checkpoints can be opened later."""
+    """Leave tokenizer and backbone config in a run folder, each whole or not at all, to open its checkpoints with."""
     model = parts.classifier.model.encoder.model
     for name, part in ((TOKENIZER, parts.tokenizer), (BACKBONE, model.config)):
         with FileLock(folder / f".{name}.lock"):

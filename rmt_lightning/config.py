@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -28,7 +28,9 @@ from rmt_lightning.errors import UserError
 
 # In a wheel conf/ is inside the package, in a checkout beside it.
 _PACKAGE = Path(__file__).parent
-CONF = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir() or folder.parent != _PACKAGE)
+CONF = next(
+    folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir() or folder.parent != _PACKAGE
+)
 
 
 def check(config: DictConfig, path: str = "") -> None:
@@ -37,9 +39,9 @@ def check(config: DictConfig, path: str = "") -> None:
     Raises:
         UserError: naming the key, the value and what is allowed.
     """
-    for name, node in config.items():
-        if isinstance(node, DictConfig):
-            check(node, f"{path}{name}.")
+    for name in map(str, config):
+        if not OmegaConf.is_missing(config, name) and isinstance(config[name], DictConfig):
+            check(config[name], f"{path}{name}.")
     if "_target_" not in config:
         return
     target = get_object(config._target_)
@@ -47,16 +49,14 @@ def check(config: DictConfig, path: str = "") -> None:
     hints = get_type_hints(constructor, include_extras=True)
     if not inspect.signature(constructor).parameters.keys() - {"self"} <= hints.keys():
         hints = get_type_hints(target, include_extras=True)
-    given = {str(key): value for key, value in OmegaConf.to_container(config, resolve=True).items() if key != "_target_"}
-    allowed = [name for name in inspect.signature(target).parameters]
+    given = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    del given["_target_"]
+    allowed = list(inspect.signature(target).parameters)
     for name in given:
         if name not in allowed:
             raise UserError(f"{path}{name}: no such setting of {config._target_}; {_suggest(name, allowed)}")
-    schema = create_model(
-        "Settings",
-        __config__=ConfigDict(strict=True, arbitrary_types_allowed=True),
-        **{name: (hints.get(name, Any), ...) for name in given},
-    )
+    fields: Any = {name: (hints.get(name, Any), ...) for name in given}
+    schema = create_model("Settings", __config__=ConfigDict(strict=True, arbitrary_types_allowed=True), **fields)
     try:
         schema(**given)
     except ValidationError as error:

@@ -21,6 +21,9 @@ class ConsoleHandler(logging.Handler):
 
 def start_logging(file: Path, first_process: bool) -> None:
     """Send our log to the screen and, with dates, to `file`. Other ranks only report trouble."""
+    # Lightning sets up its own log when it is imported; ours has to come after.
+    import lightning.pytorch  # noqa: F401
+
     written = logging.FileHandler(file, delay=True)
     written.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     shown = ConsoleHandler(logging.INFO if first_process else logging.WARNING)

@@ -6,13 +6,11 @@ evaluation.csv and curriculum.png.
 
 from __future__ import annotations
 
-import csv
 import logging
 import os
 import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -24,12 +22,9 @@ from rmt_lightning.errors import UserError
 # What follows takes seconds to import; --help and spelling mistakes should not have to wait for it.
 if TYPE_CHECKING:
     import lightning as L
+    from lightning.pytorch.loggers import Logger
 
-    from rmt_lightning.analysis.extrapolation import LengthResult
-    from rmt_lightning.build import Parts
-    from rmt_lightning.training.curriculum import SegmentCurriculum
-
-log = logging.getLogger(__name__)
+log = logging.getLogger("rmt_lightning.train")
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -44,7 +39,7 @@ def main(config: DictConfig) -> None:
             config = _resumed_config(source, HydraConfig.get().overrides.task)
         if source != folder and _is_first_process() and (folder / CONFIG).exists():
             raise UserError(
-                f"hydra.run.dir={folder}: already holds a run; go on with it by resume={folder}, or choose another folder"
+                f"hydra.run.dir={folder}: already holds a run; choose another folder, or go on with resume={folder}"
             )
         sys.exit(train(config, folder, source, checkpoint))
     finally:
@@ -54,14 +49,18 @@ def main(config: DictConfig) -> None:
 
 def train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Path | None) -> int:
     """Train, or go on training from a checkpoint of the run in `source`; then test. Returns the exit code."""
+    from hydra.utils import instantiate
+
     from rmt_lightning.build import build, save_architecture
+    from rmt_lightning.results import report
     from rmt_lightning.training.checkpoints import LAST, Interrupted, RunCheckpoints, check_fits, read_checkpoint
     from rmt_lightning.training.classification import Diverged
+    from rmt_lightning.training.curriculum import SegmentCurriculum
     from rmt_lightning.training.progress import CurriculumProgress
 
     saved = read_checkpoint(checkpoint) if checkpoint else None
     parts = build(config, run=source, trained=saved is not None)
-    curriculum = _instantiate(config.curriculum)
+    curriculum: SegmentCurriculum = instantiate(config.curriculum)
     if saved and checkpoint:
         check_fits(parts.classifier, saved["state_dict"], checkpoint)
         curriculum.load_state_dict(saved["callbacks"]["SegmentCurriculum"])
@@ -88,7 +87,7 @@ def train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pat
             return 1
     if not trainer.is_global_zero:
         return 0
-    _report(config, folder, trainer, parts, curriculum)
+    report(config.test, folder, trainer, parts, curriculum)
     if not curriculum.finished:
         stage = parts.data.num_segments
         log.error(
@@ -111,7 +110,7 @@ def _origin(resume: str | None, folder: Path) -> tuple[Path | None, Path | None]
 
 
 def _run_folder(resume: str | None, fresh: str) -> str:
-    """Where a run goes: a resumed run stays where it is, one that goes on from an earlier stage gets a folder of its own."""
+    """Where a run goes: a resumed run stays where it is; one that goes on from an earlier stage gets a new folder."""
     if resume is None:
         return fresh
     path = Path(resume)
@@ -136,13 +135,6 @@ def _resumed_config(source: Path, overrides: list[str]) -> DictConfig:
     return config
 
 
-def _instantiate(node: DictConfig) -> SegmentCurriculum:
-    from hydra.utils import instantiate
-
-    curriculum: SegmentCurriculum = instantiate(node)
-    return curriculum
-
-
 def _trainer(config: DictConfig, folder: Path, callbacks: list[L.Callback]) -> L.Trainer:
     import torch
     from hydra.utils import instantiate
@@ -150,9 +142,10 @@ def _trainer(config: DictConfig, folder: Path, callbacks: list[L.Callback]) -> L
 
     from rmt_lightning.training.checkpoints import AtomicCheckpointIO
 
-    loggers = [CSVLogger(folder, name="metrics", flush_logs_every_n_steps=config.data.steps_per_epoch)]
+    loggers: list[Logger] = [CSVLogger(folder, name="metrics", flush_logs_every_n_steps=config.data.steps_per_epoch)]
     if "_target_" in config.logger:
         loggers.append(instantiate(config.logger))
+        loggers[-1].log_hyperparams(cast(dict[str, Any], OmegaConf.to_container(config, resolve=True)))
     on_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     trainer: L.Trainer = instantiate(
         config.trainer,
@@ -172,59 +165,6 @@ def _trainer(config: DictConfig, folder: Path, callbacks: list[L.Callback]) -> L
     return trainer
 
 
-def _report(config: DictConfig, folder: Path, trainer: L.Trainer, parts: Parts, curriculum: SegmentCurriculum) -> None:
-    """Test the run on longer and longer inputs; print and save what it has learnt."""
-    from rich import get_console
-    from rich.progress import track
-    from rich.table import Table
-
-    from rmt_lightning.analysis import figures
-    from rmt_lightning.analysis.extrapolation import evaluate_length
-
-    console = get_console()
-    table = Table("stage", "segments", "steps", "seconds", "accuracy", title="Curriculum")
-    for stage in curriculum.results:
-        mark = "" if stage.converged else " (not converged)"
-        segments = str(stage.stage) if curriculum.lengths == "exact" or stage.stage == 1 else f"1–{stage.stage}"
-        accuracy = f"{stage.accuracy:.4f}{mark}"
-        table.add_row(str(stage.stage), segments, str(stage.steps), f"{stage.seconds:.1f}", accuracy)
-    console.print(table)
-    _write_csv(folder / "stages.csv", [asdict(stage) for stage in curriculum.results])
-
-    device = trainer.strategy.root_device
-    classifier = parts.classifier.to(device).eval()
-    lengths: list[LengthResult] = []
-    with trainer.precision_plugin.forward_context():
-        for n in track(config.test.segments, "testing", console=console, transient=True, disable=not console.is_terminal):
-            samples, batch = config.test.samples, 2 * config.data.batch_size
-            lengths.append(evaluate_length(classifier, parts.data, n, samples, batch, device))
-    text_length = parts.classifier.model.text_length
-    table = Table("segments", "tokens of text", "accuracy", "95% interval", title=f"Test on {config.test.samples} samples")
-    for result in lengths:
-        low, high = result.interval
-        tokens = f"{result.segments * text_length:,}"
-        table.add_row(str(result.segments), tokens, f"{result.accuracy:.4f}", f"{low:.3f} – {high:.3f}")
-    console.print(table)
-    rows = [asdict(r) | {"accuracy": r.accuracy, "low": r.interval[0], "high": r.interval[1]} for r in lengths]
-    _write_csv(folder / "evaluation.csv", rows)
-    answers = len(parts.data.placement.task.answers)
-    name = parts.data.placement.task.name
-    figure = figures.curriculum(curriculum.history, lengths, curriculum.results[-1].stage, 1 / answers, f"task={name}")
-    figure.savefig(folder / "curriculum.png", dpi=150)
-    console.print(
-        f"Everything is in [bold]{os.path.relpath(folder)}[/]: config.yaml, {HydraConfig.get().job.name}.log, tokenizer/, "
-        "metrics/ (csv), checkpoints/stage-<n>.ckpt and last.ckpt, stages.csv, evaluation.csv, curriculum.png",
-        highlight=False,
-    )
-
-
-def _write_csv(path: Path, rows: list[dict[str, object]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def _is_first_process() -> bool:
     return int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
 
@@ -233,7 +173,7 @@ def _wandb_has_no_key() -> bool:
     """Without a key wandb would ask for one, or fail."""
     import wandb
 
-    return not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+    return not wandb.api.api_key
 
 
 OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)

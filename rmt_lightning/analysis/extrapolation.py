@@ -35,7 +35,8 @@ class LengthResult:
         z, n, p = 1.959964, self.samples, self.accuracy
         centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
         half = z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5 / (1 + z**2 / n)
-        return max(0.0, centre - half), min(1.0, centre + half)
+        # Rounding must not leave the accuracy outside of its interval.
+        return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
 
 
 @torch.inference_mode()

@@ -37,7 +37,9 @@ def curriculum(
         shade = 0.25 + 0.75 * stage / max(stages)
         left.plot(*zip(*points, strict=True), "o-", color=(0.1, 0.3, 0.6, shade), markersize=3.5)
         left.annotate(str(stage), points[-1], textcoords="offset points", xytext=(0, 5), ha="center", fontsize=8)
-    left.set(xlabel="optimizer step", ylabel="validation accuracy", ylim=(0, 1.1), title="Curriculum (numbers: segments)")
+    left.set(
+        xlabel="optimizer step", ylabel="validation accuracy", ylim=(0, 1.1), title="Curriculum (numbers: segments)"
+    )
 
     numbers = [result.segments for result in lengths]
     accuracy = [result.accuracy for result in lengths]
@@ -47,7 +49,9 @@ def curriculum(
     right.axvspan(min(numbers), trained_to, color="0.93", zorder=0)
     right.set_xscale("log", base=2)
     right.set_xticks(numbers, [str(number) for number in numbers])
-    right.set(xlabel="segments of the input", ylabel="test accuracy", ylim=(0, 1.1), title="Test (grey: lengths trained on)")
+    right.set(
+        xlabel="segments of the input", ylabel="test accuracy", ylim=(0, 1.1), title="Test (grey: lengths trained on)"
+    )
     for axes in (left, right):
         axes.axhline(chance, color=CHANCE, linestyle=":", linewidth=1)
         axes.spines[["top", "right"]].set_visible(False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, cast
 
 import torch
 from annotated_types import Ge
@@ -43,16 +43,20 @@ class Encoder(nn.Module):
         super().__init__()
         # A pooler would be computed for nothing, and DDP does not like parameters without gradient.
         if getattr(model, "pooler", None) is not None:
-            model.pooler = None
+            setattr(model, "pooler", None)  # noqa: B010 - a plain assignment is no valid type
         self.model = model
-        self.cls_token_id = _first(tokenizer.cls_token_id, tokenizer.bos_token_id)
-        self.sep_token_id = _first(tokenizer.sep_token_id, tokenizer.eos_token_id)
-        self.pad_token_id = _first(tokenizer.pad_token_id, self.sep_token_id)
-        if self.cls_token_id is None or self.sep_token_id is None:
+        cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
+        if cls is None or sep is None:
             raise UserError(
                 f"backbone: {model.config.model_type} has no tokens to begin and to end a segment; choose an encoder "
                 "such as BERT, RoBERTa, DistilBERT, ELECTRA, MPNet or ModernBERT"
             )
+        self.cls_token_id = int(cls)
+        self.sep_token_id = int(sep)
+
+    @property
+    def _words(self) -> nn.Embedding:
+        return cast(nn.Embedding, self.model.get_input_embeddings())
 
     @property
     def width(self) -> int:
@@ -62,12 +66,12 @@ class Encoder(nn.Module):
     @property
     def embedding_width(self) -> int:
         """E. ELECTRA's is smaller than D."""
-        return int(self.model.get_input_embeddings().weight.shape[1])
+        return int(self._words.weight.shape[1])
 
     @property
     def embedding_scale(self) -> float:
         """Standard deviation of the word embeddings."""
-        return float(self.model.get_input_embeddings().weight.detach().std())
+        return float(self._words.weight.detach().std())
 
     @property
     def max_positions(self) -> int:
@@ -80,7 +84,7 @@ class Encoder(nn.Module):
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Word embeddings, before positions are added: (B, N) -> (B, N, E)."""
-        embedded: Tensor = self.model.get_input_embeddings()(input_ids)
+        embedded: Tensor = self._words(input_ids)
         return embedded
 
     def forward(self, embeddings: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -117,7 +121,7 @@ class TinyBert:
         layers: Annotated[int, Ge(1)] = 4,
         heads: Annotated[int, Ge(1)] = 4,
         max_positions: Annotated[int, Ge(1)] = 512,
-        vocabulary_size: Annotated[int, Ge(100)] = 2000,
+        vocabulary_size: Annotated[int, Ge(300)] = 2000,
         dropout: Annotated[float, Ge(0)] = 0.0,
     ) -> None:
         if width % heads:
@@ -130,13 +134,17 @@ class TinyBert:
         self.dropout = dropout
 
     def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
-        special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        tokenizer.decoder = decoders.WordPiece()
-        trainer = trainers.WordPieceTrainer(
-            vocab_size=self.vocabulary_size, special_tokens=list(special.values()), show_progress=False
+        # Byte-level BPE knows every character, and comes out the same each time; the trainer of WordPiece does not.
+        special = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.normalizer = normalizers.Lowercase()
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=self.vocabulary_size,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            special_tokens=list(special.values()),
+            show_progress=False,
         )
         tokenizer.train_from_iterator(texts, trainer)
         return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
@@ -151,7 +159,6 @@ class TinyBert:
             max_position_embeddings=self.max_positions,
             hidden_dropout_prob=self.dropout,
             attention_probs_dropout_prob=self.dropout,
-            initializer_range=self.width**-0.5,
             pad_token_id=tokenizer.pad_token_id,
         )
         return Encoder(BertModel(config, add_pooling_layer=False), tokenizer)
@@ -180,14 +187,14 @@ class Pretrained:
 
     def _load(self, auto_class: Any, **options: Any) -> Any:
         if os.sep in self.name and self.name.count("/") != 1 and not Path(self.name).is_dir():
-            raise UserError(f"backbone.name={self.name}: no such folder; give a folder or an id on the Hugging Face Hub")
+            raise UserError(f"backbone.name={self.name}: no such folder; give a folder or a Hugging Face Hub id")
         try:
             return auto_class.from_pretrained(self.name, **options)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
-                f"backbone.name={self.name}: cannot be loaded ({reason}); give a folder that holds a model, or an id on "
-                "the Hugging Face Hub while the network is there, or use backbone=tiny_bert"
+                f"backbone.name={self.name}: cannot be loaded ({reason}); give a folder that holds a model, or a "
+                "Hugging Face Hub id while the network is there, or use backbone=tiny_bert"
             ) from None
 
 
@@ -209,7 +216,3 @@ class Restored:
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase) -> Encoder:
         return Encoder(AutoModel.from_config(AutoConfig.from_pretrained(self.config_folder)), tokenizer)
-
-
-def _first(*values: int | None) -> int | None:
-    return next((value for value in values if value is not None), None)

@@ -65,7 +65,7 @@ class RMTEncoder(nn.Module):
         self.text_length = segment_length - memory_size - self.NUM_SPECIAL_TOKENS
         if self.text_length < 1:
             raise UserError(
-                f"data.segment_length={segment_length}: {memory_size} memory tokens and {self.NUM_SPECIAL_TOKENS} special "
+                f"data.segment_length={segment_length}: {memory_size} memory and {self.NUM_SPECIAL_TOKENS} special "
                 f"tokens leave no room for text; give more than {memory_size + self.NUM_SPECIAL_TOKENS}"
             )
         self.encoder = encoder
@@ -147,8 +147,8 @@ class RMTEncoder(nn.Module):
             segments = (Segment(ids) for ids in chain([first], stream))
         if state is None:
             state = self.initial_state(batch_size)
-        for hidden, state in unroll(self.step, segments, state, self.bptt_depth, self.gradient_checkpointing):
-            pass
+        for result in unroll(self.step, segments, state, self.bptt_depth, self.gradient_checkpointing):
+            hidden, state = result
         if hidden.requires_grad:
             # Truncation may leave the first memory without gradient. DDP then computes wrong averages in silence.
             hidden = hidden + 0 * self.memory.sum()

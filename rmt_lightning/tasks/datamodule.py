@@ -6,7 +6,7 @@ Shapes: B batch, T segments, S text tokens of a segment.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import lightning as L
 import numpy as np
@@ -57,12 +57,15 @@ class TrainingKeys(Sampler[list[Key]]):
         for batch in range(first, last):
             num_segments = data.draw_length(batch)
             start = (batch * data.world_size + data.rank) * data.batch_size
-            yield [Key(num_segments, index) for index in range(start, start + data.batch_size)]
+            yield [Key(num_segments, number) for number in range(start, start + data.batch_size)]
 
 
 class ValidationKeys(Sampler[list[Key]]):
-    """The fixed keys of one validation: `validation_samples` at the full length and, if training mixes lengths, an eighth
-    as many at each shorter one. No sample is seen twice, whatever the number of ranks."""
+    """The fixed keys of a validation, each seen once whatever the number of ranks.
+
+    There are `validation_samples` at the full length and, if training mixes lengths, an eighth as many at each shorter
+    one.
+    """
 
     def __init__(self, data: FactDataModule) -> None:
         self.data = data
@@ -72,7 +75,7 @@ class ValidationKeys(Sampler[list[Key]]):
         shortest = 1 if data.lengths == "uniform" else data.num_segments
         for num_segments in range(shortest, data.num_segments + 1):
             share = 1 if num_segments == data.num_segments else 8
-            keys = [Key(num_segments, index) for index in range(-(-data.validation_samples // share))]
+            keys = [Key(num_segments, number) for number in range(-(-data.validation_samples // share))]
             mine = keys[data.rank :: data.world_size]
             yield from (mine[i : i + 2 * data.batch_size] for i in range(0, len(mine), 2 * data.batch_size))
 
@@ -148,13 +151,13 @@ class FactDataModule(L.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
         )
 
-    def stream(self, split: Split, num_segments: int, indices: range) -> tuple[Iterator[Tensor], Tensor, Tensor]:
+    def stream(self, split: Split, num_segments: int, numbers: range) -> tuple[Iterator[Tensor], Tensor, Tensor]:
         """Samples side by side, one segment at a time, for inputs too long to be held at once.
 
         Returns:
             An iterator of T tensors (B, S), the labels (B,) and the distances (B,).
         """
-        samples = [self.placement.sample(split, Key(num_segments, index)) for index in indices]
+        samples = [self.placement.sample(split, Key(num_segments, number)) for number in numbers]
         segments = (torch.from_numpy(np.stack(rows)) for rows in zip(*(s.segments for s in samples), strict=True))
         return segments, torch.tensor([s.answer for s in samples]), torch.tensor([s.distance for s in samples])
 
@@ -164,3 +167,8 @@ class FactDataModule(L.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self.num_segments = state_dict["num_segments"]
         self.consumed = state_dict["consumed"]
+
+
+def data_of(trainer: L.Trainer) -> FactDataModule:
+    """The data module of a trainer, which Lightning attaches without declaring it."""
+    return cast(FactDataModule, cast(Any, trainer).datamodule)

@@ -133,9 +133,13 @@ class Reasoning:
 
     def draw(self, rng: np.random.Generator, split: Split) -> Example:
         while True:
-            left, middle, right, axis = pick(rng, split, len(PLACES), len(PLACES), len(PLACES), len(DIRECTIONS))
-            if len({left, middle, right}) == 3:
+            # How far the outer places stand behind the middle one in the list of places, less one. Held out are ways in
+            # which three places can lie, whichever they are, so that the answers stay even.
+            one, other, axis = pick(rng, split, len(PLACES) - 1, len(PLACES) - 1, len(DIRECTIONS))
+            if one != other:
                 break
+        middle = int(rng.integers(len(PLACES)))
+        left, right = ((middle + 1 + behind) % len(PLACES) for behind in (one, other))
         # `left` lies in direction d of `middle`, and `right` on the other side of it.
         d = DIRECTIONS[axis]
         facts = [self._state(rng, left, d, middle), self._state(rng, right, OPPOSITE[d], middle)]
@@ -180,13 +184,14 @@ class Carried:
     answers = PLACES
 
     def draw(self, rng: np.random.Generator, split: Split) -> Example:
-        who, what, where = pick(rng, split, len(PEOPLE), len(OBJECTS), len(PLACES))
+        who, what, where, verb = pick(rng, split, len(PEOPLE), len(OBJECTS), len(PLACES), len(VERBS))
         other_who, other_what, other_where = (
             int((own + rng.integers(1, size)) % size)
             for own, size in ((who, len(PEOPLE)), (what, len(OBJECTS)), (where, len(PLACES)))
         )
-        mine = [self._take(rng, who, what), self._go(rng, who, where)]
-        theirs = [self._take(rng, other_who, other_what), self._go(rng, other_who, other_where)]
+        other_verb = int(rng.integers(len(VERBS)))
+        mine = [self._take(rng, who, what), self._go(who, verb, where)]
+        theirs = [self._take(rng, other_who, other_what), self._go(other_who, other_verb, other_where)]
         # Everybody takes before they go; apart from that the two stories are interleaved at random.
         slots = rng.permutation(np.array([True, True, False, False]))
         support = (int(np.flatnonzero(slots)[0]), int(np.flatnonzero(slots)[1]))
@@ -198,8 +203,8 @@ class Carried:
         return f"{PEOPLE[person]} {PICK_UPS[rng.integers(len(PICK_UPS))]} the {OBJECTS[thing]}."
 
     @staticmethod
-    def _go(rng: np.random.Generator, person: int, place: int) -> str:
-        return f"{PEOPLE[person]} {VERBS[rng.integers(len(VERBS))]} to the {PLACES[place]}."
+    def _go(person: int, verb: int, place: int) -> str:
+        return f"{PEOPLE[person]} {VERBS[verb]} to the {PLACES[place]}."
 
     def sentences(self) -> Iterator[str]:
         yield from (f"Where is the {thing}?" for thing in OBJECTS)
@@ -255,7 +260,9 @@ class Babi:
         for number, line in enumerate(lines, start=1):
             match = _BABI_LINE.match(line)
             if match is None:
-                raise UserError(f"task.path={path}: line {number} is not of the form '<number> <sentence>' of bAbI files")
+                raise UserError(
+                    f"task.path={path}: line {number} is not of the form '<number> <sentence>' of bAbI files"
+                )
             position, text, answer, support = int(match[1]), match[2], match[3], match[4]
             if position == 1 and facts:
                 yield story

@@ -31,7 +31,8 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 # The space after a full stop, question or exclamation mark and perhaps a closing quote, before a capital or a quote;
 # not after titles and initials.
 _SENTENCE_END = re.compile(
-    r"(?:(?<=[.!?])|(?<=[.!?][\"'”’)]))(?<!\bMr\.)(?<!\bMrs\.)(?<!\bDr\.)(?<!\bSt\.)(?<!\b[A-Z]\.) (?=[\"'“‘(]?[A-Z0-9])"
+    r"(?:(?<=[.!?])|(?<=[.!?][\"'”’)]))(?<!\bMr\.)(?<!\bMrs\.)(?<!\bDr\.)(?<!\bSt\.)(?<!\b[A-Z]\.)"
+    r" (?=[\"'“‘(]?[A-Z0-9])"
 )
 # A text with fewer documents than there are splits is cut into this many passages, which then count as documents.
 _PASSAGES = 20
@@ -261,7 +262,9 @@ def tokenise(noise: Noise, tokenizer: PreTrainedTokenizerBase, cache_dir: str | 
                 for split in SPLITS:
                     _write(noise.documents(split), tokenizer, partial / split)
                     if Corpus.open(partial / split).num_documents == 0:
-                        raise UserError(f"noise: no document is left for {split}; give at least {len(SPLITS)} sentences")
+                        raise UserError(
+                            f"noise: no document is left for {split}; give at least {len(SPLITS)} sentences"
+                        )
                 os.rename(partial, folder)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -281,7 +284,11 @@ def _write(documents: Iterable[list[str]], tokenizer: PreTrainedTokenizerBase, f
     sentence_lengths: list[int] = []
     document_lengths: list[int] = []
     for document in documents:
-        ids = [i for i in tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] if i] if document else []
+        ids = (
+            [i for i in tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] if i]
+            if document
+            else []
+        )
         if ids:
             pieces.append(np.fromiter((token for sentence in ids for token in sentence), dtype=dtype))
             sentence_lengths += map(len, ids)

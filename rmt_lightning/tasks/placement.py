@@ -27,7 +27,7 @@ class Key(NamedTuple):
     """Names a sample of a split: its length and its number."""
 
     num_segments: int
-    index: int
+    number: int
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Placement:
             UserError: if a segment is too short for the question and the facts.
         """
         # The key of the generator names the stream, its counter's upper half the sample, its lower half counts.
-        counter = [0, 0, key.num_segments, key.index]
+        counter = [0, 0, key.num_segments, key.number]
         rng = np.random.Generator(np.random.Philox(key=[self.seed, SPLITS.index(split)], counter=counter))
         for _ in range(_ATTEMPTS):
             example = self.task.draw(rng, split)
@@ -93,7 +93,8 @@ class Placement:
         else:
             raise UserError(
                 f"data.segment_length: leaves room for {self.text_length} tokens of text, too small for the facts and "
-                f"the question of task={self.task.name} ({self._size(example)} tokens); raise it or lower model.memory_size"
+                f"the question of task={self.task.name} ({self._size(example)} tokens); raise it, or lower "
+                "model.memory_size"
             )
         segments = self._fill(Reader(self.corpora[split], rng), rng, facts, homes, question, key.num_segments)
         first_needed = min(homes[fact] for fact in example.support)

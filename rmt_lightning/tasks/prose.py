@@ -19,30 +19,36 @@ LOOK_ALIKES = 0.1
 WORDS: dict[str, tuple[str, ...]] = {
     name: tuple(words.split(","))
     for name, words in {
-        "name": "Harriet,Oswald,Beatrice,Edmund,Clara,Rufus,Agnes,Tobias,Miriam,Felix,Prudence,Gideon,Lavinia,Ambrose,"
-        "Cecily,Jasper,Winifred,Silas,Rosalind,Hector,Margery,Leopold,Dorothea,Barnaby,Isolde,Percival,Flora,Cyril",
+        "name": "Harriet,Oswald,Beatrice,Edmund,Clara,Rufus,Agnes,Tobias,Miriam,Felix,Prudence,Gideon,Lavinia,"
+        "Ambrose,Cecily,Jasper,Winifred,Silas,Rosalind,Hector,Margery,Leopold,Dorothea,Barnaby,Isolde,"
+        "Percival,Flora,Cyril",
         "role": "the captain,the baker,the old doctor,the stranger,the ferryman,the schoolmistress,the blacksmith,"
-        "the young pilot,the widow,the gardener's boy,the magistrate,the tailor,the night watchman,the engineer",
+        "the young pilot,the widow,the gardener's boy,the magistrate,the tailor,the night watchman,"
+        "the engineer",
         "building": "library,cellar,stables,attic,chapel,mill,market,harbour,lighthouse,courtyard,station,tavern,"
         "workshop,greenhouse,barn,tower,theatre,bakery,armoury,pantry,ballroom,orchard,observatory,dockyard",
         "land": "valley,moor,river,forest,marsh,hills,coast,meadow,canal,quarry,bridge,island,road,village,glacier",
-        "thing": "lantern,letter,map,ledger,violin,umbrella,compass,kettle,clock,telescope,suitcase,basket,mirror,coin,"
-        "diary,hammer,rope,candle,blanket,photograph,parcel,whistle,manuscript,saddle,key,notebook,barrel,chess set",
+        "thing": "lantern,letter,map,ledger,violin,umbrella,compass,kettle,clock,telescope,suitcase,basket,mirror,"
+        "coin,diary,hammer,rope,candle,blanket,photograph,parcel,whistle,manuscript,saddle,key,notebook,"
+        "barrel,chess set",
         "adjective": "old,narrow,quiet,bright,broken,heavy,strange,familiar,empty,crooked,pale,warm,distant,dusty,"
         "splendid,plain,forgotten,curious,gentle,bitter,faded,enormous,shallow,stubborn,delicate,wet",
         "feeling": "relief,doubt,anger,wonder,shame,hope,boredom,sorrow,delight,fear,pride,envy,impatience,regret",
         "weather": "rain,fog,snow,wind,frost,sunlight,thunder,hail,mist,heat",
-        "time": "that evening,in the morning,before dawn,a week later,at noon,after supper,during the storm,by midnight,"
-        "the next day,towards autumn,at the end of the month,when the bells rang,long afterwards,on the third day",
+        "time": "that evening,in the morning,before dawn,a week later,at noon,after supper,by midnight,"
+        "during the storm,the next day,towards autumn,at the end of the month,when the bells rang,"
+        "on the third day,long afterwards",
         "manner": "slowly,without a word,with great care,in a hurry,as if in a dream,quite cheerfully,in silence,"
         "against all advice,for the second time,with a shrug,rather late,under protest",
         "said": "said,replied,whispered,muttered,cried,answered,remarked,insisted",
         "work": "mended the roof,counted the coins,fed the horses,wrote to a cousin,polished the silver,read aloud,"
-        "argued about the weather,drew up a list,waited for news,played a slow tune,swept the floor,boiled water,"
-        "studied the stars,sharpened the tools,packed for the journey,cut the bread,listened at the door",
+        "argued about the weather,drew up a list,waited for news,played a slow tune,swept the floor,"
+        "boiled water,studied the stars,sharpened the tools,packed for the journey,cut the bread,"
+        "listened at the door",
         "opinion": "nobody would come,the bridge had been washed away,the price was too high,the war was over,"
-        "it had all been a mistake,the ship was already lost,there was still time,someone had lied,the harvest would fail,"
-        "the machine could be repaired,the letter was a forgery,the house was watched,winter would be mild",
+        "it had all been a mistake,the ship was already lost,there was still time,someone had lied,"
+        "the house was watched,the harvest would fail,the machine could be repaired,"
+        "the letter was a forgery,winter would be mild",
         "speech": "We cannot stay here,It is only a matter of time,I have seen worse,You never told me that,"
         "There must be another way,Nothing is settled yet,I would not open it,Ask me again tomorrow,"
         "That is what they all say,Leave it where it is,I remember it well,Somebody has been here before us,"
@@ -72,7 +78,7 @@ NARRATIVE = (
     "With {feeling} {person} looked at the {adjective} {thing}.",
     "{Time} the {land} seemed {adjective}, almost {adjective}.",
     "What {person} wanted was a {thing}, a {adjective} fire and {number} hours of sleep.",
-    "{person} remembered the {building} of a {adjective} childhood: the {thing}, the {weather}, the smell of the {land}.",
+    "{person} remembered a {adjective} childhood: the {building}, the {thing}, the smell of the {land}.",
     "Everybody in the {building} agreed that {opinion}.",
     "They sold the {thing} for {number} coins and bought a {thing}.",
     "Was it {feeling}, or only the {weather}?",

@@ -17,6 +17,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
 from rmt_lightning.errors import UserError
+from rmt_lightning.tasks.datamodule import data_of
 from rmt_lightning.training.curriculum import SegmentCurriculum
 
 log = logging.getLogger(__name__)
@@ -37,8 +38,10 @@ class Interrupted(Exception):
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and moves it there when it is on the disk, so that no reader ever meets half a
-    file, and the previous checkpoint survives a kill or a full disk."""
+    """Writes a checkpoint beside its place and moves it there once it is on the disk.
+
+    So nobody ever reads half a file, and the previous checkpoint survives a kill or a full disk.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
@@ -125,7 +128,7 @@ class RunCheckpoints(Callback):
         return asked
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        trainer.datamodule.consumed += 1
+        data_of(trainer).consumed += 1
         # Lightning would skip the validation of an epoch that is resumed behind its last batch.
         if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and self._asked_to_stop(trainer):
             self._save_and_stop(trainer)

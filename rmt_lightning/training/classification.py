@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from rmt_lightning.models.rmt import RMTEncoder
+from rmt_lightning.tasks.datamodule import data_of
 from rmt_lightning.training.optimization import WarmupDecay
 
 
@@ -29,6 +30,8 @@ class SlicedAccuracy(Metric):
     """
 
     full_state_update = False
+    right: Tensor
+    seen: Tensor
 
     def __init__(self, longest: int) -> None:
         super().__init__()
@@ -91,7 +94,7 @@ class FactClassifier(L.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
         samples, segments, _ = batch["input_ids"].shape
-        tokens = samples * segments * self.trainer.datamodule.segment_length * self.trainer.world_size
+        tokens = samples * segments * data_of(self.trainer).segment_length * self.trainer.world_size
         self.log("train/tokens_per_second", tokens / (time.perf_counter() - self._batch_began))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -107,5 +110,5 @@ class FactClassifier(L.LightningModule):
         self.log_dict({f"val/accuracy_{name}": value for name, value in accuracy.items()})
 
     def configure_optimizers(self) -> Any:
-        optimizer, schedule = self.optimization.build(self.parameters(), self.trainer.datamodule.num_segments)
+        optimizer, schedule = self.optimization.build(self.parameters(), data_of(self.trainer).num_segments)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -11,6 +11,7 @@ import lightning as L
 from annotated_types import Ge, Gt, Le
 from lightning.pytorch.callbacks import Callback
 
+from rmt_lightning.tasks.datamodule import data_of
 from rmt_lightning.training.optimization import at_stage
 
 log = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ class SegmentCurriculum(Callback):
         return converged or self.when_stuck == "continue"
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        trainer.datamodule.lengths = self.lengths
+        data_of(trainer).lengths = self.lengths
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._clock = time.perf_counter()
@@ -111,7 +112,7 @@ class SegmentCurriculum(Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._count_time()
         accuracy = float(trainer.callback_metrics["val/accuracy"])
-        stage = trainer.datamodule.num_segments
+        stage = data_of(trainer).num_segments
         steps = trainer.global_step - self.first_step
         converged = self._converged(accuracy)
         self.history.append((trainer.global_step, stage, accuracy))
@@ -128,7 +129,7 @@ class SegmentCurriculum(Callback):
         if stage >= self.max_segments or not self._may_leave(converged):
             trainer.should_stop = True
             return
-        trainer.datamodule.num_segments = stage + 1
+        data_of(trainer).num_segments = stage + 1
         self._begin_stage(first_step=trainer.global_step)
         trainer.strategy.setup_optimizers(trainer)
 
@@ -141,9 +142,7 @@ class SegmentCurriculum(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         names = ("history", "first_step", "seconds", "successes", "best", "since_best")
-        return {name: getattr(self, name) for name in names} | {
-            "results": [asdict(result) for result in self.results]
-        }
+        return {name: getattr(self, name) for name in names} | {"results": [asdict(result) for result in self.results]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for name, value in state_dict.items():

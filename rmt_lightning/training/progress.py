@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from rich import get_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from rmt_lightning.tasks.datamodule import data_of
 from rmt_lightning.training.curriculum import SegmentCurriculum
 from rmt_lightning.training.optimization import at_stage
 
@@ -51,14 +52,14 @@ class CurriculumProgress(Callback):
     def _show(self, trainer: L.Trainer) -> None:
         if not self.progress.tasks:
             return
-        stage = trainer.datamodule.num_segments
+        stage = data_of(trainer).num_segments
         metrics = trainer.callback_metrics
         self.progress.update(
             self.task,
             completed=trainer.global_step - self.curriculum.first_step,
             total=at_stage(self.curriculum.steps, stage),
             stage=stage,
-            segments=stage if trainer.datamodule.lengths == "exact" else f"1–{stage}",
+            segments=stage if data_of(trainer).lengths == "exact" else f"1–{stage}",
             accuracy=f"{float(metrics['val/accuracy']):.3f}" if "val/accuracy" in metrics else "–",
             speed=f"{float(metrics['train/tokens_per_second']):,.0f}" if "train/tokens_per_second" in metrics else "–",
         )

@@ -1,0 +1,52 @@
+"""Recurrent Memory Transformers on PyTorch Lightning."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rmt_lightning.errors import UserError
+    from rmt_lightning.models.backbone import Encoder, Pretrained, TinyBert
+    from rmt_lightning.models.recurrence import Segment, unroll
+    from rmt_lightning.models.rmt import RMTEncoder
+    from rmt_lightning.tasks.datamodule import FactDataModule
+    from rmt_lightning.tasks.placement import Placement
+    from rmt_lightning.training.classification import FactClassifier
+    from rmt_lightning.training.curriculum import SegmentCurriculum
+
+# Where each public name lives. They are imported when first used: --help should not have to wait for torch.
+_HOMES = {
+    "Encoder": "models.backbone",
+    "FactClassifier": "training.classification",
+    "FactDataModule": "tasks.datamodule",
+    "Placement": "tasks.placement",
+    "Pretrained": "models.backbone",
+    "RMTEncoder": "models.rmt",
+    "Segment": "models.recurrence",
+    "SegmentCurriculum": "training.curriculum",
+    "TinyBert": "models.backbone",
+    "UserError": "errors",
+    "unroll": "models.recurrence",
+}
+
+__version__ = "0.1.0"
+__all__ = [
+    "Encoder",
+    "FactClassifier",
+    "FactDataModule",
+    "Placement",
+    "Pretrained",
+    "RMTEncoder",
+    "Segment",
+    "SegmentCurriculum",
+    "TinyBert",
+    "UserError",
+    "unroll",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

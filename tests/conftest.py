@@ -1,0 +1,110 @@
+"""A small world that most tests share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rmt_lightning.models.backbone import TinyBert
+from rmt_lightning.models.rmt import RMTEncoder
+from rmt_lightning.tasks.facts import Carried, Detect, Reasoning, Split
+from rmt_lightning.tasks.noise import Corpus, Prose, tokenise
+from rmt_lightning.tasks.placement import Placement
+
+# Two cores are shared by two test processes.
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+
+# A run of a few seconds: three stages of two short epochs each, whatever the accuracy.
+SMALL = (
+    "backbone.width=16",
+    "backbone.layers=1",
+    "backbone.heads=2",
+    "backbone.vocabulary_size=900",
+    "noise.documents=20",
+    "data.segment_length=40",
+    "data.batch_size=4",
+    "data.steps_per_epoch=3",
+    "data.validation_samples=16",
+    "curriculum.max_segments=3",
+    "curriculum.steps=6",
+    "curriculum.when_stuck=continue",
+    "curriculum.validations=99",
+    "test.segments=[1,4]",
+    "test.samples=8",
+)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip("the data folder that is shared between developers is not here")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    texts = chain(Detect().sentences(), Carried().sentences(), Reasoning().sentences())
+    prose = (sentence for document in Prose(20).documents("train") for sentence in document)
+    return TinyBert(vocabulary_size=900).tokenizer(chain(texts, prose))
+
+
+@pytest.fixture(scope="session")
+def corpora(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> dict[Split, Corpus]:
+    return tokenise(Prose(20), tokenizer, tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def placement(corpora: dict[Split, Corpus], tokenizer: PreTrainedTokenizerBase) -> Placement:
+    return Placement(Detect(), corpora, tokenizer, text_length=30, seed=7)
+
+
+@pytest.fixture
+def make_model(tokenizer: PreTrainedTokenizerBase) -> Callable[..., RMTEncoder]:
+    def make(segment_length: int = 20, memory_size: int = 4, double: bool = True, **options: int) -> RMTEncoder:
+        torch.manual_seed(0)
+        encoder = TinyBert(width=16, layers=2, heads=2, max_positions=64).encoder(tokenizer)
+        model = RMTEncoder(encoder, segment_length, memory_size, **options)
+        # In double precision, differences between two ways to the same result are rounding only.
+        return model.double() if double else model
+
+    return make
+
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("noise-cache")
+
+
+@pytest.fixture
+def environment(cache: Path) -> dict[str, str]:
+    """What a stranger's shell would have: no key, no terminal, a cache of its own."""
+    private = ("WANDB_", "RMT_", "LOCAL_RANK", "NODE_RANK", "PYTEST_")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(private)}
+    own = {"RMT_LIGHTNING_CACHE": str(cache), "OMP_NUM_THREADS": "1", "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
+    return kept | own | {"NETRC": os.devnull, "WANDB_SILENT": "true"}
+
+
+@pytest.fixture
+def train(environment: dict[str, str], tmp_path: Path) -> Run:
+    """The real command, in an empty folder."""
+
+    def run(*overrides: str, small: bool = True, driver: str | None = None) -> subprocess.CompletedProcess[str]:
+        program = ["-c", driver] if driver else ["-m", "rmt_lightning.train"]
+        command = [sys.executable, *program, *(SMALL if small else ()), *overrides]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+
+    return run

@@ -1,0 +1,120 @@
+"""Every kind of encoder that the README names, with small random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    DistilBertConfig,
+    ElectraConfig,
+    ModernBertConfig,
+    MPNetConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    RobertaConfig,
+)
+from transformers.models.auto.modeling_auto import AutoModel
+
+from rmt_lightning.errors import UserError
+from rmt_lightning.models.backbone import Encoder, Pretrained, Restored, TinyBert
+from rmt_lightning.models.rmt import RMTEncoder
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+CONFIGS: dict[str, tuple[PreTrainedConfig, int]] = {
+    "bert": (BertConfig(vocab_size=1000, max_position_embeddings=48, **SMALL), 48),
+    "roberta": (RobertaConfig(vocab_size=1000, max_position_embeddings=50, pad_token_id=1, **SMALL), 48),
+    "distilbert": (
+        DistilBertConfig(vocab_size=1000, max_position_embeddings=48, dim=16, n_layers=2, n_heads=2, hidden_dim=32),
+        48,
+    ),
+    "electra": (ElectraConfig(vocab_size=1000, max_position_embeddings=48, embedding_size=8, **SMALL), 48),
+    "mpnet": (MPNetConfig(vocab_size=1000, max_position_embeddings=50, pad_token_id=1, **SMALL), 48),
+    "modernbert": (
+        ModernBertConfig(
+            vocab_size=1000, max_position_embeddings=48, pad_token_id=0, bos_token_id=2, eos_token_id=3,
+            cls_token_id=2, sep_token_id=3, local_attention=16, **SMALL,
+        ),
+        48,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_encoder(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    config, positions = CONFIGS[name]
+    torch.manual_seed(0)
+    model = RMTEncoder(Encoder(AutoModel.from_config(config), tokenizer), positions, memory_size=4).eval()
+    assert model.encoder.max_positions == positions
+
+    segments = torch.randint(5, 600, (2, 3, model.text_length))
+    hidden, memory = model(segments)
+    assert hidden.shape == (2, positions, 16)
+    assert memory.shape == (2, 4, 16)
+
+    # Memory matters across segments, and learns.
+    changed = segments.clone()
+    changed[:, 0] = changed[:, 0].flip(1)
+    assert not torch.equal(model(changed)[0][:, 0], hidden[:, 0])
+    hidden[:, 0, 0].sum().backward()
+    unused = [key for key, value in model.named_parameters() if value.grad is None]
+    assert unused == []
+    assert model.memory.grad is not None and model.memory.grad.abs().sum() > 0
+
+    # A row gives the same alone and beside a longer one.
+    ids = torch.randint(5, 600, (2, 70))
+    mask = torch.ones_like(ids)
+    mask[0, 45:] = 0
+    with torch.no_grad():
+        together = model(ids, mask)[0][:, 0]
+        torch.testing.assert_close(together[0], model(ids[:1, :45])[0][0, 0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(together[1], model(ids[1:])[0][0, 0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "mpnet"])
+def test_more_than_all_positions_is_refused(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    config, positions = CONFIGS[name]
+    encoder = Encoder(AutoModel.from_config(config), tokenizer)
+    with pytest.raises(UserError, match=f"at most {positions} tokens"):
+        RMTEncoder(encoder, positions + 1)
+
+
+def test_saved_and_restored(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    encoder = TinyBert(width=16, layers=1, heads=2).encoder(tokenizer)
+    encoder.model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for backbone in (Pretrained(str(tmp_path)), Restored(tmp_path, tmp_path)):
+        again = backbone.tokenizer([])
+        text = "Mary went back to the kitchen."
+        assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+        other = backbone.encoder(again)
+        assert {k: v.shape for k, v in other.state_dict().items()} == {
+            k: v.shape for k, v in encoder.state_dict().items()
+        }
+    loaded = Pretrained(str(tmp_path)).encoder(tokenizer)
+    for key, value in encoder.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[key], value)
+
+
+def test_a_half_precision_checkpoint_trains_in_full_precision(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    TinyBert(width=16, layers=1, heads=2).encoder(tokenizer).model.half().save_pretrained(tmp_path)
+    assert {p.dtype for p in Pretrained(str(tmp_path)).encoder(tokenizer).parameters()} == {torch.float32}
+
+
+def test_the_tiny_tokenizer_is_the_same_every_time(tokenizer: PreTrainedTokenizerBase) -> None:
+    texts = [f"Mary went to the {word}" for word in ("garden", "gardens", "gardener", "kitchen", "kitten")] * 3
+    vocabularies = [TinyBert(vocabulary_size=320).tokenizer(texts).get_vocab() for _ in range(5)]
+    assert all(vocabulary == vocabularies[0] for vocabulary in vocabularies)
+
+
+def test_bfloat16_autocast(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = RMTEncoder(TinyBert(width=16, layers=2, heads=2).encoder(tokenizer), 24, memory_size=4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden, memory = model(torch.randint(5, 600, (2, 4, model.text_length)))
+    hidden.sum().backward()
+    assert memory.dtype == torch.float32
+    assert model.memory.grad is not None and model.memory.grad.isfinite().all()

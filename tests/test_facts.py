@@ -1,0 +1,163 @@
+"""The worlds, and bAbI itself as their judge."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rmt_lightning.errors import UserError
+from rmt_lightning.tasks.facts import OPPOSITE, PLACES, Babi, Carried, Detect, Memorize, Reasoning, Split, Task
+
+BUILT_IN: list[Task] = [Memorize(), Detect(), Reasoning(), Carried()]
+
+
+def generator(seed: int = 0) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(seed))
+
+
+def answer_of_relations(facts: tuple[str, ...], question: str) -> str:
+    """Answer a question about directions as a person would: from either fact, or from its inverse."""
+    known = {}
+    for fact in facts:
+        subject, direction, reference = re.fullmatch(r"The (\w+) is (\w+) of the (\w+)\.", fact).groups()
+        known[direction, reference] = subject
+        known[OPPOSITE[direction], subject] = reference
+    if match := re.fullmatch(r"What is (\w+) of the (\w+)\?", question):
+        return known[match[1], match[2]]
+    reference, direction = re.fullmatch(r"What is the (\w+) (\w+) of\?", question).groups()
+    return known[OPPOSITE[direction], reference]
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_detect_and_memorize(split: Split) -> None:
+    rng = generator()
+    for task in (Detect(), Memorize()):
+        for _ in range(200):
+            example = task.draw(rng, split)
+            (fact,) = example.facts
+            assert re.fullmatch(r"\w+ (moved|went|went back|journeyed|travelled) to the \w+\.", fact)
+            assert example.question == f"Where is {fact.split()[0]}?"
+            assert fact.endswith(f" {PLACES[example.answer]}.")
+
+
+def test_reasoning() -> None:
+    rng = generator()
+    for split in ("train", "validation"):
+        for _ in range(500):
+            example = Reasoning().draw(rng, split)
+            assert answer_of_relations(example.facts, example.question) == PLACES[example.answer]
+            # The fact that is called needed is, and the other one alone does not tell.
+            (needed,) = example.support
+            assert PLACES[example.answer] in example.facts[needed]
+
+
+def test_reasoning_has_the_forms_of_the_published_rows(shared_data: Path) -> None:
+    """The shares of the ways in which two facts share a place, in bAbI task 4 and here."""
+
+    def form(facts: tuple[str, ...]) -> str:
+        places = [place for fact in facts for place in re.findall(r"[Tt]he (\w+)", fact)]
+        return "".join(str(places.index(place)) for place in places)
+
+    babi = Babi(str(shared_data / "babi/en-10k/qa4_two-arg-relations_train.txt"))
+    rng = generator()
+    published = Counter(form(babi.draw(rng, "train").facts) for _ in range(4000))
+    ours = Counter(form(Reasoning().draw(rng, "train").facts) for _ in range(4000))
+    assert published.keys() == ours.keys()
+    for key, count in published.items():
+        assert abs(count - ours[key]) < 0.04 * 4000, key
+
+
+def test_carried_needs_both_facts() -> None:
+    rng = generator()
+    for _ in range(500):
+        example = Carried().draw(rng, "train")
+        take, go = (example.facts[i] for i in example.support)
+        thing = re.fullmatch(r"Where is the (\w+)\?", example.question)[1]
+        person = take.split()[0]
+        assert take.endswith(f" the {thing}.") and go == f"{person} {go.split(' ', 1)[1]}"
+        assert go.endswith(f" {PLACES[example.answer]}.")
+        assert example.support[0] < example.support[1]
+        # The decoys: another person, another thing, another place, taken before gone.
+        others = [fact for i, fact in enumerate(example.facts) if i not in example.support]
+        assert {fact.split()[0] for fact in others} != {person} and len(others) == 2
+        assert thing not in " ".join(others) and PLACES[example.answer] not in " ".join(others)
+
+
+@pytest.mark.parametrize("task", BUILT_IN, ids=lambda task: task.name)
+def test_answers_are_even_and_statements_are_held_out(task: Task) -> None:
+    rng = generator()
+    train = [task.draw(rng, "train") for _ in range(3000)]
+    held_out = [task.draw(rng, "validation") for _ in range(3000)]
+    for examples in (train, held_out):
+        shares = Counter(example.answer for example in examples)
+        assert len(shares) == len(task.answers)
+        assert max(shares.values()) < 1.25 * min(shares.values())
+    asked = {(e.facts if task.name != "carried" else tuple(e.facts[i] for i in e.support), e.question) for e in train}
+    if task.name in ("memorize", "detect"):
+        assert not asked & {(e.facts, e.question) for e in held_out}
+
+
+@pytest.mark.parametrize("task", BUILT_IN, ids=lambda task: task.name)
+def test_every_word_is_in_the_sentences_for_the_tokenizer(task: Task) -> None:
+    known = set(" ".join(task.sentences()).replace(".", " ").replace("?", " ").lower().split())
+    rng = generator()
+    for split in ("train", "test"):
+        for _ in range(300):
+            example = task.draw(rng, split)
+            text = " ".join((*example.facts, example.question)).replace(".", " ").replace("?", " ").lower()
+            assert set(text.split()) <= known
+
+
+BABI = """1 Mary moved to the bathroom.
+2 John went to the hallway.
+3 Where is Mary? \tbathroom\t1
+4 Mary went back to the garden.
+5 Where is Mary? \tgarden\t4
+"""
+
+
+def test_babi_file(tmp_path: Path) -> None:
+    path = tmp_path / "qa.txt"
+    path.write_text(BABI * 10)
+    task = Babi(str(path))
+    assert task.answers == ("bathroom", "garden")
+    seen = {task.draw(generator(seed), "train") for seed in range(20)}
+    assert {(e.facts, e.question, e.answer, e.support) for e in seen} == {
+        (("Mary moved to the bathroom.", "John went to the hallway."), "Where is Mary?", 0, (0,)),
+        (
+            ("Mary moved to the bathroom.", "John went to the hallway.", "Mary went back to the garden."),
+            "Where is Mary?", 1, (2,),
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "number", ["qa1_single-supporting-fact", "qa2_two-supporting-facts", "qa5_three-arg-relations"]
+)
+def test_real_babi(shared_data: Path, number: str) -> None:
+    task = Babi(str(shared_data / f"babi/en-10k/{number}_train.txt"))
+    rng = generator()
+    for split in ("train", "validation", "test"):
+        for _ in range(200):
+            example = task.draw(rng, split)
+            assert example.question.endswith("?") and all(fact.endswith(".") for fact in example.facts)
+            if number.startswith("qa1"):
+                person = example.question.removeprefix("Where is ").removesuffix("?")
+                last = [fact for fact in example.facts if fact.startswith(person)][-1]
+                assert last.endswith(f" {task.answers[example.answer]}.")
+
+
+@pytest.mark.parametrize(
+    "content", ["no numbers here", "", "1 Mary moved to the bathroom.\n2 Where is Mary?\tbathroom\t1\n"]
+)
+def test_what_is_no_babi_file_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "qa.txt"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"task\.path"):
+        Babi(str(path))
+    with pytest.raises(UserError, match=r"task\.path"):
+        Babi(str(tmp_path / "absent"))
