@@ -78,21 +78,28 @@ def _suggest(name: str, allowed: list[str]) -> str:
 
 def front_door(main: Callable[[DictConfig], None], config_name: str) -> Callable[[], None]:
     """Make a command of a function that takes the composed config. What the user did wrong is told in one line."""
-    command = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(main)
 
-    def run() -> None:
-        # Hydra then raises its errors instead of printing them over many lines.
-        os.environ["HYDRA_FULL_ERROR"] = "1"
+    def job(config: DictConfig) -> None:
+        # Hydra would put a line of its own before an exception that leaves the job.
         try:
-            command()
+            main(config)
         except UserError as error:
             _fail(str(error), code=2)
-        except (HydraException, OmegaConfBaseException) as error:
-            _fail(_one_line(error, config_name), code=2)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            _fail(f"no space left while writing {error.filename or ''}: free some, then resume the run", code=1)
+            _fail(
+                f"no space left while writing {error.filename or 'the run folder'}: free some and resume the run",
+                code=1,
+            )
+
+    def run() -> None:
+        # Hydra then raises its own errors instead of printing them over many lines.
+        os.environ["HYDRA_FULL_ERROR"] = "1"
+        try:
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+        except (HydraException, OmegaConfBaseException) as error:
+            _fail(_one_line(error, config_name), code=2)
 
     return run
 

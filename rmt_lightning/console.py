@@ -9,7 +9,7 @@ from pathlib import Path
 from rich import get_console
 
 # What Lightning says at every start, and what does not apply to short epochs of samples that are pure functions.
-_NOT_FOR_US = ("does not have many workers", "The number of training batches", "not resumable")
+_NOT_FOR_US = ("does not have many workers", "The number of training batches", "not resumable", "treespec")
 
 
 class ConsoleHandler(logging.Handler):
@@ -21,6 +21,9 @@ class ConsoleHandler(logging.Handler):
 
 def start_logging(file: Path, first_process: bool) -> None:
     """Send our log to the screen and, with dates, to `file`. Other ranks only report trouble."""
+    logging.captureWarnings(True)
+    for pattern in _NOT_FOR_US:
+        warnings.filterwarnings("ignore", message=f".*{pattern}.*")
     # Lightning sets up its own log when it is imported; ours has to come after.
     import lightning.pytorch  # noqa: F401
 
@@ -30,8 +33,8 @@ def start_logging(file: Path, first_process: bool) -> None:
     for name in ("rmt_lightning", "lightning", "py.warnings"):
         logging.getLogger(name).handlers = [shown, written]
         logging.getLogger(name).propagate = False
-    logging.getLogger("rmt_lightning").setLevel(logging.INFO)
+    logging.getLogger("lightning.pytorch").handlers = []
+    logging.getLogger("lightning.pytorch").propagate = True
+    logging.getLogger("lightning").setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.captureWarnings(True)
-    for pattern in _NOT_FOR_US:
-        warnings.filterwarnings("ignore", message=f".*{pattern}.*")
+    logging.getLogger("rmt_lightning").setLevel(logging.INFO)

@@ -41,7 +41,8 @@ def main(config: DictConfig) -> None:
             raise UserError(
                 f"hydra.run.dir={folder}: already holds a run; choose another folder, or go on with resume={folder}"
             )
-        sys.exit(train(config, folder, source, checkpoint))
+        if code := train(config, folder, source, checkpoint):
+            sys.exit(code)
     finally:
         if _is_first_process() and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
@@ -102,7 +103,7 @@ def _origin(resume: str | None, folder: Path) -> tuple[Path | None, Path | None]
     """The run to go on with and its checkpoint, if it has written one already."""
     if resume is None:
         return None, None
-    path = Path(resume)
+    path = Path(resume).resolve()
     if path.is_file():
         return path.parent.parent, path
     last = path / CHECKPOINTS / "last.ckpt"

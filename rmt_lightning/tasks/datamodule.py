@@ -64,26 +64,20 @@ class ValidationKeys(Sampler[list[Key]]):
     """The fixed keys of a validation, each seen once whatever the number of ranks.
 
     There are `validation_samples` at the full length and, if training mixes lengths, an eighth as many at each shorter
-    one.
+    one. It has no `__len__`: the number of batches grows with the stage, and Lightning would keep to the first one.
     """
 
     def __init__(self, data: FactDataModule) -> None:
         self.data = data
 
-    def _batches(self) -> Iterator[list[Key]]:
+    def __iter__(self) -> Iterator[list[Key]]:
         data = self.data
         shortest = 1 if data.lengths == "uniform" else data.num_segments
         for num_segments in range(shortest, data.num_segments + 1):
             share = 1 if num_segments == data.num_segments else 8
-            keys = [Key(num_segments, number) for number in range(-(-data.validation_samples // share))]
-            mine = keys[data.rank :: data.world_size]
-            yield from (mine[i : i + 2 * data.batch_size] for i in range(0, len(mine), 2 * data.batch_size))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self._batches())
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        return self._batches()
+            numbers = range(-(-data.validation_samples // share))[data.rank :: data.world_size]
+            keys = [Key(num_segments, number) for number in numbers]
+            yield from (keys[i : i + 2 * data.batch_size] for i in range(0, len(keys), 2 * data.batch_size))
 
 
 class FactDataModule(L.LightningDataModule):

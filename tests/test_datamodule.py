@@ -1,0 +1,105 @@
+"""Batches, lengths, sharding and workers."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rmt_lightning.tasks.datamodule import FactDataModule
+from rmt_lightning.tasks.placement import Key, Placement
+
+
+def module(placement: Placement, rank: int = 0, world_size: int = 1, **options: int) -> FactDataModule:
+    settings = {"batch_size": 4, "steps_per_epoch": 6, "validation_samples": 50} | options
+    data = FactDataModule(placement, segment_length=43, **settings)
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)
+    return data
+
+
+def test_a_batch(placement: Placement) -> None:
+    data = module(placement)
+    data.num_segments, data.lengths = 3, "exact"
+    batches = list(data.train_dataloader())
+    assert len(batches) == 6
+    for batch in batches:
+        assert batch["input_ids"].shape == (4, 3, 30)
+        assert batch["label"].shape == batch["distance"].shape == (4,)
+        assert batch["label"].max() < 6 and batch["distance"].max() < 3
+
+
+def test_uniform_lengths_cover_all_up_to_the_stage(placement: Placement) -> None:
+    data = module(placement)
+    data.num_segments = 5
+    lengths = [data.draw_length(batch) for batch in range(1000)]
+    shares = torch.bincount(torch.tensor(lengths))[1:]
+    assert len(shares) == 5 and shares.min() > 150
+    assert lengths == [data.draw_length(batch) for batch in range(1000)]
+
+
+def test_epochs_go_on_where_the_last_one_ended(placement: Placement) -> None:
+    """Whatever interrupts training, the batches that follow are those that would have followed."""
+    whole = module(placement)
+    sequence = []
+    for _ in range(3):
+        keys = list(whole.train_dataloader().batch_sampler)
+        sequence += keys
+        whole.consumed += len(keys)
+    assert len(sequence) == 18
+    assert len({key for batch in sequence for key in batch}) == 72
+    for stopped_after in (0, 4, 6, 11):
+        resumed = module(placement)
+        resumed.load_state_dict({"num_segments": 1, "consumed": stopped_after})
+        rest = list(resumed.train_dataloader().batch_sampler)
+        assert rest == sequence[stopped_after : stopped_after - stopped_after % 6 + 6]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_no_sample_is_seen_twice_or_missed(placement: Placement, world_size: int) -> None:
+    ranks = [module(placement, rank, world_size) for rank in range(world_size)]
+    for data in ranks:
+        data.num_segments = 3
+    training = [[key for batch in data.train_dataloader().batch_sampler for key in batch] for data in ranks]
+    assert sorted(key.number for keys in training for key in keys) == list(range(24 * world_size))
+    # At every step all ranks have inputs of one length.
+    for batches in zip(*(data.train_dataloader().batch_sampler for data in ranks), strict=True):
+        assert len({key.num_segments for batch in batches for key in batch}) == 1
+    validation = [key for data in ranks for batch in data.val_dataloader().batch_sampler for key in batch]
+    expected = [Key(3, n) for n in range(50)] + [Key(length, n) for length in (1, 2) for n in range(7)]
+    assert sorted(validation) == sorted(expected)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_give_the_same_and_never_a_stale_length(placement: Placement, workers: int) -> None:
+    plain, parallel = module(placement), module(placement, num_workers=workers)
+    loaders = plain.train_dataloader(), parallel.train_dataloader()
+    for num_segments in (1, 3, 2):
+        for data in (plain, parallel):
+            data.num_segments, data.lengths = num_segments, "exact"
+        for one, other in zip(*loaders, strict=True):
+            assert one["input_ids"].shape[1] == num_segments
+            assert torch.equal(one["input_ids"], other["input_ids"])
+            assert torch.equal(one["label"], other["label"])
+        for data in (plain, parallel):
+            data.consumed += 6
+
+
+def test_a_stream_gives_the_samples_of_the_data_set(placement: Placement) -> None:
+    data = module(placement)
+    segments, labels, distances = data.stream("validation", 4, range(3))
+    stacked = torch.stack(list(segments), dim=1)
+    for row in range(3):
+        sample = placement.sample("validation", Key(4, row))
+        assert stacked[row].tolist() == [segment.tolist() for segment in sample.segments]
+        assert (labels[row], distances[row]) == (sample.answer, sample.distance)
+
+
+def test_producing_a_sample_is_quick(placement: Placement) -> None:
+    """A training step of the default run takes 5 ms a sample and more; a sample must cost less than 5% of it."""
+    placement.sample("train", Key(4, 0))
+    began = time.process_time()
+    for number in range(500):
+        list(placement.sample("train", Key(4, number)).segments)
+    assert (time.process_time() - began) / 500 < 0.00025 * 4

@@ -1,0 +1,147 @@
+"""Where facts stand, and that samples are pure functions."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from rmt_lightning.errors import UserError
+from rmt_lightning.tasks.facts import Babi, Carried, Detect, Memorize, Reasoning, Split, Task
+from rmt_lightning.tasks.noise import Corpus
+from rmt_lightning.tasks.placement import Key, Placement
+
+Corpora = dict[Split, Corpus]
+TASKS: list[Task] = [Memorize(), Detect(), Reasoning(), Carried()]
+
+
+def segments_of(placement: Placement, key: Key, split: Split = "train") -> list[list[int]]:
+    return [segment.tolist() for segment in placement.sample(split, key).segments]
+
+
+def find(needle: list[int], hay: list[int]) -> list[int]:
+    return [i for i in range(len(hay) - len(needle) + 1) if hay[i : i + len(needle)] == needle]
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+@pytest.mark.parametrize("num_segments", [1, 2, 5])
+def test_every_segment_is_full_and_facts_are_whole(
+    task: Task, num_segments: int, corpora: Corpora, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    placement = Placement(task, corpora, tokenizer, text_length=45, seed=3)
+    sentences = [tokenizer(s, add_special_tokens=False)["input_ids"] for s in task.sentences() if not s.endswith("?")]
+    questions = [tokenizer(s, add_special_tokens=False)["input_ids"] for s in task.sentences() if s.endswith("?")]
+    facts_of = {"memorize": 1, "detect": 1, "reasoning": 2, "carried": 4}[task.name]
+    for number in range(40):
+        segments = segments_of(placement, Key(num_segments, number))
+        assert [len(segment) for segment in segments] == [45] * num_segments
+        assert any(segments[-1][-len(question) :] == question for question in questions)
+        if task.name != "reasoning":  # its list of sentences names the words, not every statement
+            found = sum(len(find(sentence, segment)) for segment in segments for sentence in sentences)
+            assert found == facts_of
+
+
+def test_facts_stand_between_sentences(corpora: Corpora, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Taking the facts and the question out leaves running noise, cut at the fact only where a sentence ends."""
+    placement = Placement(Detect(), corpora, tokenizer, text_length=60, seed=3)
+    ends = {tokenizer.convert_tokens_to_ids(token) for token in (".", "?", '!"', '"', '."', '?"')} - {None}
+    for number in range(200):
+        (segment,) = segments_of(placement, Key(1, number))
+        text = tokenizer.decode(segment)
+        facts = [s for s in Detect().sentences() if not s.endswith("?") and s.lower() in text]
+        (start,) = find(tokenizer(facts[0], add_special_tokens=False)["input_ids"], segment)
+        assert start == 0 or segment[start - 1] in ends, text
+
+
+def test_memorize_begins_with_its_fact_and_detect_is_anywhere(
+    corpora: Corpora, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    detect = Placement(Detect(), corpora, tokenizer, text_length=30, seed=3)
+    memorize = Placement(Memorize(), corpora, tokenizer, text_length=30, seed=3)
+    distances = Counter(detect.sample("train", Key(6, number)).distance for number in range(1200))
+    assert sorted(distances) == [0, 1, 2, 3, 4, 5]
+    assert max(distances.values()) < 1.4 * min(distances.values())
+    facts = [tokenizer(s, add_special_tokens=False)["input_ids"] for s in Memorize().sentences()]
+    for number in range(50):
+        assert memorize.sample("train", Key(6, number)).distance == 5
+        first = segments_of(memorize, Key(6, number))[0]
+        assert any(first[: len(fact)] == fact for fact in facts)
+
+
+def test_distance_counts_borders_from_the_first_needed_fact(
+    corpora: Corpora, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    placement = Placement(Detect(), corpora, tokenizer, text_length=30, seed=3)
+    facts = [tokenizer(s, add_special_tokens=False)["input_ids"] for s in Detect().sentences() if not s.endswith("?")]
+    for number in range(60):
+        segments = segments_of(placement, Key(4, number))
+        (home,) = [i for i, segment in enumerate(segments) if any(find(fact, segment) for fact in facts)]
+        assert placement.sample("train", Key(4, number)).distance == 3 - home
+
+
+def test_order_of_facts_is_kept(corpora: Corpora, tokenizer: PreTrainedTokenizerBase) -> None:
+    placement = Placement(Carried(), corpora, tokenizer, text_length=45, seed=5)
+    for number in range(60):
+        text = tokenizer.decode([token for segment in segments_of(placement, Key(3, number)) for token in segment])
+        thing = text.rsplit("where is the", 1)[1].strip(" ?")
+        taken = re.search(rf"(\w+) (?:picked up|took|got|grabbed) the {thing}\.", text)
+        gone = re.search(rf"{taken[1]} (?:moved|went|went back|journeyed|travelled) to the", text)
+        assert taken.start() < gone.start()
+
+
+def test_samples_are_pure(placement: Placement) -> None:
+    keys = [Key(n, i) for n in (1, 3) for i in (0, 1, 500)]
+    first = {key: segments_of(placement, key) for key in keys}
+    np.random.seed(1)  # the global generator must not matter
+    assert {key: segments_of(placement, key) for key in reversed(keys)} == {key: first[key] for key in reversed(keys)}
+    texts = [str(segments) for segments in first.values()]
+    assert len(set(texts)) == len(keys)
+    other = Placement(placement.task, placement.corpora, placement.tokenizer, placement.text_length, seed=8)
+    assert segments_of(other, keys[0]) != first[keys[0]]
+    assert segments_of(placement, keys[0], "test") != first[keys[0]]
+
+
+def test_a_long_sample_is_read_segment_by_segment(placement: Placement) -> None:
+    sample = placement.sample("test", Key(1_000_000, 0))
+    assert len(next(sample.segments)) == placement.text_length
+
+
+def test_noise_is_not_repeated_before_all_is_read(placement: Placement) -> None:
+    corpus = placement.corpora["train"]
+    segments = len(corpus.tokens) // placement.text_length // 2
+    ids = np.concatenate(list(placement.sample("train", Key(segments, 0)).segments))
+    windows = Counter(tuple(ids[i : i + 20]) for i in range(0, len(ids) - 20))
+    assert windows.most_common(1)[0][1] == 1
+
+
+def test_too_small_a_segment_is_refused(corpora: Corpora, tokenizer: PreTrainedTokenizerBase) -> None:
+    placement = Placement(Carried(), corpora, tokenizer, text_length=20, seed=3)
+    with pytest.raises(UserError, match=r"data\.segment_length.*carried"):
+        placement.sample("train", Key(1, 0))
+    # Over more segments the same facts fit.
+    assert len(segments_of(placement, Key(3, 0))) == 3
+
+
+def test_a_crowd_of_facts_still_fits(tmp_path, corpora: Corpora, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Many facts in few segments: all are placed, in order, whole."""
+    names = ["mary", "john", "daniel", "sandra"]
+    story = [f"{i + 1} {names[i % 4].capitalize()} went to the kitchen." for i in range(8)]
+    lines = [*story, "9 Where is Mary?\tkitchen\t5"]
+    path = tmp_path / "qa.txt"
+    path.write_text("\n".join(lines * 10) + "\n")
+    placement = Placement(Babi(str(path)), corpora, tokenizer, text_length=30, seed=3)
+    fact = len(tokenizer("Mary went to the kitchen.", add_special_tokens=False)["input_ids"])
+    per_segment = 30 // fact
+    num_segments = -(-8 // per_segment) + 1
+    for number in range(50):
+        segments = segments_of(placement, Key(num_segments, number))
+        said = [
+            word
+            for segment in segments
+            for word in tokenizer.decode(segment).replace(".", " ").split()
+            if word in names
+        ]
+        assert said == [*(names[i % 4] for i in range(8)), "mary"] or said[:8] == [names[i % 4] for i in range(8)]

@@ -1,0 +1,206 @@
+"""Kill the real command at chosen moments, resume it, and compare the final weights bit by bit."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+import torch
+from conftest import SMALL, Run
+
+# Dropout makes random numbers matter; three lengths make the curriculum matter.
+RUN = ("hydra.run.dir=run", "backbone.dropout=0.1", "seed=5")
+
+# The real command, which kills itself without warning in the middle of the n-th call of a function.
+KILLER = """
+import os, signal, sys
+from rmt_lightning.training import checkpoints, classification
+from rmt_lightning.train import run
+
+where, calls = {where!r}, {calls}
+owner, name = {{
+    "step": (classification.FactClassifier, "training_step"),
+    "validation": (classification.FactClassifier, "validation_step"),
+    "writing": (os, "fsync"),
+    "moving": (os, "replace"),
+}}[where]
+original = getattr(owner, name)
+
+def killer(*args, **kwargs):
+    global calls
+    if where in ("writing", "moving") and "ckpt" not in str(args[0]) and name != "fsync":
+        return original(*args, **kwargs)
+    calls -= 1
+    if calls == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+
+setattr(owner, name, killer)
+run()
+"""
+
+
+def final(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def assert_identical(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    import os
+
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    environment = os.environ | {"RMT_LIGHTNING_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "rmt_lightning.train", *SMALL, *RUN]
+    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, timeout=240)
+    return folder / "run"
+
+
+def test_the_same_command_gives_the_same_weights_and_others_differ(
+    uninterrupted: Path, train: Run, tmp_path: Path
+) -> None:
+    assert train(*RUN).returncode == 0
+    assert_identical(final(uninterrupted), final(tmp_path / "run"))
+    assert train(*RUN, "seed=6", "hydra.run.dir=other").returncode == 0
+    assert not torch.equal(final(uninterrupted)["head.weight"], final(tmp_path / "other")["head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("where", "calls"),
+    [
+        ("step", 2),  # before the first checkpoint
+        ("step", 5),  # inside a stage
+        ("step", 8),  # inside the second stage, its first epoch
+        ("validation", 4),  # between an epoch's last step and its checkpoint
+        ("writing", 2),  # a checkpoint is half written
+        ("moving", 2),  # stage-1.ckpt is written, but not in its place
+        ("moving", 3),  # the border of a stage: stage-1.ckpt is there, last.ckpt is older
+        ("step", 18),  # the very last step
+    ],
+)
+def test_killed_and_resumed(where: str, calls: int, uninterrupted: Path, train: Run, tmp_path: Path) -> None:
+    killed = train(*RUN, driver=KILLER.format(where=where, calls=calls))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    folder = tmp_path / "run"
+    assert not (folder / "evaluation.csv").exists()
+    resumed = train("resume=run", small=False)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_identical(final(uninterrupted), final(folder))
+    for name in ("stages.csv", "evaluation.csv"):
+        with (uninterrupted / name).open() as one, (folder / name).open() as other:
+            for expected, found in zip(csv.DictReader(one), csv.DictReader(other), strict=True):
+                expected.pop("seconds", None), found.pop("seconds", None)
+                assert expected == found
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [
+        "last.ckpt", "stage-1.ckpt", "stage-2.ckpt", "stage-3.ckpt",
+    ]  # fmt: skip
+    # What had been logged before the kill is still there.
+    assert (folder / "metrics" / "version_0").is_dir()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+
+
+SLOW_STEPS = """
+import time
+from rmt_lightning.training import classification
+from rmt_lightning.train import run
+
+original = classification.FactClassifier.training_step
+classification.FactClassifier.training_step = lambda *a: (time.sleep(0.3), original(*a))[1]
+run()
+"""
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_save_and_exit_cleanly(
+    signum: int, code: int, uninterrupted: Path, train: Run, environment: dict[str, str], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", SLOW_STEPS, *SMALL, *RUN, "hydra.job.name=train"]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=pipe, stderr=pipe, text=True)
+    log = tmp_path / "run" / "train.log"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and "stage 1: step 3" in log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.4)  # into the second epoch
+    process.send_signal(signum)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert "resume=run" in output and "Traceback" not in output + errors
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] in (4, 5, 6)
+    resumed = train("resume=run", small=False)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_identical(final(uninterrupted), final(tmp_path / "run"))
+
+
+def test_resume_from_a_stage_goes_to_a_new_folder(uninterrupted: Path, train: Run, tmp_path: Path) -> None:
+    stage = uninterrupted / "checkpoints" / "stage-1.ckpt"
+    before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
+    result = train(f"resume={stage}", small=False)
+    assert result.returncode == 0, result.stderr
+    assert {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")} == before
+    (folder,) = (tmp_path / "outputs").glob("*/*")
+    assert_identical(final(uninterrupted), final(folder))
+
+
+def test_resume_with_more_segments_and_a_finished_run(uninterrupted: Path, train: Run, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    again = train("resume=run", small=False)
+    assert again.returncode == 0 and "has finished training" in again.stdout, again.stdout + again.stderr
+    assert_identical(final(uninterrupted), final(tmp_path / "run"))
+    more = train("resume=run", "curriculum.max_segments=4", small=False)
+    assert more.returncode == 0, more.stderr
+    with (tmp_path / "run" / "stages.csv").open() as file:
+        assert [row["stage"] for row in csv.DictReader(file)] == ["1", "2", "3", "4"]
+
+
+FULL_DISK = dedent(
+    """
+    import os
+    from rmt_lightning.train import run
+
+    original, writes = os.fsync, 0
+
+    def fsync(descriptor):
+        global writes
+        if "ckpt" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            writes += 1
+            if writes == 2:
+                os.write(descriptor, b"half")
+                raise OSError(28, "No space left on device", "last.ckpt.partial")
+        return original(descriptor)
+
+    os.fsync = fsync
+    run()
+    """
+)
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(uninterrupted: Path, train: Run, tmp_path: Path) -> None:
+    result = train(*RUN, driver=FULL_DISK)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: no space left") and result.stderr.count("\n") == 1
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 3
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert train("resume=run", small=False).returncode == 0
+    assert_identical(final(uninterrupted), final(tmp_path / "run"))
+
+
+def test_checkpoints_hold_plain_values_only(uninterrupted: Path) -> None:
+    saved = torch.load(uninterrupted / "checkpoints" / "stage-2.ckpt", weights_only=True)
+    assert saved["FactDataModule"] == {"num_segments": 3, "consumed": 12}
+    json.dumps(saved["callbacks"])
