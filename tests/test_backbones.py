@@ -94,6 +94,7 @@ def test_saved_and_restored(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) 
             k: v.shape for k, v in encoder.state_dict().items()
         }
     loaded = Pretrained(str(tmp_path)).encoder(tokenizer)
+    assert all(module.training for module in loaded.modules())
     for key, value in encoder.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[key], value)
 

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging as hf_logging
 
 from rmt_lightning.errors import UserError
 
@@ -44,7 +45,8 @@ class Encoder(nn.Module):
         # A pooler would be computed for nothing, and DDP does not like parameters without gradient.
         if getattr(model, "pooler", None) is not None:
             setattr(model, "pooler", None)  # noqa: B010 - a plain assignment is no valid type
-        self.model = model
+        # from_pretrained hands models over for inference, with dropout off.
+        self.model = model.train()
         cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
         if cls is None or sep is None:
             raise UserError(
@@ -188,6 +190,7 @@ class Pretrained:
     def _load(self, auto_class: Any, **options: Any) -> Any:
         if os.sep in self.name and self.name.count("/") != 1 and not Path(self.name).is_dir():
             raise UserError(f"backbone.name={self.name}: no such folder; give a folder or a Hugging Face Hub id")
+        hf_logging.disable_progress_bar()
         try:
             return auto_class.from_pretrained(self.name, **options)
         except (OSError, ValueError) as error:
