@@ -50,9 +50,9 @@ def build(config: DictConfig, run: Path | None = None, trained: bool = False) ->
     """
     check(config)
     L.seed_everything(config.seed, verbose=False)
-    task: Task = instantiate(config.task)
-    noise: Noise = instantiate(config.noise)
-    fresh: Backbone = instantiate(config.backbone)
+    task: Task = instantiate(config.task, _convert_="all")
+    noise: Noise = instantiate(config.noise, _convert_="all")
+    fresh: Backbone = instantiate(config.backbone, _convert_="all")
     earlier = Restored(run / TOKENIZER, run / BACKBONE) if run and (run / TOKENIZER).is_dir() else None
     tokenizer = (earlier or fresh).tokenizer(_all_sentences(task, noise))
     encoder = (earlier if earlier and trained else fresh).encoder(tokenizer)
@@ -73,7 +73,11 @@ def build(config: DictConfig, run: Path | None = None, trained: bool = False) ->
         tokenizer,
         instantiate(config.data, placement=placement),
         FactClassifier(
-            model, len(task.answers), instantiate(config.optim), config.curriculum.max_segments, config.seed
+            model,
+            len(task.answers),
+            instantiate(config.optim, _convert_="all"),
+            config.curriculum.max_segments,
+            config.seed,
         ),
     )
 

@@ -12,13 +12,16 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Annotated, Any, cast, get_type_hints
 
 import hydra
+from annotated_types import Ge
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -33,36 +36,60 @@ CONF = next(
 )
 
 
-def check(config: DictConfig, path: str = "") -> None:
-    """Compare every node that has a `_target_` with the signature of what it names.
+@dataclass(frozen=True)
+class Root:
+    """The settings of conf/train.yaml that belong to no group."""
+
+    seed: Annotated[int, Ge(0)]
+    resume: str | None
+    cache_dir: str
+
+
+def check(config: DictConfig) -> None:
+    """Compare a composed config with the signatures of what its `_target_`s name.
 
     Raises:
         UserError: naming the key, the value and what is allowed.
     """
+    _check_settings(Root, {name: config[name] for name in get_type_hints(Root)}, "")
+    _check_nodes(config, "")
+
+
+def _check_nodes(config: DictConfig, path: str) -> None:
     for name in map(str, config):
-        if not OmegaConf.is_missing(config, name) and isinstance(config[name], DictConfig):
-            check(config[name], f"{path}{name}.")
-    if "_target_" not in config:
-        return
-    target = get_object(config._target_)
-    constructor = target.__init__ if inspect.isclass(target) else target
-    hints = get_type_hints(constructor, include_extras=True)
-    if not inspect.signature(constructor).parameters.keys() - {"self"} <= hints.keys():
-        hints = get_type_hints(target, include_extras=True)
-    given = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
-    del given["_target_"]
-    allowed = list(inspect.signature(target).parameters)
+        if OmegaConf.is_missing(config, name):
+            raise UserError(f"{path}{name}: is missing; give {path}{name}=…")
+        if isinstance(config[name], DictConfig):
+            _check_nodes(config[name], f"{path}{name}.")
+    if "_target_" in config:
+        given = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+        _check_settings(get_object(given.pop("_target_")), given, path)
+
+
+def _check_settings(target: Callable[..., Any], given: dict[str, Any], path: str) -> None:
+    parameters = inspect.signature(target).parameters
+    allowed = list(parameters)
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for name in given:
-        if name not in allowed:
-            raise UserError(f"{path}{name}: no such setting of {config._target_}; {_suggest(name, allowed)}")
+        if name not in allowed and not takes_any:
+            raise UserError(f"{path}{name}: no such setting of {target.__name__}; {_suggest(name, allowed)}")
+    hints = _hints(target.__init__ if inspect.isclass(target) else target)
     fields: Any = {name: (hints.get(name, Any), ...) for name in given}
     schema = create_model("Settings", __config__=ConfigDict(strict=True, arbitrary_types_allowed=True), **fields)
     try:
         schema(**given)
     except ValidationError as error:
         first = error.errors()[0]
-        key = f"{path}{first['loc'][0]}"
-        raise UserError(f"{key}={given[str(first['loc'][0])]}: {_say(first)}") from None
+        key = str(first["loc"][0])
+        raise UserError(f"{path}{key}={given[key]}: {_say(first)}") from None
+
+
+def _hints(constructor: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return get_type_hints(constructor, include_extras=True)
+    except NameError:
+        # Another library's constructor, annotated with names that it imports for type checkers only.
+        return {}
 
 
 def _say(error: Any) -> str:
@@ -80,28 +107,31 @@ def front_door(main: Callable[[DictConfig], None], config_name: str) -> Callable
     """Make a command of a function that takes the composed config. What the user did wrong is told in one line."""
 
     def job(config: DictConfig) -> None:
-        # Hydra would put a line of its own before an exception that leaves the job.
-        try:
+        # Caught here as well: Hydra puts a line of its own before an exception that leaves the job.
+        with _told_in_one_line(config_name):
             main(config)
-        except UserError as error:
-            _fail(str(error), code=2)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            _fail(
-                f"no space left while writing {error.filename or 'the run folder'}: free some and resume the run",
-                code=1,
-            )
 
     def run() -> None:
         # Hydra then raises its own errors instead of printing them over many lines.
         os.environ["HYDRA_FULL_ERROR"] = "1"
-        try:
+        with _told_in_one_line(config_name):
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
-        except (HydraException, OmegaConfBaseException) as error:
-            _fail(_one_line(error, config_name), code=2)
 
     return run
+
+
+@contextmanager
+def _told_in_one_line(config_name: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        _fail(str(error), code=2)
+    except (HydraException, OmegaConfBaseException) as error:
+        _fail(_one_line(error, config_name), code=2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        _fail(f"no space left while writing {error.filename or 'the run folder'}: free some and resume the run", code=1)
 
 
 def _fail(message: str, code: int) -> None:
@@ -110,13 +140,18 @@ def _fail(message: str, code: int) -> None:
 
 
 def _one_line(error: BaseException, config_name: str) -> str:
-    """What Hydra and OmegaConf tell in many lines."""
+    """What Hydra and OmegaConf tell in many lines. An error that is nobody's setting goes on as it is."""
     causes = [error]
     while cause := causes[-1].__cause__ or causes[-1].__context__:
         causes.append(cause)
     for cause in causes:
         if isinstance(cause, UserError):
             return str(cause)
+    if isinstance(error, InstantiationException):
+        if not isinstance(causes[1], ValueError) and type(causes[1]).__name__ != "MisconfigurationException":
+            raise error
+        key = str(error).rsplit("full_key: ", 1)[-1].strip()
+        return f"{key}: {' '.join(str(causes[1]).split())}"
     text = next((str(cause) for cause in causes if str(cause)), type(error).__name__)
     if missing := re.search(r"Could not find '(.+?)/([^/']+)'", text):
         options = re.findall(r"^\t(.+)$", text, flags=re.MULTILINE)

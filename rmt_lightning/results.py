@@ -10,22 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from omegaconf import DictConfig
 from rich import get_console
 from rich.progress import track
 from rich.table import Table
 
 from rmt_lightning.analysis import figures
-from rmt_lightning.analysis.extrapolation import LengthResult, evaluate_length
+from rmt_lightning.analysis.extrapolation import LengthResult, LengthTest, evaluate_length
 from rmt_lightning.build import Parts
 from rmt_lightning.training.curriculum import SegmentCurriculum, StageResult
 
 
-def report(test: DictConfig, folder: Path, trainer: L.Trainer, parts: Parts, curriculum: SegmentCurriculum) -> None:
+def report(test: LengthTest, folder: Path, trainer: L.Trainer, parts: Parts, curriculum: SegmentCurriculum) -> None:
     """Show the stages of a run, test it on longer and longer inputs, and write both into its folder.
 
     Args:
-        test: `segments`, the lengths to test, and `samples`, how many of each.
+        test: which lengths, and how many samples of each.
     """
     console = get_console()
     if curriculum.results:
@@ -42,7 +41,7 @@ def report(test: DictConfig, folder: Path, trainer: L.Trainer, parts: Parts, cur
     console.print(f"[bold]{os.path.relpath(folder)}[/] holds", ", ".join(sorted(_contents(folder))), highlight=False)
 
 
-def _test(test: DictConfig, trainer: L.Trainer, parts: Parts) -> list[LengthResult]:
+def _test(test: LengthTest, trainer: L.Trainer, parts: Parts) -> list[LengthResult]:
     device = trainer.strategy.root_device
     classifier = parts.classifier.to(device).eval()
     batch_size = 2 * parts.data.batch_size

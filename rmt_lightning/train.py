@@ -39,7 +39,8 @@ def main(config: DictConfig) -> None:
             config = _resumed_config(source, HydraConfig.get().overrides.task)
         if source != folder and _is_first_process() and (folder / CONFIG).exists():
             raise UserError(
-                f"hydra.run.dir={folder}: already holds a run; choose another folder, or go on with resume={folder}"
+                f"hydra.run.dir={os.path.relpath(folder)}: already holds a run; choose another folder, or go on with "
+                f"resume={os.path.relpath(folder)}"
             )
         if code := train(config, folder, source, checkpoint):
             sys.exit(code)
@@ -52,6 +53,7 @@ def train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pat
     """Train, or go on training from a checkpoint of the run in `source`; then test. Returns the exit code."""
     from hydra.utils import instantiate
 
+    from rmt_lightning.analysis.extrapolation import LengthTest
     from rmt_lightning.build import build, save_architecture
     from rmt_lightning.results import report
     from rmt_lightning.training.checkpoints import LAST, Interrupted, RunCheckpoints, check_fits, read_checkpoint
@@ -61,39 +63,46 @@ def train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pat
 
     saved = read_checkpoint(checkpoint) if checkpoint else None
     parts = build(config, run=source, trained=saved is not None)
-    curriculum: SegmentCurriculum = instantiate(config.curriculum)
+    curriculum: SegmentCurriculum = instantiate(config.curriculum, _convert_="all")
     if saved and checkpoint:
         check_fits(parts.classifier, saved["state_dict"], checkpoint)
         curriculum.load_state_dict(saved["callbacks"]["SegmentCurriculum"])
-
-    if _is_first_process():
-        folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(config, folder / CONFIG, resolve=True)
-    save_architecture(parts, folder)
     checkpoints = RunCheckpoints(folder / CHECKPOINTS, curriculum)
     trainer = _trainer(config, folder, [curriculum, checkpoints, CurriculumProgress(curriculum)])
+    test: LengthTest = instantiate(config.test, _convert_="all")
+
+    # Nothing has been written so far, and all that can be wrong with the settings has been found.
+    if _is_first_process():
+        OmegaConf.save(config, folder / CONFIG, resolve=True)
+    save_architecture(parts, folder)
+    for logger in trainer.loggers[1:]:
+        logger.log_hyperparams(cast(dict[str, Any], OmegaConf.to_container(config, resolve=True)))
     last = folder / CHECKPOINTS / LAST
     if saved and curriculum.finished:
-        log.info("%s has finished training; testing it again", source)
+        log.info("%s has finished training; testing it again", os.path.relpath(folder))
         parts.classifier.load_state_dict(saved["state_dict"])
     else:
         try:
             trainer.fit(parts.classifier, parts.data, ckpt_path=checkpoint, weights_only=True)
         except Interrupted as interrupted:
-            log.info("stopped by %s and saved; go on with resume=%s", interrupted, folder)
+            log.info("stopped by %s and saved; go on with resume=%s", interrupted, os.path.relpath(folder))
             return 128 + interrupted.signum
         except Diverged as error:
-            good = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint had been written yet"
+            good = (
+                f"the last good checkpoint is {os.path.relpath(last)}"
+                if last.exists()
+                else "no checkpoint had been written yet"
+            )
             print(f"error: {error}; {good}", file=sys.stderr)
             return 1
     if not trainer.is_global_zero:
         return 0
-    report(config.test, folder, trainer, parts, curriculum)
+    report(test, folder, trainer, parts, curriculum)
     if not curriculum.finished:
         stage = parts.data.num_segments
         log.error(
             "stage %d did not converge: raise curriculum.steps and go on with resume=%s, lower curriculum.threshold, "
-            "or set curriculum.when_stuck=continue", stage, folder,
+            "or set curriculum.when_stuck=continue", stage, os.path.relpath(folder),
         )  # fmt: skip
         return 1
     return 0
@@ -128,11 +137,12 @@ def _resumed_config(source: Path, overrides: list[str]) -> DictConfig:
     OmegaConf.set_struct(config, True)
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
+        group = key.split(".")[0]
         if key == "resume":
             continue
-        if isinstance(OmegaConf.select(config, key, default=None), DictConfig) or key == "experiment":
-            raise UserError(f"{override}: a resumed run keeps its {key}; start a new run to change it")
-        OmegaConf.update(config, key, OmegaConf.create({"value": value} if not value else f"value: {value}").value)
+        if group in ("task", "backbone", "experiment") or isinstance(OmegaConf.select(config, key), DictConfig):
+            raise UserError(f"{override}: a resumed run keeps its {group}; start a new run to change it")
+        config.merge_with_dotlist([f"{key}={value}"])
     return config
 
 
@@ -146,10 +156,10 @@ def _trainer(config: DictConfig, folder: Path, callbacks: list[L.Callback]) -> L
     loggers: list[Logger] = [CSVLogger(folder, name="metrics", flush_logs_every_n_steps=config.data.steps_per_epoch)]
     if "_target_" in config.logger:
         loggers.append(instantiate(config.logger))
-        loggers[-1].log_hyperparams(cast(dict[str, Any], OmegaConf.to_container(config, resolve=True)))
     on_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     trainer: L.Trainer = instantiate(
         config.trainer,
+        _convert_="all",
         precision=config.trainer.precision or ("bf16-mixed" if on_gpu else "32-true"),
         max_epochs=-1,
         default_root_dir=folder,
@@ -170,16 +180,16 @@ def _is_first_process() -> bool:
     return int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
 
 
-def _wandb_has_no_key() -> bool:
-    """Without a key wandb would ask for one, or fail."""
+def _wandb_mode() -> str:
+    """Offline without a key: wandb would ask for one, or fail."""
     import wandb
 
-    return not wandb.api.api_key
+    return os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
 
 
 OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
 OmegaConf.register_new_resolver("run_dir", lambda: HydraConfig.get().runtime.output_dir, replace=True)
-OmegaConf.register_new_resolver("wandb_has_no_key", _wandb_has_no_key, replace=True)
+OmegaConf.register_new_resolver("wandb_mode", _wandb_mode, replace=True, use_cache=True)
 run = front_door(main, "train")
 
 if __name__ == "__main__":

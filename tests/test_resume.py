@@ -125,7 +125,7 @@ run()
 def test_signals_save_and_exit_cleanly(
     signum: int, code: int, uninterrupted: Path, train: Run, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-c", SLOW_STEPS, *SMALL, *RUN, "hydra.job.name=train"]
+    command = [sys.executable, "-c", SLOW_STEPS, *SMALL, *RUN]
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=pipe, stderr=pipe, text=True)
     log = tmp_path / "run" / "train.log"
@@ -161,6 +161,10 @@ def test_resume_with_more_segments_and_a_finished_run(uninterrupted: Path, train
     again = train("resume=run", small=False)
     assert again.returncode == 0 and "has finished training" in again.stdout, again.stdout + again.stderr
     assert_identical(final(uninterrupted), final(tmp_path / "run"))
+    # More segments than were planned: the same as if they had been planned.
+    assert train(*RUN, "curriculum.max_segments=2", "hydra.run.dir=short").returncode == 0
+    assert train("resume=short", "curriculum.max_segments=3", small=False).returncode == 0
+    assert_identical(final(uninterrupted), final(tmp_path / "short"))
     more = train("resume=run", "curriculum.max_segments=4", small=False)
     assert more.returncode == 0, more.stderr
     with (tmp_path / "run" / "stages.csv").open() as file:

@@ -4,11 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
+from rmt_lightning.errors import UserError
 from rmt_lightning.tasks.datamodule import FactDataModule
+
+
+@dataclass(frozen=True)
+class LengthTest:
+    """What to test at the end of a run.
+
+    Attributes:
+        segments: lengths of the inputs.
+        samples: how many of each.
+    """
+
+    segments: list[Annotated[int, Ge(1)]]
+    samples: Annotated[int, Ge(1)]
+
+    def __post_init__(self) -> None:
+        if not self.segments:
+            raise UserError("test.segments=[]: names no length; give some, such as [1,2,4]")
 
 
 @dataclass(frozen=True)

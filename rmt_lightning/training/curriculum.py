@@ -83,7 +83,7 @@ class SegmentCurriculum(Callback):
         self.first_step = first_step
         self.seconds = 0.0
         self.successes = 0
-        self.best = 0.0
+        self.best = -1.0
         self.since_best = 0
 
     @property
@@ -98,8 +98,20 @@ class SegmentCurriculum(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         data_of(trainer).lengths = self.lengths
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Go on at once if a run that had reached its last stage is resumed with a later one."""
+        stage = data_of(trainer).num_segments
+        self._resumed_between_stages = (
+            any(result.stage == stage and self._may_leave(result.converged) for result in self.results)
+            and stage < self.max_segments
+        )
+        # Loader workers start before on_train_start; by then the length must be right.
+        data_of(trainer).num_segments += self._resumed_between_stages
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._clock = time.perf_counter()
+        if self._resumed_between_stages:
+            self._restart_optimization(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         self._count_time()
@@ -130,6 +142,9 @@ class SegmentCurriculum(Callback):
             trainer.should_stop = True
             return
         data_of(trainer).num_segments = stage + 1
+        self._restart_optimization(trainer)
+
+    def _restart_optimization(self, trainer: L.Trainer) -> None:
         self._begin_stage(first_step=trainer.global_step)
         trainer.strategy.setup_optimizers(trainer)
 

@@ -1,0 +1,161 @@
+"""What people type by mistake: one line that names the key, the value and what is allowed; exit code 2."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import SMALL, Run
+from hydra.core.global_hydra import GlobalHydra
+
+from rmt_lightning import train as front_door
+
+TABLE = [
+    # unknown keys
+    ("model.memry_size=3", r"model.memry_size: no such setting; did you mean memory_size? allowed: segment_length, "),
+    ("tusk=detect", r"tusk: no such setting; did you mean task? allowed: "),
+    ("+model.heads=3", r"model.heads: no such setting of RMTEncoder; "),
+    ("curriculum.max_segment=3", r"curriculum.max_segment: no such setting; did you mean max_segments?"),
+    # wrong types
+    ("model.memory_size=ten", r"model.memory_size=ten: must be a valid integer"),
+    ("model.memory_size=2.5", r"model.memory_size=2.5: must be a valid integer"),
+    ("optim.lr=fast", r"optim.lr=fast: must be a valid number"),
+    ("model.gradient_checkpointing=perhaps", r"model.gradient_checkpointing=perhaps: must be a valid boolean"),
+    ("trainer.max_steps=many", r"trainer.max_steps=many: must be a valid integer"),
+    ("seed=one", r"seed=one: must be a valid integer"),
+    ("seed=-1", r"seed=-1: must be greater than or equal to 0"),
+    ("test.segments=[1,two]", r"test.segments="),
+    ("test.segments=[0]", r"test.segments="),
+    ("test.segments=[]", r"test.segments=[]: names no length"),
+    ("test.samples=0", r"test.samples=0: must be greater than or equal to 1"),
+    # unknown choices
+    ("task=detekt", r"task=detekt: no such choice; did you mean detect? allowed: babi, carried, detect, mem"),
+    ("noise=silence", r"noise=silence: no such choice; allowed: files, pg19, prose, quality, wikitext"),
+    ("backbone=gpt2", r"backbone=gpt2: no such choice; allowed: bert_base_cased, minilm, tiny_bert"),
+    ("experiment=paper_carried", r"experiment=paper_carried: no such choice; did you mean paper_"),
+    ("logger=mlflow", r"logger=mlflow: no such choice; allowed: csv, tensorboard, wandb"),
+    ("curriculum.lengths=random", r"curriculum.lengths=random: must be 'exact' or 'uniform'"),
+    ("curriculum.when_stuck=cry", r"curriculum.when_stuck=cry: must be 'stop' or 'continue'"),
+    ("trainer.precision=8", r"trainer.precision=8: "),
+    ("trainer.accelerator=abacus", r"trainer: You selected an invalid accelerator name"),
+    # ranges
+    ("model.memory_size=-1", r"model.memory_size=-1: must be greater than or equal to 0"),
+    ("model.bptt_depth=0", r"model.bptt_depth=0: memory would never learn; give 1 or more, or -1 for all segments"),
+    ("model.bptt_depth=-2", r"model.bptt_depth=-2: must be greater than or equal to -1"),
+    ("data.segment_length=513", r"data.segment_length=513: the backbone sees at most 512 tokens; give 512 or less"),
+    ("data.segment_length=12", r"data.segment_length=12: 10 memory and 3 special tokens leave no room for text; "),
+    ("data.segment_length=20", r"data.segment_length: leaves room for 7 tokens of text, too small for the facts"),
+    ("data.batch_size=0", r"data.batch_size=0: must be greater than or equal to 1"),
+    ("data.num_workers=-1", r"data.num_workers=-1: must be greater than or equal to 0"),
+    ("curriculum.max_segments=0", r"curriculum.max_segments=0: must be greater than or equal to 1"),
+    ("curriculum.threshold=1.5", r"curriculum.threshold=1.5: must be less than or equal to 1"),
+    ("optim.lr=-0.1", r"optim.lr=-0.1: must be greater than 0"),
+    ("backbone.heads=3", r"backbone.width=16: must be a multiple of backbone.heads=3"),
+    # files
+    ("task=babi", r"task.path: is missing; give task.path=…"),
+    ("task=babi task.path=absent.txt", r"task.path=absent.txt: cannot be read as a bAbI file"),
+    ("noise=files", r"noise.path: is missing; give noise.path=…"),
+    ("noise=files noise.path=absent.txt", r"noise.path=absent.txt: no .txt, .jsonl, .parquet file there"),
+    ("noise=files noise.path=empty.txt", r"noise.path=empty.txt: is empty; give text"),
+    ("noise=files noise.path=binary.txt", r"noise.path=binary.txt: is "),
+    ("noise=files noise.path=short.txt", r"noise: "),
+    # models
+    ("backbone=minilm backbone.name=/absent/model", r"backbone.name=/absent/model: no such folder"),
+    ("backbone=minilm", r"backbone.name=sentence-transformers/all-MiniLM-L6-v2: cannot be loaded"),
+    ("backbone=minilm backbone.name=notes", r"backbone.name=notes: cannot be loaded"),
+    ("noise=wikitext", r"noise.name=Salesforce/wikitext: cannot be loaded from the Hugging Face Hub"),
+    # resuming
+    ("resume=absent", r"resume=absent: no run there; give a run folder or one of its checkpoints/*.ckpt"),
+    ("resume=notes", r"resume=notes: no run there"),
+    ("hydra.run.dir=run", r"hydra.run.dir=run: already holds a run; choose another folder, or go on with resume=run"),
+    ("resume=run task=memorize", r"task=memorize: a resumed run keeps its task; start a new run to change it"),
+    ("resume=run model.memry_size=3", r"model.memry_size: no such setting"),
+    ("resume=run/checkpoints/absent.ckpt", r"resume=run/checkpoints/absent.ckpt: no run there"),
+    ("resume=run/checkpoints/truncated.ckpt", r"resume="),
+    ("resume=run/checkpoints/text.ckpt", r"resume="),
+    ("resume=run model.memory_size=3", r"resume="),
+    ("resume=run backbone.width=32", r"backbone.width=32: a resumed run keeps its backbone; start a new run"),
+    ("resume=run model.bptt_depth=0", r"model.bptt_depth=0: memory would never learn"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    import os
+
+    folder = tmp_path_factory.mktemp("finished")
+    environment = os.environ | {"RMT_LIGHTNING_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    settings = (*SMALL, "curriculum.max_segments=1", "hydra.run.dir=run")
+    command = [sys.executable, "-m", "rmt_lightning.train", *settings]
+    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, timeout=240)
+    return folder / "run"
+
+
+@pytest.fixture
+def here(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> Iterator[Path]:
+    """A folder with a finished run and some files that are of no use."""
+    shutil.copytree(finished_run, tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "truncated.ckpt").write_bytes((checkpoints / "last.ckpt").read_bytes()[:-1000])
+    (checkpoints / "text.ckpt").write_text("not a checkpoint")
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 10)
+    (tmp_path / "short.txt").write_text("One sentence. Another one. A third one.")
+    (tmp_path / "notes").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RMT_LIGHTNING_CACHE", environment["RMT_LIGHTNING_CACHE"])
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    yield tmp_path
+    GlobalHydra.instance().clear()
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".log"}
+
+
+@pytest.mark.parametrize(("typed", "message"), TABLE, ids=[typed for typed, _ in TABLE])
+def test_one_line(
+    typed: str, message: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(here)
+    resumed = typed.startswith("resume=run")
+    small = [] if resumed else [s for s in SMALL if not typed.startswith("backbone=") or not s.startswith("backbone.")]
+    small = [s for s in small if "noise=" not in typed or not s.startswith("noise.")]
+    small = [s for s in small if s.split("=")[0] not in {part.split("=")[0] for part in typed.split(" ")}]
+    monkeypatch.setattr(sys, "argv", ["train", *small, *typed.split(" ")])
+    with pytest.raises(SystemExit) as exit_:
+        front_door.run()
+    errors = capsys.readouterr().err
+    assert exit_.value.code == 2, errors
+    assert errors.startswith(f"error: {message}"), errors
+    assert errors.count("\n") == 1, errors
+    assert contents(here) == before
+    assert not (here / "outputs").exists() or not list((here / "outputs").glob("*/*")), "an empty run folder is left"
+
+
+def test_the_real_command(train: Run, tmp_path: Path) -> None:
+    result = train("model.memory_size=-1")
+    assert result.returncode == 2
+    assert result.stderr == "error: model.memory_size=-1: must be greater than or equal to 0\n"
+    assert result.stdout == ""
+    assert not list(tmp_path.glob("outputs/*/*"))
+
+
+def test_a_loss_that_is_no_number_stops_the_run(train: Run, tmp_path: Path) -> None:
+    result = train("optim.lr=[1e-3,1e30]", "optim.warmup=0", "trainer.gradient_clip_val=null", "hydra.run.dir=run")
+    assert result.returncode == 1, result.stderr
+    assert result.stderr.startswith("error: the loss became nan at step ") and result.stderr.count("\n") == 1
+    assert "the last good checkpoint is run/checkpoints/last.ckpt" in result.stderr
+    import torch
+
+    saved = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert saved["global_step"] >= 6
+    assert all(value.isfinite().all() for value in saved["state_dict"].values() if value.is_floating_point())

@@ -1,0 +1,82 @@
+"""Every shipped config is composed, checked and, where that needs no network, built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import hydra
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, flag_override
+
+import rmt_lightning.train  # noqa: F401 - registers the resolvers that conf/ uses
+from rmt_lightning.build import build
+from rmt_lightning.config import CONF, check
+from rmt_lightning.errors import UserError
+
+CHOICES = sorted(
+    f"{path.parent.relative_to(CONF)}={path.stem}" for path in CONF.glob("*/*.yaml") if path.parent.name != "experiment"
+)
+PRESETS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+BUILT = (
+    "backbone.width=16", "backbone.layers=1", "backbone.heads=2", "noise.documents=20", "curriculum.max_segments=2",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_hydra_left_over() -> Iterator[None]:
+    yield
+    GlobalHydra.instance().clear()
+
+
+def compose(*overrides: str) -> DictConfig:
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        config = hydra.compose("train", list(overrides), return_hydra_config=True)
+    with flag_override(config, ["readonly", "struct"], False):
+        OmegaConf.set_readonly(config.hydra, False)
+        config.hydra.runtime.output_dir = "."
+        HydraConfig.instance().set_config(config)
+        config.pop("hydra")
+    return config
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_choice(choice: str) -> None:
+    missing = {"task=babi": ["task.path=qa.txt"], "noise=files": ["noise.path=book.txt"]}
+    check(compose(choice, *missing.get(choice, [])))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset(preset: str) -> None:
+    config = compose(f"experiment={preset}")
+    check(config)
+    # The recipe of RMT-2023: 512 tokens, 10 memory tokens, a global batch of 32, up to 7 segments.
+    assert config.task._target_.lower().endswith(preset.removeprefix("paper_"))
+    assert (config.data.segment_length, config.model.memory_size, config.curriculum.max_segments) == (512, 10, 7)
+    assert config.data.batch_size * config.trainer.devices == 32
+    assert config.backbone.name == "bert-base-cased" and config.noise.name == "emozilla/quality"
+    assert config.trainer.precision == "32-true" and config.optim.weight_decay == 1e-3
+
+
+def test_each_group_has_a_preset_per_paper_task() -> None:
+    assert PRESETS == ["paper_detect", "paper_memorize", "paper_reasoning"]
+
+
+@pytest.mark.parametrize("task", ["memorize", "detect", "reasoning", "carried"])
+def test_built(task: str, cache: Path) -> None:
+    parts = build(compose(f"task={task}", *BUILT, f"cache_dir={cache}"))
+    batch = next(iter(parts.data.train_dataloader()))
+    assert parts.classifier(batch["input_ids"]).shape == (32, 6)
+
+
+def test_a_new_component_needs_a_class_and_a_yaml(tmp_path: Path) -> None:
+    """Limits are read off the constructor, wherever it is."""
+    root = {"seed": 1, "resume": None, "cache_dir": "."}
+    config = OmegaConf.create(root | {"task": {"_target_": "rmt_lightning.tasks.facts.Babi", "path": 3}})
+    with pytest.raises(UserError, match=r"^task\.path=3: must be a valid string$"):
+        check(config)
+    config = OmegaConf.create(root | {"task": {"_target_": "rmt_lightning.tasks.facts.Babi", "file": "x"}})
+    with pytest.raises(UserError, match=r"^task\.file: no such setting.*allowed: path$"):
+        check(config)

@@ -1,0 +1,290 @@
+"""The real command on tiny models: the curriculum, what a run leaves behind, loggers, workers, several processes."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, Run
+from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.proto import wandb_internal_pb2
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def metrics(folder: Path) -> dict[str, list[float]]:
+    """Every column of the metrics of a run, without the empty cells."""
+    table = rows(folder / "metrics" / "version_0" / "metrics.csv")
+    return {name: [float(row[name]) for row in table if row[name]] for name in table[0]}
+
+
+def last(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+# Large enough to learn memorize in a minute: what the paper calls convergence really happens.
+LEARNING = (
+    "task=memorize", "backbone.width=64", "backbone.layers=2", "backbone.heads=2", "noise.documents=50",
+    "data.segment_length=40", "data.steps_per_epoch=20", "data.validation_samples=128", "model.memory_size=4",
+    "curriculum.max_segments=2", "curriculum.threshold=0.95", "test.segments=[1,2]", "test.samples=128",
+)  # fmt: skip
+
+
+def test_a_run_learns_and_leaves_everything_behind(train: Run, tmp_path: Path) -> None:
+    result = train(*LEARNING, small=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stderr == ""
+    (folder,) = (tmp_path / "outputs").glob("*/*")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d-memorize", str(folder.relative_to(tmp_path / "outputs")))
+
+    stages = rows(folder / "stages.csv")
+    assert [row["stage"] for row in stages] == ["1", "2"]
+    assert all(row["converged"] == "True" and float(row["accuracy"]) >= 0.95 for row in stages)
+    evaluation = rows(folder / "evaluation.csv")
+    assert [row["segments"] for row in evaluation] == ["1", "2"]
+    for row in evaluation:
+        assert float(row["accuracy"]) > 0.8 and row["samples"] == "128"
+        assert float(row["low"]) <= float(row["accuracy"]) <= float(row["high"])
+
+    # Both tables are shown, and where everything is.
+    for word in ("Curriculum", "Test on unseen text, 128 samples each", "converged", str(folder.relative_to(tmp_path))):
+        assert word in result.stdout
+    assert "stage 2 converged" in (folder / "train.log").read_text()
+    config = OmegaConf.load(folder / "config.yaml")
+    assert config.optim.steps == config.curriculum.steps == 1500
+    assert {"tokenizer.json", "tokenizer_config.json"} <= {p.name for p in (folder / "tokenizer").iterdir()}
+    names = {"last.ckpt", "stage-1.ckpt", "stage-2.ckpt"}
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == names
+    assert (folder / "curriculum.png").read_bytes().startswith(b"\x89PNG")
+
+    logged = metrics(folder)
+    assert logged["train/loss"][-1] < logged["train/loss"][0]
+    assert min(logged["train/tokens_per_second"]) > 0
+    for name in (
+        "accuracy",
+        "accuracy_segments_1",
+        "accuracy_segments_2",
+        "accuracy_distance_0",
+        "accuracy_distance_1",
+    ):
+        assert all(0 <= value <= 1 for value in logged[f"val/{name}"])
+    # The stage's accuracy is that of its longest inputs.
+    table = [row for row in rows(folder / "metrics" / "version_0" / "metrics.csv") if row["val/accuracy_segments_2"]]
+    assert all(row["val/accuracy"] == row["val/accuracy_segments_2"] for row in table)
+
+
+def test_a_stage_that_is_stuck_stops_the_run_with_a_clear_result(train: Run, tmp_path: Path) -> None:
+    result = train("curriculum.when_stuck=stop", "hydra.run.dir=run")
+    assert result.returncode == 1
+    assert "stage 1 did not converge: raise curriculum.steps and go on with resume=" in result.stdout
+    (stage,) = rows(tmp_path / "run" / "stages.csv")
+    assert (stage["stage"], stage["converged"], stage["steps"]) == ("1", "False", "6")
+    assert "(not converged)" in result.stdout
+    # With a larger budget it goes on where it stopped.
+    more = train(
+        "resume=run", "curriculum.steps=9", "curriculum.threshold=0.01", "curriculum.validations=1", small=False
+    )
+    assert more.returncode == 0, more.stdout + more.stderr
+    stages = rows(tmp_path / "run" / "stages.csv")
+    assert [(row["stage"], row["converged"], row["steps"]) for row in stages] == [
+        ("1", "True", "9"), ("2", "True", "3"), ("3", "True", "3"),
+    ]  # fmt: skip
+
+
+def test_the_learning_rate_starts_anew_at_each_stage(train: Run, tmp_path: Path) -> None:
+    driver = """
+import json
+from rmt_lightning.training.classification import FactClassifier
+from rmt_lightning.train import run
+
+def record(self, outputs, batch, batch_idx):
+    optimizer = self.optimizers()
+    rates.append((batch["input_ids"].shape[1], optimizer.param_groups[0]["lr"], len(optimizer.state)))
+
+rates = []
+original = FactClassifier.on_train_batch_end
+FactClassifier.on_train_batch_end = lambda self, *a: (record(self, *a), original(self, *a))
+run()
+json.dump(rates, open("rates.json", "w"))
+"""
+    result = train("curriculum.lengths=exact", "optim.lr=[0.01,0.1]", "optim.warmup=0.5", driver=driver)
+    assert result.returncode == 0, result.stderr
+    import json
+
+    rates = json.loads((tmp_path / "rates.json").read_text())
+    assert [segments for segments, *_ in rates] == [1] * 6 + [2] * 6 + [3] * 6
+    # Warm-up over three of six steps, then decay; the rate after each step is that of the next.
+    shape = [2 / 4, 3 / 4, 1, 2 / 3, 1 / 3, 0]
+    for stage, peak in enumerate((0.01, 0.1, 0.1)):
+        found = [rate for _, rate, _ in rates[6 * stage : 6 * stage + 6]]
+        assert found == pytest.approx([peak * share for share in shape])
+
+
+def test_plateau_and_validations_in_a_row(train: Run, tmp_path: Path) -> None:
+    patient = train("optim.lr=1e-30", "curriculum.patience=2", "curriculum.steps=60", "hydra.run.dir=patient")
+    assert patient.returncode == 0
+    assert [row["steps"] for row in rows(tmp_path / "patient" / "stages.csv")] == ["9"] * 3
+    settings = (
+        "curriculum.threshold=0.01",
+        "curriculum.validations=2",
+        "curriculum.steps=60",
+        "data.validation_samples=64",
+    )
+    twice = train("optim.lr=1e-30", *settings, "hydra.run.dir=twice")
+    assert twice.returncode == 0
+    assert [row["steps"] for row in rows(tmp_path / "twice" / "stages.csv")] == ["6"] * 3
+
+
+def test_loader_workers_change_nothing(train: Run, tmp_path: Path) -> None:
+    for workers in (0, 2):
+        result = train(f"data.num_workers={workers}", f"hydra.run.dir=workers-{workers}")
+        assert result.returncode == 0 and result.stderr == "", result.stderr
+    plain, parallel = last(tmp_path / "workers-0"), last(tmp_path / "workers-2")
+    assert all(torch.equal(plain[name], parallel[name]) for name in plain)
+
+
+def test_two_processes(train: Run, tmp_path: Path) -> None:
+    """DDP: the same samples as one process with the whole batch, the curriculum in step, one set of files."""
+    settings = ("curriculum.lengths=exact", "model.bptt_depth=1", "backbone.dropout=0")
+    alone = train(*settings, "hydra.run.dir=alone", "data.batch_size=8")
+    both = train(*settings, "trainer.accelerator=cpu", "trainer.devices=2", "hydra.run.dir=both")
+    assert alone.returncode == 0 and both.returncode == 0, alone.stderr + both.stderr
+    one, two = last(tmp_path / "alone"), last(tmp_path / "both")
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-4)
+    without_time = [
+        [{k: v for k, v in row.items() if k != "seconds"} for row in rows(tmp_path / folder / "stages.csv")]
+        for folder in ("alone", "both")
+    ]
+    assert without_time[0] == without_time[1]
+    # Two ranks wrote one run folder, and nothing else.
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir() and path.name not in ("alone", "both")] == []
+    assert [path.name for path in (tmp_path / "both" / "metrics").iterdir()] == ["version_0"]
+    assert both.stdout.count("Curriculum") == 1
+
+
+def test_two_processes_resume(train: Run, tmp_path: Path) -> None:
+    ddp = ("trainer.accelerator=cpu", "trainer.devices=2", "backbone.dropout=0.1")
+    assert train(*ddp, "hydra.run.dir=whole").returncode == 0
+    first = train(*ddp, "hydra.run.dir=parts", "curriculum.max_segments=2")
+    assert first.returncode == 0, first.stderr
+    second = train("resume=parts", "curriculum.max_segments=3", small=False)
+    assert second.returncode == 0, second.stderr
+    whole, parts = last(tmp_path / "whole"), last(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole if not name.startswith("accuracy"))
+
+
+def wandb_records(path: Path) -> list[wandb_internal_pb2.Record]:
+    """Read an offline run: a header of 7 bytes, then blocks of 32 KiB of LevelDB's log format."""
+    data, position, records, parts = path.read_bytes(), 7, [], b""
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:
+            position += 32768 - position % 32768
+            continue
+        length = int.from_bytes(data[position + 4 : position + 6], "little")
+        kind = data[position + 6]
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a full record, or the last part of one
+            records.append(wandb_internal_pb2.Record.FromString(parts))
+            parts = b""
+    return records
+
+
+def test_wandb_without_a_key_is_offline_and_never_asks(train: Run, tmp_path: Path) -> None:
+    result = train("logger=wandb", "hydra.run.dir=run")
+    assert result.returncode == 0, result.stdout + result.stderr
+    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    records = wandb_records(file)
+    keys = {item.key or "/".join(item.nested_key) for record in records for item in record.history.item}
+    assert {"train/loss", "val/accuracy", "val/accuracy_segments_3", "train/tokens_per_second"} <= keys
+    config = {item.key for record in records for item in (*record.config.update, *record.run.config.update)}
+    assert {"task", "model", "curriculum", "seed"} <= config
+    # The csv is there all the same.
+    assert metrics(tmp_path / "run")["train/loss"]
+
+
+def test_tensorboard(train: Run, tmp_path: Path) -> None:
+    result = train("logger=tensorboard", "hydra.run.dir=run")
+    assert result.returncode == 0, result.stdout + result.stderr
+    (file,) = (tmp_path / "run" / "tensorboard").rglob("events*")
+    events = EventAccumulator(str(file))
+    events.Reload()
+    assert {"train/loss", "val/accuracy"} <= set(events.Tags()["scalars"])
+
+
+def test_real_babi_among_real_stories(shared_data: Path, train: Run, tmp_path: Path) -> None:
+    result = train(
+        *(setting for setting in SMALL if not setting.startswith("noise.")),
+        "task=babi", f"task.path={shared_data / 'babi/en-10k/qa2_two-supporting-facts_train.txt'}",
+        "noise=files", f"noise.path={shared_data / 'squality/dev.jsonl'}", "noise.field=document",
+        "backbone.vocabulary_size=1500", "data.segment_length=96", "hydra.run.dir=run", small=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (
+        torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["state_dict"]["head.weight"].shape[0] == 6
+    )
+
+
+@pytest.mark.parametrize("flag", ["--help", "--cfg=job", "--info=defaults"])
+def test_flags(flag: str, environment: dict[str, str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rmt_lightning.train", flag.split("=")[0], *flag.split("=")[1:]]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    words = {
+        "--help": ("task: babi, carried, detect, memorize, reasoning", "memory_size: 10", "resume="),
+        "--cfg=job": ("memory_size: 10", "max_segments: 7"),
+        "--info=defaults": ("task/detect",),
+    }[flag]
+    assert all(word in result.stdout for word in words), result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shell_completion(environment: dict[str, str]) -> None:
+    """What bash asks of Hydra's completion function, for the console script."""
+    script = Path(sys.executable).parent / "rmt-train"
+    if not script.exists():
+        pytest.skip("the package is not installed, so there is no rmt-train")
+    installed = subprocess.run(
+        [script, "--shell-completion", "install=bash"], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert installed.returncode == 0 and "complete " in installed.stdout, installed.stderr
+    for typed, expected in (("task=", "task=carried"), ("model.mem", "model.memory_size="), ("noi", "noise")):
+        asked = environment | {
+            "COMP_LINE": f"rmt-train {typed}",
+            "COMP_POINT": str(len(f"rmt-train {typed}")),
+            "COMP_CWORD": "1",
+        }
+        answer = subprocess.run(
+            [script, "--shell-completion", "query=bash"], env=asked, capture_output=True, text=True, timeout=60
+        )
+        assert expected in answer.stdout, answer.stdout + answer.stderr
+
+
+def test_from_a_wheel_in_any_folder(environment: dict[str, str], tmp_path: Path) -> None:
+    """A wheel holds conf/; it is unpacked far from the checkout and used from there."""
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+    built = subprocess.run(build, env=os.environ, capture_output=True, text=True, timeout=200)
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    subprocess.run([sys.executable, "-m", "zipfile", "-e", str(wheel), str(site)], check=True)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    program = "import rmt_lightning.train as t; assert 'site' in t.__file__, t.__file__; t.run()"
+    result = subprocess.run(
+        [sys.executable, "-c", program, "--cfg", "job", "task=carried"],
+        cwd=elsewhere, env=environment | {"PYTHONPATH": str(site)}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "facts.Carried" in result.stdout
