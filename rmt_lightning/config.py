@@ -128,6 +128,8 @@ def _told_in_one_line(config_name: str) -> Iterator[None]:
         _fail(str(error), code=2)
     except (HydraException, OmegaConfBaseException) as error:
         _fail(_one_line(error, config_name), code=2)
+    except KeyboardInterrupt:
+        _fail("interrupted; a run that has begun goes on with resume=<its folder>", code=130)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise

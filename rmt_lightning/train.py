@@ -24,10 +24,13 @@ if TYPE_CHECKING:
     import lightning as L
     from lightning.pytorch.loggers import Logger
 
+    from rmt_lightning.build import Parts
+
 log = logging.getLogger("rmt_lightning.train")
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
+LAST = "last.ckpt"
 
 
 def main(config: DictConfig) -> None:
@@ -56,11 +59,11 @@ def train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pat
     from rmt_lightning.analysis.extrapolation import LengthTest
     from rmt_lightning.build import build, save_architecture
     from rmt_lightning.results import report
-    from rmt_lightning.training.checkpoints import LAST, Interrupted, RunCheckpoints, check_fits, read_checkpoint
-    from rmt_lightning.training.classification import Diverged
+    from rmt_lightning.training.checkpoints import RunCheckpoints, check_fits, read_checkpoint
     from rmt_lightning.training.curriculum import SegmentCurriculum
     from rmt_lightning.training.progress import CurriculumProgress
 
+    shown = os.path.relpath(folder)
     saved = read_checkpoint(checkpoint) if checkpoint else None
     parts = build(config, run=source, trained=saved is not None)
     curriculum: SegmentCurriculum = instantiate(config.curriculum, _convert_="all")
@@ -77,33 +80,42 @@ def train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pat
     save_architecture(parts, folder)
     for logger in trainer.loggers[1:]:
         logger.log_hyperparams(cast(dict[str, Any], OmegaConf.to_container(config, resolve=True)))
-    last = folder / CHECKPOINTS / LAST
     if saved and curriculum.finished:
-        log.info("%s has finished training; testing it again", os.path.relpath(folder))
+        log.info("%s has finished training; testing it again", shown)
         parts.classifier.load_state_dict(saved["state_dict"])
-    else:
-        try:
-            trainer.fit(parts.classifier, parts.data, ckpt_path=checkpoint, weights_only=True)
-        except Interrupted as interrupted:
-            log.info("stopped by %s and saved; go on with resume=%s", interrupted, os.path.relpath(folder))
-            return 128 + interrupted.signum
-        except Diverged as error:
-            good = (
-                f"the last good checkpoint is {os.path.relpath(last)}"
-                if last.exists()
-                else "no checkpoint had been written yet"
-            )
-            print(f"error: {error}; {good}", file=sys.stderr)
-            return 1
+    elif code := _fit(trainer, parts, checkpoint, folder):
+        return code
     if not trainer.is_global_zero:
         return 0
     report(test, folder, trainer, parts, curriculum)
-    if not curriculum.finished:
-        stage = parts.data.num_segments
-        log.error(
-            "stage %d did not converge: raise curriculum.steps and go on with resume=%s, lower curriculum.threshold, "
-            "or set curriculum.when_stuck=continue", stage, os.path.relpath(folder),
-        )  # fmt: skip
+    if curriculum.finished:
+        return 0
+    if trainer.global_step == trainer.max_steps:
+        log.info("stopped by trainer.max_steps=%d; raise it and go on with resume=%s", trainer.max_steps, shown)
+        return 0
+    log.error(
+        "stage %d did not converge: raise curriculum.steps and go on with resume=%s, lower curriculum.threshold, "
+        "or set curriculum.when_stuck=continue", parts.data.num_segments, shown,
+    )  # fmt: skip
+    return 1
+
+
+def _fit(trainer: L.Trainer, parts: Parts, checkpoint: Path | None, folder: Path) -> int:
+    """Run the trainer to its end (0), or until a signal or a loss that is no number stops it."""
+    from rmt_lightning.training.checkpoints import Interrupted
+    from rmt_lightning.training.classification import Diverged
+
+    try:
+        trainer.fit(parts.classifier, parts.data, ckpt_path=checkpoint, weights_only=True)
+    except Interrupted as interrupted:
+        log.info("stopped by %s and saved; go on with resume=%s", interrupted, os.path.relpath(folder))
+        return 128 + interrupted.signum
+    except Diverged as error:
+        last = folder / CHECKPOINTS / LAST
+        kept = (
+            f"the last good checkpoint is {os.path.relpath(last)}" if last.exists() else "no checkpoint was written yet"
+        )
+        print(f"error: {error}; {kept}", file=sys.stderr)
         return 1
     return 0
 
@@ -115,7 +127,7 @@ def _origin(resume: str | None, folder: Path) -> tuple[Path | None, Path | None]
     path = Path(resume).resolve()
     if path.is_file():
         return path.parent.parent, path
-    last = path / CHECKPOINTS / "last.ckpt"
+    last = path / CHECKPOINTS / LAST
     return path, last if last.exists() else None
 
 
@@ -127,7 +139,7 @@ def _run_folder(resume: str | None, fresh: str) -> str:
     run = path if path.is_dir() else path.parent.parent
     if not path.exists() or not (run / CONFIG).exists():
         raise UserError(f"resume={resume}: no run there; give a run folder or one of its checkpoints/*.ckpt")
-    return str(run) if path.is_dir() or path.name == "last.ckpt" else fresh
+    return str(run) if path.is_dir() or path.name == LAST else fresh
 
 
 def _resumed_config(source: Path, overrides: list[str]) -> DictConfig:

@@ -171,6 +171,15 @@ def test_resume_with_more_segments_and_a_finished_run(uninterrupted: Path, train
         assert [row["stage"] for row in csv.DictReader(file)] == ["1", "2", "3", "4"]
 
 
+def test_max_steps_saves_where_it_stops(uninterrupted: Path, train: Run, tmp_path: Path) -> None:
+    result = train(*RUN, "trainer.max_steps=7")
+    assert result.returncode == 0, result.stderr
+    assert "stopped by trainer.max_steps=7; raise it and go on with resume=run" in result.stdout
+    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 7
+    assert train("resume=run", "trainer.max_steps=-1", small=False).returncode == 0
+    assert_identical(final(uninterrupted), final(tmp_path / "run"))
+
+
 FULL_DISK = dedent(
     """
     import os

@@ -99,7 +99,7 @@ class Files:
     def fingerprint(self) -> str:
         digest = hashlib.sha256(self.field.encode())
         for file in [*self._files, None, *self._validation_files]:
-            digest.update(b"|" if file is None else hashlib.sha256(file.read_bytes()).digest())
+            digest.update(b"|" if file is None else _digest(file))
         return f"files-{digest.hexdigest()}"
 
     @staticmethod
@@ -269,6 +269,11 @@ def tokenise(noise: Noise, tokenizer: PreTrainedTokenizerBase, cache_dir: str | 
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     return {split: Corpus.open(folder / split) for split in SPLITS}
+
+
+def _digest(file: Path) -> bytes:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").digest()
 
 
 def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -107,6 +107,7 @@ class RunCheckpoints(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._stages = len(self.curriculum.results)
+        self._saved_step = trainer.global_step
         self._handlers = {signum: signal.signal(signum, self._remember) for signum in (signal.SIGINT, signal.SIGTERM)}
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -131,17 +132,23 @@ class RunCheckpoints(Callback):
         data_of(trainer).consumed += 1
         # Lightning would skip the validation of an epoch that is resumed behind its last batch.
         if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and self._asked_to_stop(trainer):
-            self._save_and_stop(trainer)
+            self._save(trainer)
+            raise Interrupted(self._signum or signal.SIGTERM)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         results = self.curriculum.results
         if len(results) > self._stages:
             self._stages = len(results)
             trainer.save_checkpoint(self.folder / f"stage-{results[-1].stage}.ckpt")
-        trainer.save_checkpoint(self.folder / LAST)
+        self._save(trainer)
         if not trainer.should_stop and self._asked_to_stop(trainer):
             raise Interrupted(self._signum or signal.SIGTERM)
 
-    def _save_and_stop(self, trainer: L.Trainer) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # trainer.max_steps may end a run between two validations.
+        if trainer.global_step > self._saved_step:
+            self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
         trainer.save_checkpoint(self.folder / LAST)
-        raise Interrupted(self._signum or signal.SIGTERM)
+        self._saved_step = trainer.global_step

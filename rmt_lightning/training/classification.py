@@ -71,17 +71,19 @@ class FactClassifier(L.LightningModule):
         self.optimization = optimization
         self.seed = seed
         self.accuracy = SlicedAccuracy(max_segments)
-        self._batch_began = time.perf_counter()
+        self._clock = time.perf_counter()
 
     def forward(self, input_ids: Any, attention_mask: Tensor | None = None) -> Tensor:
         """Scores (B, C) of the answers; takes whatever the model takes."""
         hidden, _ = self.model(input_ids, attention_mask)
         return self.head(hidden[:, 0].to(self.head.weight.dtype))
 
+    def on_train_epoch_start(self) -> None:
+        self._clock = time.perf_counter()
+
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         # Dropout is a function of (seed, step, rank), so that a resumed run draws what an uninterrupted one does.
         torch.manual_seed((self.seed * 1_000_003 + self.global_step) * 1_009 + self.global_rank)
-        self._batch_began = time.perf_counter()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = nn.functional.cross_entropy(self(batch["input_ids"]), batch["label"])
@@ -89,13 +91,15 @@ class FactClassifier(L.LightningModule):
             raise Diverged(
                 f"the loss became {loss.item()} at step {self.global_step}; lower optim.lr or raise optim.warmup"
             )
-        self.log("train/loss", loss.detach(), prog_bar=False)
+        self.log("train/loss", loss.detach())
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
         samples, segments, _ = batch["input_ids"].shape
         tokens = samples * segments * data_of(self.trainer).segment_length * self.trainer.world_size
-        self.log("train/tokens_per_second", tokens / (time.perf_counter() - self._batch_began))
+        now = time.perf_counter()
+        self.log("train/tokens_per_second", tokens / (now - self._clock))
+        self._clock = now
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         correct = self(batch["input_ids"]).argmax(dim=1) == batch["label"]
