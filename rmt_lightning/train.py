@@ -189,7 +189,8 @@ def _trainer(config: DictConfig, folder: Path, callbacks: list[L.Callback]) -> L
 
 
 def _is_first_process() -> bool:
-    return int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
+    # One of these is more than 0 in every other process that Lightning, torchrun or SLURM has started.
+    return all(int(os.environ.get(name, 0)) == 0 for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 def _wandb_mode() -> str:

@@ -87,6 +87,7 @@ def test_a_stage_that_is_stuck_stops_the_run_with_a_clear_result(train: Run, tmp
     result = train("curriculum.when_stuck=stop", "hydra.run.dir=run")
     assert result.returncode == 1
     assert "stage 1 did not converge: raise curriculum.steps and go on with resume=" in result.stdout
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["last.ckpt"]
     (stage,) = rows(tmp_path / "run" / "stages.csv")
     assert (stage["stage"], stage["converged"], stage["steps"]) == ("1", "False", "6")
     assert "(not converged)" in result.stdout
@@ -95,6 +96,7 @@ def test_a_stage_that_is_stuck_stops_the_run_with_a_clear_result(train: Run, tmp
         "resume=run", "curriculum.steps=9", "curriculum.threshold=0.01", "curriculum.validations=1", small=False
     )
     assert more.returncode == 0, more.stdout + more.stderr
+    assert (tmp_path / "run" / "checkpoints" / "stage-1.ckpt").exists()
     stages = rows(tmp_path / "run" / "stages.csv")
     assert [(row["stage"], row["converged"], row["steps"]) for row in stages] == [
         ("1", "True", "9"), ("2", "True", "3"), ("3", "True", "3"),

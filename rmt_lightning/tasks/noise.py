@@ -181,7 +181,7 @@ class Hub:
                 f"noise.name={self.name}: cannot be loaded from the Hugging Face Hub ({type(error).__name__}); "
                 "connect to the network, or use noise=prose, or noise=files noise.path=…"
             ) from None
-        return [text for text in texts if text.strip()]
+        return [text for text in texts if text and not text.isspace()]
 
 
 def cut(texts: list[str], needed: int) -> list[list[str]]:

@@ -90,13 +90,13 @@ def check_fits(module: nn.Module, state_dict: Mapping[str, torch.Tensor], path: 
 
 
 class RunCheckpoints(Callback):
-    """Saves `last.ckpt` after every validation and `stage-<n>.ckpt` when a stage ends; saves and stops when signalled.
+    """Saves `last.ckpt` after every validation and `stage-<n>.ckpt` when a stage is passed; saves and stops on signals.
 
     Must stand behind the curriculum in the list of callbacks, so that it saves what the curriculum has decided.
 
     Args:
         folder: where checkpoints go.
-        curriculum: tells when a stage has ended.
+        curriculum: tells which stages have been passed.
     """
 
     def __init__(self, folder: Path, curriculum: SegmentCurriculum) -> None:
@@ -106,7 +106,7 @@ class RunCheckpoints(Callback):
         self._signum: int | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._stages = len(self.curriculum.results)
+        self._kept = self._passed()
         self._saved_step = trainer.global_step
         self._handlers = {signum: signal.signal(signum, self._remember) for signum in (signal.SIGINT, signal.SIGTERM)}
 
@@ -136,13 +136,17 @@ class RunCheckpoints(Callback):
             raise Interrupted(self._signum or signal.SIGTERM)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        results = self.curriculum.results
-        if len(results) > self._stages:
-            self._stages = len(results)
-            trainer.save_checkpoint(self.folder / f"stage-{results[-1].stage}.ckpt")
+        passed = self._passed()
+        if passed > self._kept:
+            self._kept = passed
+            trainer.save_checkpoint(self.folder / f"stage-{passed}.ckpt")
         self._save(trainer)
         if not trainer.should_stop and self._asked_to_stop(trainer):
             raise Interrupted(self._signum or signal.SIGTERM)
+
+    def _passed(self) -> int:
+        """The last stage that has been passed."""
+        return max((result.stage for result in self.curriculum.results if self.curriculum.passed(result)), default=0)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # trainer.max_steps may end a run between two validations.

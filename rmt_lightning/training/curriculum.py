@@ -89,11 +89,11 @@ class SegmentCurriculum(Callback):
     @property
     def finished(self) -> bool:
         """Whether the last stage is over. A run that has stopped short of it can be resumed with more steps."""
-        last = self.results[-1] if self.results else None
-        return last is not None and last.stage >= self.max_segments and self._may_leave(last.converged)
+        return any(result.stage >= self.max_segments and self.passed(result) for result in self.results)
 
-    def _may_leave(self, converged: bool) -> bool:
-        return converged or self.when_stuck == "continue"
+    def passed(self, result: StageResult) -> bool:
+        """Whether a stage's result lets the run go on to the next one."""
+        return result.converged or self.when_stuck == "continue"
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         data_of(trainer).lengths = self.lengths
@@ -102,8 +102,7 @@ class SegmentCurriculum(Callback):
         """Go on at once if a run that had reached its last stage is resumed with a later one."""
         stage = data_of(trainer).num_segments
         self._resumed_between_stages = (
-            any(result.stage == stage and self._may_leave(result.converged) for result in self.results)
-            and stage < self.max_segments
+            any(result.stage == stage and self.passed(result) for result in self.results) and stage < self.max_segments
         )
         # Loader workers start before on_train_start; by then the length must be right.
         data_of(trainer).num_segments += self._resumed_between_stages
@@ -132,13 +131,13 @@ class SegmentCurriculum(Callback):
         if not converged and steps < at_stage(self.steps, stage):
             return
         # A stage that was stuck and has been resumed has a result already, which this one replaces.
-        self.results = [result for result in self.results if result.stage != stage]
-        self.results.append(StageResult(stage, steps, self.seconds, accuracy, converged))
+        result = StageResult(stage, steps, self.seconds, accuracy, converged)
+        self.results = [*(earlier for earlier in self.results if earlier.stage != stage), result]
         log.info(
             "stage %d %s after %d steps and %.1f s with accuracy %.4f",
             stage, "converged" if converged else "did not converge", steps, self.seconds, accuracy,
         )  # fmt: skip
-        if stage >= self.max_segments or not self._may_leave(converged):
+        if stage >= self.max_segments or not self.passed(result):
             trainer.should_stop = True
             return
         data_of(trainer).num_segments = stage + 1
