@@ -51,7 +51,7 @@ def check(config: DictConfig) -> None:
     Raises:
         UserError: naming the key, the value and what is allowed.
     """
-    _check_settings(Root, {name: config[name] for name in get_type_hints(Root)}, "")
+    _check_settings(Root, {str(name): node for name, node in config.items() if not isinstance(node, DictConfig)}, "")
     _check_nodes(config, "")
 
 
@@ -100,7 +100,7 @@ def _say(error: Any) -> str:
 def _suggest(name: str, allowed: list[str]) -> str:
     near = difflib.get_close_matches(name, allowed, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    return f"{hint}allowed: {', '.join(allowed)}"
+    return f"{hint}allowed: {', '.join(allowed)}" if allowed else "there is none here"
 
 
 def front_door(main: Callable[[DictConfig], None], config_name: str) -> Callable[[], None]:

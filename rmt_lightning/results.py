@@ -38,7 +38,8 @@ def report(test: LengthTest, folder: Path, trainer: L.Trainer, parts: Parts, cur
     trained_to = curriculum.results[-1].stage if curriculum.results else parts.data.num_segments
     figure = figures.curriculum(curriculum.history, lengths, trained_to, 1 / len(task.answers), f"task={task.name}")
     figure.savefig(folder / "curriculum.png", dpi=150)
-    console.print(f"[bold]{os.path.relpath(folder)}[/] holds", ", ".join(sorted(_contents(folder))), highlight=False)
+    holds = f"[bold]{os.path.relpath(folder)}[/] holds {', '.join(sorted(_contents(folder)))}"
+    console.print(holds, highlight=False, soft_wrap=True)
 
 
 def _test(test: LengthTest, trainer: L.Trainer, parts: Parts) -> list[LengthResult]:

@@ -19,6 +19,9 @@ TABLE = [
     ("model.memry_size=3", r"model.memry_size: no such setting; did you mean memory_size? allowed: segment_length, "),
     ("tusk=detect", r"tusk: no such setting; did you mean task? allowed: "),
     ("+model.heads=3", r"model.heads: no such setting of RMTEncoder; "),
+    ("+foo=1", r"foo: no such setting of Root; allowed: seed, resume, cache_dir"),
+    ("task.path=qa.txt", r"task.path: no such setting; there is none here"),
+    ("noise.path=book.txt", r"noise.path: no such setting; allowed: documents, seed"),
     ("curriculum.max_segment=3", r"curriculum.max_segment: no such setting; did you mean max_segments?"),
     # wrong types
     ("model.memory_size=ten", r"model.memory_size=ten: must be a valid integer"),

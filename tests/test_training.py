@@ -1,0 +1,132 @@
+"""The parts of training by themselves. The whole is in test_train.py and test_resume.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from rmt_lightning.analysis import figures
+from rmt_lightning.analysis.extrapolation import LengthResult, LengthTest
+from rmt_lightning.errors import UserError
+from rmt_lightning.training.checkpoints import AtomicCheckpointIO, check_fits, read_checkpoint
+from rmt_lightning.training.classification import SlicedAccuracy
+from rmt_lightning.training.curriculum import SegmentCurriculum, StageResult
+from rmt_lightning.training.optimization import WarmupDecay, at_stage
+
+
+def test_accuracy_by_length_and_distance() -> None:
+    accuracy = SlicedAccuracy(longest=3)
+    accuracy.update(torch.tensor([True, False, True, True]), 2, torch.tensor([0, 1, 1, 1]))
+    accuracy.update(torch.tensor([False, False]), 3, torch.tensor([2, 1]))
+    found = {name: value.item() for name, value in accuracy.compute().items()}
+    assert found == pytest.approx(
+        {"segments_2": 3 / 4, "segments_3": 0, "distance_0": 1, "distance_1": 2 / 4, "distance_2": 0}
+    )
+    accuracy.reset()
+    assert accuracy.compute() == {}
+
+
+def test_settings_of_a_stage() -> None:
+    assert [at_stage([6000, 20000], n) for n in (1, 2, 7)] == [6000, 20000, 20000]
+    assert at_stage(0.1, 7) == 0.1
+
+
+@pytest.mark.parametrize(
+    ("warmup", "expected"), [(0.0, [1, 0.75, 0.5, 0.25, 0, 0]), (0.5, [1 / 3, 2 / 3, 1, 0.5, 0, 0])]
+)
+def test_warmup_and_decay(warmup: float, expected: list[float]) -> None:
+    optimizer, schedule = WarmupDecay(steps=4, lr=2.0, warmup=warmup).build([nn.Parameter(torch.zeros(1))], 1)
+    rates = []
+    for _ in expected:
+        rates.append(optimizer.param_groups[0]["lr"] / 2.0)
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx(expected)
+
+
+def test_wilson_interval() -> None:
+    # Values of Newcombe 1998, table I: 81 of 263, 15 of 148, 0 of 20.
+    for right, samples, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)):
+        assert LengthResult(1, right, samples).interval == pytest.approx((low, high), abs=6e-5)
+    low, high = LengthResult(1, 128, 128).interval
+    assert low < 1.0 == high
+
+
+def test_no_length_to_test() -> None:
+    with pytest.raises(UserError, match=r"test\.segments"):
+        LengthTest(segments=[], samples=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "accuracies", "expected"),
+    [
+        ({"threshold": 0.9}, [0.8, 0.9], [False, True]),
+        ({"threshold": 0.9, "validations": 2}, [0.9, 0.8, 0.95, 0.9], [False, False, False, True]),
+        ({"patience": 2}, [0.5, 0.6, 0.6, 0.55], [False, False, False, True]),
+        ({"patience": 2}, [0.5, 0.4, 0.6, 0.5, 0.6], [False, False, False, False, True]),
+    ],
+)
+def test_convergence(options: dict, accuracies: list[float], expected: list[bool]) -> None:
+    curriculum = SegmentCurriculum(max_segments=3, steps=10, **options)
+    assert [curriculum._converged(accuracy) for accuracy in accuracies] == expected
+
+
+def test_curriculum_state_is_plain_and_complete() -> None:
+    curriculum = SegmentCurriculum(max_segments=2, steps=10)
+    curriculum.results = [StageResult(1, 5, 1.5, 0.99, True), StageResult(2, 6, 1.0, 0.5, False)]
+    curriculum.history = [(5, 1, 0.99)]
+    other = SegmentCurriculum(max_segments=2, steps=10)
+    other.load_state_dict(curriculum.state_dict())
+    assert other.state_dict() == curriculum.state_dict()
+    assert other.results == curriculum.results
+    assert not other.finished
+    other.when_stuck = "continue"
+    assert other.finished
+
+
+def test_a_failed_write_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {"w": torch.ones(3)}}, path)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        AtomicCheckpointIO().save_checkpoint({"state_dict": {"w": torch.zeros(3)}}, path)
+    assert torch.equal(read_checkpoint(path)["state_dict"]["w"], torch.ones(3))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+class Harmful:
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (Path("executed"),))
+
+
+def test_checkpoints_are_read_without_executing_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {}, "extra": Harmful()}, "bad.ckpt")
+    with pytest.raises(UserError, match="no checkpoint"):
+        read_checkpoint(Path("bad.ckpt"))
+    assert not Path("executed").exists()
+
+
+def test_another_model_is_named() -> None:
+    small, large = nn.Linear(2, 2), nn.Linear(2, 3)
+    check_fits(small, small.state_dict(), Path("a.ckpt"))
+    with pytest.raises(UserError, match=r"a\.ckpt: holds another model: weight is \(3, 2\) there and \(2, 2\) here"):
+        check_fits(small, large.state_dict(), Path("a.ckpt"))
+    with pytest.raises(UserError, match=r"bias is missing there"):
+        check_fits(small, {"weight": small.weight}, Path("a.ckpt"))
+
+
+def test_the_figure() -> None:
+    lengths = [LengthResult(n, right, 100) for n, right in ((1, 100), (2, 97), (64, 50))]
+    figure = figures.curriculum([(5, 1, 0.5), (10, 1, 1.0), (15, 2, 0.9)], lengths, 2, 1 / 6, "task=detect")
+    left, right = figure.axes
+    assert left.get_xlabel() == "optimizer step" and right.get_xlabel() == "segments of the input"
+    assert [text.get_text() for text in right.get_xticklabels()] == ["1", "2", "64"]
+    assert len(left.lines) == 3  # two stages and chance
