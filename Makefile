@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 
-.PHONY: help install train test lint clean
+.PHONY: help install train evaluate test lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -13,6 +13,9 @@ install: $(VENV)/.installed  ## create .venv and install the package into it
 
 train: install  ## train with the defaults, or: make train ARGS="task=reasoning curriculum.max_segments=3"
 	$(BIN)/python -m rmt_lightning.train $(ARGS)
+
+evaluate: install  ## test a run on longer inputs: make evaluate ARGS="checkpoint=outputs/…"
+	$(BIN)/python -m rmt_lightning.evaluate $(ARGS)
 
 test: $(VENV)/.installed-test  ## run linter, type checker and the whole test suite
 	$(BIN)/ruff check .
@@ -36,6 +39,9 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
 	touch $@
 
-$(VENV)/.installed-test: $(VENV)/.created pyproject.toml constraints.txt
+$(VENV)/.installed-evaluate: install  ## test a run on longer inputs: make evaluate ARGS="checkpoint=outputs/…"
+	$(BIN)/python -m rmt_lightning.evaluate $(ARGS)
+
+test: $(VENV)/.created pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	touch $@ $(VENV)/.installed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,18 +14,14 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
-from rmt_lightning.config import check
-from rmt_lightning.errors import UserError
 from rmt_lightning.models.backbone import Backbone, Restored
 from rmt_lightning.models.rmt import RMTEncoder
+from rmt_lightning.run_folder import BACKBONE, TOKENIZER
 from rmt_lightning.tasks.datamodule import FactDataModule
 from rmt_lightning.tasks.facts import Task
 from rmt_lightning.tasks.noise import SPLITS, Noise, tokenise
 from rmt_lightning.tasks.placement import Key, Placement
 from rmt_lightning.training.classification import FactClassifier
-
-TOKENIZER = "tokenizer"
-BACKBONE = "backbone"
 
 
 @dataclass(frozen=True)
@@ -37,18 +33,20 @@ class Parts:
     classifier: FactClassifier
 
 
-def build(config: DictConfig, run: Path | None = None, trained: bool = False) -> Parts:
-    """Check the config, then build tokenizer, data and model.
+def build(
+    config: DictConfig, run: Path | None = None, trained: bool = False, answers: Sequence[str] | None = None
+) -> Parts:
+    """Build tokenizer, data and model from a checked config.
 
     Args:
         config: the composed config of a run.
         run: folder of an earlier run to go on with; its tokenizer is used if it has left one.
         trained: whether weights of that run are about to be loaded, so that pretrained ones are not needed.
+        answers: the classes of those weights, if they are not the task's.
 
     Raises:
         UserError: if something cannot be built.
     """
-    check(config)
     L.seed_everything(config.seed, verbose=False)
     task: Task = instantiate(config.task, _convert_="all")
     noise: Noise = instantiate(config.noise, _convert_="all")
@@ -58,14 +56,6 @@ def build(config: DictConfig, run: Path | None = None, trained: bool = False) ->
     encoder = (earlier if earlier and trained else fresh).encoder(tokenizer)
     model: RMTEncoder = instantiate(config.model, encoder=encoder)
     corpora = tokenise(noise, tokenizer, config.cache_dir)
-    longest = config.curriculum.max_segments * model.text_length
-    for split in SPLITS:
-        available = len(corpora[split].tokens)
-        if available < longest:
-            raise UserError(
-                f"noise: has {available} tokens for {split}, fewer than the {longest} of one sample of "
-                f"{config.curriculum.max_segments} segments; give more text or lower curriculum.max_segments"
-            )
     placement = Placement(task, corpora, tokenizer, model.text_length, config.seed)
     for split in SPLITS:
         placement.sample(split, Key(num_segments=1, number=0))
@@ -74,7 +64,7 @@ def build(config: DictConfig, run: Path | None = None, trained: bool = False) ->
         instantiate(config.data, placement=placement),
         FactClassifier(
             model,
-            len(task.answers),
+            answers or task.answers,
             instantiate(config.optim, _convert_="all"),
             config.curriculum.max_segments,
             config.seed,

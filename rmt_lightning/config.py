@@ -14,12 +14,10 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, cast, get_type_hints
+from typing import Any, cast, get_type_hints
 
 import hydra
-from annotated_types import Ge
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, InstantiationException
 from hydra.utils import get_object
@@ -36,30 +34,30 @@ CONF = next(
 )
 
 
-@dataclass(frozen=True)
-class Root:
-    """The settings of conf/train.yaml that belong to no group."""
-
-    seed: Annotated[int, Ge(0)]
-    resume: str | None
-    cache_dir: str
-
-
-def check(config: DictConfig) -> None:
+def check(config: DictConfig, root: type) -> None:
     """Compare a composed config with the signatures of what its `_target_`s name.
+
+    Args:
+        config: what Hydra has composed.
+        root: a dataclass of the settings that belong to no group.
 
     Raises:
         UserError: naming the key, the value and what is allowed.
     """
-    _check_settings(Root, {str(name): node for name, node in config.items() if not isinstance(node, DictConfig)}, "")
     _check_nodes(config, "")
+    plain = {str(name): node for name, node in config.items() if not _is_group(node)}
+    _check_settings(root, cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(plain), resolve=True)), "")
+
+
+def _is_group(node: Any) -> bool:
+    return isinstance(node, DictConfig)
 
 
 def _check_nodes(config: DictConfig, path: str) -> None:
     for name in map(str, config):
         if OmegaConf.is_missing(config, name):
             raise UserError(f"{path}{name}: is missing; give {path}{name}=…")
-        if isinstance(config[name], DictConfig):
+        if _is_group(config[name]):
             _check_nodes(config[name], f"{path}{name}.")
     if "_target_" in config:
         given = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
@@ -72,7 +70,7 @@ def _check_settings(target: Callable[..., Any], given: dict[str, Any], path: str
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for name in given:
         if name not in allowed and not takes_any:
-            raise UserError(f"{path}{name}: no such setting of {target.__name__}; {_suggest(name, allowed)}")
+            raise UserError(f"{path}{name}: no such setting; {_suggest(name, allowed)}")
     hints = _hints(target.__init__ if inspect.isclass(target) else target)
     fields: Any = {name: (hints.get(name, Any), ...) for name in given}
     schema = create_model("Settings", __config__=ConfigDict(strict=True, arbitrary_types_allowed=True), **fields)

@@ -19,19 +19,20 @@ class ConsoleHandler(logging.Handler):
         get_console().print(self.format(record), soft_wrap=True, markup=False, highlight=False)
 
 
-def start_logging(file: Path, first_process: bool) -> None:
-    """Send our log to the screen and, with dates, to `file`. Other ranks only report trouble."""
+def start_logging(file: Path | None, first_process: bool) -> None:
+    """Send our log to the screen and, with dates, to `file` if there is one. Other ranks only report trouble."""
     logging.captureWarnings(True)
     for pattern in _NOT_FOR_US:
         warnings.filterwarnings("ignore", message=f".*{pattern}.*")
     # Lightning sets up its own log when it is imported; ours has to come after.
     import lightning.pytorch  # noqa: F401
 
-    written = logging.FileHandler(file, delay=True)
-    written.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    shown = ConsoleHandler(logging.INFO if first_process else logging.WARNING)
+    handlers: list[logging.Handler] = [ConsoleHandler(logging.INFO if first_process else logging.WARNING)]
+    if file:
+        handlers.append(logging.FileHandler(file, delay=True))
+        handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for name in ("rmt_lightning", "lightning", "py.warnings"):
-        logging.getLogger(name).handlers = [shown, written]
+        logging.getLogger(name).handlers = handlers
         logging.getLogger(name).propagate = False
     logging.getLogger("lightning.pytorch").handlers = []
     logging.getLogger("lightning.pytorch").propagate = True

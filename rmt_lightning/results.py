@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,6 +18,7 @@ from rich.table import Table
 from rmt_lightning.analysis import figures
 from rmt_lightning.analysis.extrapolation import LengthResult, LengthTest, evaluate_length
 from rmt_lightning.build import Parts
+from rmt_lightning.run_folder import write_atomically
 from rmt_lightning.training.curriculum import SegmentCurriculum, StageResult
 
 
@@ -29,11 +31,10 @@ def report(test: LengthTest, folder: Path, trainer: L.Trainer, parts: Parts, cur
     console = get_console()
     if curriculum.results:
         console.print(_stage_table(curriculum.results, curriculum.lengths))
-        _write_csv(folder / "stages.csv", [asdict(stage) for stage in curriculum.results])
+        write_csv(folder / "stages.csv", [asdict(stage) for stage in curriculum.results])
     lengths = _test(test, trainer, parts)
-    console.print(_length_table(lengths, parts.classifier.model.text_length))
-    rows = [asdict(r) | {"accuracy": r.accuracy, "low": r.interval[0], "high": r.interval[1]} for r in lengths]
-    _write_csv(folder / "evaluation.csv", rows)
+    console.print(length_table(lengths, parts.classifier.model.text_length))
+    write_csv(folder / "evaluation.csv", [{"segments": result.segments, **result.row()} for result in lengths])
     task = parts.data.placement.task
     trained_to = curriculum.results[-1].stage if curriculum.results else parts.data.num_segments
     figure = figures.curriculum(curriculum.history, lengths, trained_to, 1 / len(task.answers), f"task={task.name}")
@@ -49,7 +50,7 @@ def _test(test: LengthTest, trainer: L.Trainer, parts: Parts) -> list[LengthResu
     hidden = not get_console().is_terminal
     with trainer.precision_plugin.forward_context():
         return [
-            evaluate_length(classifier, parts.data, num_segments, test.samples, batch_size, device)
+            evaluate_length(classifier, parts.data, num_segments, test.samples, batch_size, device, classifier.answers)
             for num_segments in track(test.segments, "testing", transient=True, console=get_console(), disable=hidden)
         ]
 
@@ -63,7 +64,8 @@ def _stage_table(stages: Sequence[StageResult], lengths: str) -> Table:
     return table
 
 
-def _length_table(lengths: Sequence[LengthResult], text_length: int) -> Table:
+def length_table(lengths: Sequence[LengthResult], text_length: int) -> Table:
+    """Accuracy at each length, for the screen."""
     title = f"Test on unseen text, {lengths[0].samples} samples each"
     table = Table("segments", "tokens of text", "accuracy", "95% interval", title=title, title_justify="left")
     for result in lengths:
@@ -77,8 +79,10 @@ def _contents(folder: Path) -> list[str]:
     return [path.name + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith(".")]
 
 
-def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows of equal keys, whole or not at all."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue().encode())

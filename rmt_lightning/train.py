@@ -9,15 +9,18 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
+from annotated_types import Ge
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from rmt_lightning.config import front_door
+from rmt_lightning.config import check, front_door
 from rmt_lightning.console import start_logging
 from rmt_lightning.errors import UserError
+from rmt_lightning.run_folder import CHECKPOINTS, CONFIG, LAST, locate
 
 # What follows takes seconds to import; --help and spelling mistakes should not have to wait for it.
 if TYPE_CHECKING:
@@ -28,19 +31,25 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rmt_lightning.train")
 
-CONFIG = "config.yaml"
-CHECKPOINTS = "checkpoints"
-LAST = "last.ckpt"
+
+@dataclass(frozen=True)
+class Root:
+    """The settings of conf/train.yaml that belong to no group."""
+
+    seed: Annotated[int, Ge(0)]
+    resume: str | None
+    cache_dir: str
 
 
 def main(config: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     start_logging(folder / f"{HydraConfig.get().job.name}.log", _is_first_process())
-    source, checkpoint = _origin(config.resume, folder)
+    source, checkpoint = locate(config.resume, "resume") if config.resume else (None, None)
     try:
         if source:
             config = _resumed_config(source, HydraConfig.get().overrides.task)
-        if source != folder and _is_first_process() and (folder / CONFIG).exists():
+        check(config, Root)
+        if source != folder.resolve() and _is_first_process() and (folder / CONFIG).exists():
             raise UserError(
                 f"hydra.run.dir={os.path.relpath(folder)}: already holds a run; choose another folder, or go on with "
                 f"resume={os.path.relpath(folder)}"
@@ -66,6 +75,7 @@ def train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pat
     shown = os.path.relpath(folder)
     saved = read_checkpoint(checkpoint) if checkpoint else None
     parts = build(config, run=source, trained=saved is not None)
+    _check_noise(parts, config.curriculum.max_segments)
     curriculum: SegmentCurriculum = instantiate(config.curriculum, _convert_="all")
     if saved and checkpoint:
         check_fits(parts.classifier, saved["state_dict"], checkpoint)
@@ -120,26 +130,22 @@ def _fit(trainer: L.Trainer, parts: Parts, checkpoint: Path | None, folder: Path
     return 0
 
 
-def _origin(resume: str | None, folder: Path) -> tuple[Path | None, Path | None]:
-    """The run to go on with and its checkpoint, if it has written one already."""
-    if resume is None:
-        return None, None
-    path = Path(resume).resolve()
-    if path.is_file():
-        return path.parent.parent, path
-    last = path / CHECKPOINTS / LAST
-    return path, last if last.exists() else None
+def _check_noise(parts: Parts, max_segments: int) -> None:
+    needed = max_segments * parts.classifier.model.text_length
+    for split, corpus in parts.data.placement.corpora.items():
+        if len(corpus.tokens) < needed:
+            raise UserError(
+                f"noise: has {len(corpus.tokens)} tokens for {split}, fewer than the {needed} of one sample of "
+                f"{max_segments} segments; give more text or lower curriculum.max_segments"
+            )
 
 
 def _run_folder(resume: str | None, fresh: str) -> str:
     """Where a run goes: a resumed run stays where it is; one that goes on from an earlier stage gets a new folder."""
     if resume is None:
         return fresh
-    path = Path(resume)
-    run = path if path.is_dir() else path.parent.parent
-    if not path.exists() or not (run / CONFIG).exists():
-        raise UserError(f"resume={resume}: no run there; give a run folder or one of its checkpoints/*.ckpt")
-    return str(run) if path.is_dir() or path.name == LAST else fresh
+    run, checkpoint = locate(resume, "resume")
+    return os.path.relpath(run) if checkpoint is None or checkpoint.name == LAST else fresh
 
 
 def _resumed_config(source: Path, overrides: list[str]) -> DictConfig:

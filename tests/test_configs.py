@@ -11,10 +11,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, flag_override
 
-import rmt_lightning.train  # noqa: F401 - registers the resolvers that conf/ uses
 from rmt_lightning.build import build
 from rmt_lightning.config import CONF, check
 from rmt_lightning.errors import UserError
+from rmt_lightning.train import Root
 
 CHOICES = sorted(
     f"{path.parent.relative_to(CONF)}={path.stem}" for path in CONF.glob("*/*.yaml") if path.parent.name != "experiment"
@@ -45,13 +45,13 @@ def compose(*overrides: str) -> DictConfig:
 @pytest.mark.parametrize("choice", CHOICES)
 def test_choice(choice: str) -> None:
     missing = {"task=babi": ["task.path=qa.txt"], "noise=files": ["noise.path=book.txt"]}
-    check(compose(choice, *missing.get(choice, [])))
+    check(compose(choice, *missing.get(choice, [])), Root)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_preset(preset: str) -> None:
     config = compose(f"experiment={preset}")
-    check(config)
+    check(config, Root)
     # The recipe of RMT-2023: 512 tokens, 10 memory tokens, a global batch of 32, up to 7 segments.
     assert config.task._target_.lower().endswith(preset.removeprefix("paper_"))
     assert (config.data.segment_length, config.model.memory_size, config.curriculum.max_segments) == (512, 10, 7)
@@ -76,7 +76,7 @@ def test_a_new_component_needs_a_class_and_a_yaml(tmp_path: Path) -> None:
     root = {"seed": 1, "resume": None, "cache_dir": "."}
     config = OmegaConf.create(root | {"task": {"_target_": "rmt_lightning.tasks.facts.Babi", "path": 3}})
     with pytest.raises(UserError, match=r"^task\.path=3: must be a valid string$"):
-        check(config)
+        check(config, Root)
     config = OmegaConf.create(root | {"task": {"_target_": "rmt_lightning.tasks.facts.Babi", "file": "x"}})
     with pytest.raises(UserError, match=r"^task\.file: no such setting.*allowed: path$"):
-        check(config)
+        check(config, Root)

@@ -25,7 +25,7 @@ def test_the_python_example(environment: dict[str, str], tmp_path: Path) -> None
     assert result.stdout == "torch.Size([2, 64]) torch.Size([2, 10, 64])\n"
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if "resume=" not in command])
+@pytest.mark.parametrize("command", [command for command in COMMANDS if "resume=" not in command and "2026" not in command])
 def test_commands(command: str, environment: dict[str, str], tmp_path: Path) -> None:
     words = [word for word in shlex.split(command) if word != "--multirun"]
     settings = [word.split(",")[0] for word in words[3:]]
@@ -65,5 +65,6 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_the_tree_in_contributing_is_complete() -> None:
-    told = set(re.findall(r"^ +(\w+\.py)", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE))
+    tree = (ROOT / "CONTRIBUTING.md").read_text().split("```")[1]
+    told = set(re.findall(r"(\w+\.py)", tree)) - {"reference.py"}
     assert told == {path.name for path in (ROOT / "rmt_lightning").rglob("*.py")} - {"__init__.py", "errors.py"}

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rmt_lightning.analysis import figures
-from rmt_lightning.analysis.extrapolation import LengthResult, LengthTest
+from rmt_lightning.analysis.extrapolation import LengthResult, LengthTest, Proportion
 from rmt_lightning.errors import UserError
 from rmt_lightning.training.checkpoints import AtomicCheckpointIO, check_fits, read_checkpoint
 from rmt_lightning.training.classification import SlicedAccuracy
@@ -50,8 +50,8 @@ def test_warmup_and_decay(warmup: float, expected: list[float]) -> None:
 def test_wilson_interval() -> None:
     # Values of Newcombe 1998, table I: 81 of 263, 15 of 148, 0 of 20.
     for right, samples, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)):
-        assert LengthResult(1, right, samples).interval == pytest.approx((low, high), abs=6e-5)
-    low, high = LengthResult(1, 128, 128).interval
+        assert Proportion(right, samples).interval == pytest.approx((low, high), abs=6e-5)
+    low, high = Proportion(128, 128).interval
     assert low < 1.0 == high
 
 
@@ -124,7 +124,7 @@ def test_another_model_is_named() -> None:
 
 
 def test_the_figure() -> None:
-    lengths = [LengthResult(n, right, 100) for n, right in ((1, 100), (2, 97), (64, 50))]
+    lengths = [LengthResult(right, 100, n) for n, right in ((1, 100), (2, 97), (64, 50))]
     figure = figures.curriculum([(5, 1, 0.5), (10, 1, 1.0), (15, 2, 0.9)], lengths, 2, 1 / 6, "task=detect")
     left, right = figure.axes
     assert left.get_xlabel() == "optimizer step" and right.get_xlabel() == "segments of the input"

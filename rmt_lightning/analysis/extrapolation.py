@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import torch
@@ -32,16 +33,14 @@ class LengthTest:
 
 
 @dataclass(frozen=True)
-class LengthResult:
-    """Accuracy on inputs of one length.
+class Proportion:
+    """Right answers among all.
 
     Attributes:
-        segments: their length.
         right: right answers.
-        samples: answers in all.
+        samples: answers in all, at least 1.
     """
 
-    segments: int
     right: int
     samples: int
 
@@ -58,6 +57,24 @@ class LengthResult:
         # Rounding must not leave the accuracy outside of its interval.
         return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
 
+    def row(self) -> dict[str, float]:
+        """The columns of a csv file."""
+        low, high = self.interval
+        return {"right": self.right, "samples": self.samples, "accuracy": self.accuracy, "low": low, "high": high}
+
+
+@dataclass(frozen=True)
+class LengthResult(Proportion):
+    """Accuracy on inputs of one length.
+
+    Attributes:
+        segments: their length.
+        distances: accuracy by distance from fact to question; key k holds distances 2^(k-1) … 2^k - 1, key 0 holds 0.
+    """
+
+    segments: int
+    distances: dict[int, Proportion] = field(default_factory=dict)
+
 
 @torch.inference_mode()
 def evaluate_length(
@@ -67,16 +84,37 @@ def evaluate_length(
     samples: int,
     batch_size: int,
     device: torch.device,
+    known_answers: Sequence[str],
+    on_segment: Callable[[], object] = lambda: None,
 ) -> LengthResult:
-    """Accuracy on test samples of `num_segments` segments, read one segment at a time.
+    """Accuracy on test samples of `num_segments` segments, read one segment at a time in constant memory.
 
     Args:
         classify: takes an iterator of (B, S) segments, returns scores (B, C).
+        data: where the samples come from.
+        num_segments: T.
+        samples: how many.
+        batch_size: B.
+        device: where segments are wanted.
+        known_answers: what the C scores stand for; the task may name its answers in another order.
+        on_segment: called after each segment of each batch.
     """
-    right = 0
+    # (answers of the task,) the column of the scores that stands for each
+    columns = torch.tensor([known_answers.index(answer) for answer in data.placement.task.answers])
+    right: Counter[int] = Counter()
+    seen: Counter[int] = Counter()
     for start in range(0, samples, batch_size):
-        indices = range(start, min(start + batch_size, samples))
-        segments, labels, _ = data.stream("test", num_segments, indices)
-        scores = classify(segment.to(device) for segment in segments)
-        right += int((scores.argmax(dim=1).cpu() == labels).sum())
-    return LengthResult(num_segments, right, samples)
+        numbers = range(start, min(start + batch_size, samples))
+        segments, labels, distances = data.stream("test", num_segments, numbers)
+
+        def fed(segments: Iterator[Tensor] = segments) -> Iterator[Tensor]:
+            for segment in segments:
+                yield segment.to(device)
+                on_segment()
+
+        correct = classify(fed()).argmax(dim=1).cpu() == columns[labels]
+        for distance, is_right in zip(distances.tolist(), correct.tolist(), strict=True):
+            seen[distance.bit_length()] += 1
+            right[distance.bit_length()] += is_right
+    by_distance = {key: Proportion(right[key], seen[key]) for key in sorted(seen)}
+    return LengthResult(right.total(), seen.total(), num_segments, by_distance)

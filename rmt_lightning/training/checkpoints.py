@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,12 +16,11 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
 from rmt_lightning.errors import UserError
+from rmt_lightning.run_folder import LAST, write_atomically
 from rmt_lightning.tasks.datamodule import data_of
 from rmt_lightning.training.curriculum import SegmentCurriculum
 
 log = logging.getLogger(__name__)
-
-LAST = "last.ckpt"
 
 
 class Interrupted(Exception):
@@ -38,42 +36,27 @@ class Interrupted(Exception):
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and moves it there once it is on the disk.
-
-    So nobody ever reads half a file, and the previous checkpoint survives a kill or a full disk.
-    """
+    """Writes checkpoints whole or not at all."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
         # torch reports a full disk as a RuntimeError; writing its bytes ourselves keeps the OSError.
         content = io.BytesIO()
         torch.save(checkpoint, content)
-        try:
-            with open(partial, "wb") as file:
-                file.write(content.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_atomically(Path(path), content.getbuffer())
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Load a checkpoint without executing anything in it.
 
     Raises:
-        UserError: if it is missing or damaged.
+        UserError: if it is damaged.
     """
-    if not path.is_file():
-        raise UserError(f"resume={path}: no such checkpoint; give a run folder or one of its checkpoints/*.ckpt")
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["state_dict"]
     except Exception as error:  # zip, pickle and torch each have their own way to say that a file is broken
         raise UserError(
-            f"resume={path}: is truncated or no checkpoint ({type(error).__name__}); "
+            f"{path}: is truncated or no checkpoint ({type(error).__name__}); "
             "give another one of the run's checkpoints/*.ckpt"
         ) from None
     return checkpoint
@@ -86,7 +69,7 @@ def check_fits(module: nn.Module, state_dict: Mapping[str, torch.Tensor], path: 
         here = tuple(own[name].shape) if name in own else "missing"
         there = tuple(state_dict[name].shape) if name in state_dict else "missing"
         if here != there:
-            raise UserError(f"resume={path}: holds another model: {name} is {there} there and {here} here")
+            raise UserError(f"{path}: holds another model: {name} is {there} there and {here} here")
 
 
 class RunCheckpoints(Callback):

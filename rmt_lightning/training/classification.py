@@ -6,6 +6,7 @@ Shapes: B batch, T segments, S text tokens of a segment, C answers, N longest nu
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -56,18 +57,19 @@ class FactClassifier(L.LightningModule):
 
     Args:
         model: turns segments into the hidden states of the last one.
-        num_answers: C.
+        answers: the C classes, which are saved in checkpoints.
         optimization: how to train.
         max_segments: N, the longest input in training and validation.
         seed: of dropout.
     """
 
     def __init__(
-        self, model: RMTEncoder, num_answers: int, optimization: WarmupDecay, max_segments: int, seed: int = 0
+        self, model: RMTEncoder, answers: Sequence[str], optimization: WarmupDecay, max_segments: int, seed: int = 0
     ) -> None:
         super().__init__()
         self.model = model
-        self.head = nn.Linear(model.encoder.width, num_answers)
+        self.head = nn.Linear(model.encoder.width, len(answers))
+        self.answers = tuple(answers)
         self.optimization = optimization
         self.seed = seed
         self.accuracy = SlicedAccuracy(max_segments)
@@ -112,6 +114,9 @@ class FactClassifier(L.LightningModule):
         longest = max((name for name in accuracy if name.startswith("segments_")), key=lambda name: int(name[9:]))
         self.log("val/accuracy", accuracy[longest])
         self.log_dict({f"val/accuracy_{name}": value for name, value in accuracy.items()})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["answers"] = list(self.answers)
 
     def configure_optimizers(self) -> Any:
         optimizer, schedule = self.optimization.build(self.parameters(), data_of(self.trainer).num_segments)

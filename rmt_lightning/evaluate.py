@@ -1,0 +1,202 @@
+"""Front door: `python -m rmt_lightning.evaluate checkpoint=<run folder or checkpoint> segments=[1,64,4096]`.
+
+Results go to <run folder>/evaluations/<checkpoint>-<task>-<key>/, where the key stands for all settings and the content
+of the checkpoint: evaluation.csv has a row for each length, distances.csv one for each length and distance from fact to
+question, evaluation.json both and the settings. They are written after each length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Ge
+from omegaconf import DictConfig, OmegaConf
+
+from rmt_lightning.config import check, front_door
+from rmt_lightning.errors import UserError
+from rmt_lightning.run_folder import CONFIG, locate, write_atomically
+
+# What follows takes seconds to import; --help and spelling mistakes should not have to wait for it.
+if TYPE_CHECKING:
+    import torch
+
+    from rmt_lightning.analysis.extrapolation import LengthResult
+    from rmt_lightning.build import Parts
+
+
+@dataclass(frozen=True)
+class Root:
+    """The settings of conf/evaluate.yaml that belong to no group."""
+
+    checkpoint: str
+    segments: list[Annotated[int, Ge(1)]]
+    samples: Annotated[int, Ge(1)]
+    batch_size: Annotated[int, Ge(1)] | Literal["auto"]
+    device: Literal["auto", "cpu", "cuda"]
+    cache_dir: str
+
+
+def main(config: DictConfig) -> None:
+    check(config, Root)
+    if not config.segments:
+        raise UserError("segments=[]: names no length; give some, such as [1,64,4096]")
+    run, checkpoint = locate(config.checkpoint, "checkpoint")
+    if checkpoint is None:
+        raise UserError(f"checkpoint={config.checkpoint}: the run has not written a checkpoint yet; train it first")
+    run_config = OmegaConf.load(run / CONFIG)
+    assert isinstance(run_config, DictConfig)
+    for group in ("task", "noise"):
+        if group in config:
+            run_config[group] = config[group]
+    run_config.cache_dir = config.cache_dir
+    evaluate(config, run_config, run, checkpoint)
+
+
+def evaluate(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: Path) -> None:
+    """Test each length that has not been tested yet; print and write what has been found."""
+    import torch
+    from rich import get_console
+
+    from rmt_lightning.console import start_logging
+    from rmt_lightning.results import length_table
+
+    start_logging(None, first_process=True)
+    device = torch.device("cuda" if config.device == "auto" and torch.cuda.is_available() else "cpu")
+    if config.device != "auto":
+        device = torch.device(config.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda: torch finds no GPU; give cpu or auto")
+    parts = _load(run_config, run, checkpoint)
+    settings = {
+        "checkpoint": checkpoint.name,
+        "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+        "task": OmegaConf.to_container(run_config.task),
+        "noise": OmegaConf.to_container(run_config.noise),
+        "samples": config.samples,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    }
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    folder = run / "evaluations" / f"{checkpoint.stem}-{parts.data.placement.task.name}-{key}"
+    done = _read(folder)
+    results: list[LengthResult] = []
+    for num_segments in config.segments:
+        if str(num_segments) not in done:
+            result, batch_size, seconds = _test(parts, num_segments, config, device)
+            tokens = config.samples * num_segments * parts.classifier.model.text_length
+            done[str(num_segments)] = {
+                "segments": num_segments,
+                "text_tokens": num_segments * parts.classifier.model.text_length,
+                **result.row(),
+                "batch_size": batch_size,
+                "seconds": seconds,
+                "tokens_per_second": tokens / seconds,
+                "host_memory_mb": _host_memory(),
+                "device_memory_mb": torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else 0.0,
+                "distances": {distance: part.row() for distance, part in result.distances.items()},
+            }
+            _write(folder, settings, done)
+        results.append(_result(done[str(num_segments)]))
+    console = get_console()
+    console.print(length_table(results, parts.classifier.model.text_length))
+    console.print(f"[bold]{os.path.relpath(folder)}[/] holds {', '.join(_FILES)}", highlight=False, soft_wrap=True)
+
+
+_FILES = ("evaluation.csv", "distances.csv", "evaluation.json")
+
+
+def _load(run_config: DictConfig, run: Path, checkpoint: Path) -> Parts:
+    from rmt_lightning.build import build
+    from rmt_lightning.training.checkpoints import check_fits, read_checkpoint
+
+    saved = read_checkpoint(checkpoint)
+    known = saved["answers"]
+    parts = build(run_config, run, trained=True, answers=known)
+    asked = parts.data.placement.task.answers
+    if unknown := [answer for answer in asked if answer not in known]:
+        name = parts.data.placement.task.name
+        raise UserError(
+            f"task={name}: the model does not know the answers {', '.join(unknown)}; it knows {', '.join(known)}"
+        )
+    check_fits(parts.classifier, saved["state_dict"], checkpoint)
+    parts.classifier.load_state_dict(saved["state_dict"])
+    return parts
+
+
+def _test(parts: Parts, num_segments: int, config: DictConfig, device: torch.device) -> tuple[LengthResult, int, float]:
+    """Test one length, with smaller batches if they do not fit. Returns the result, the batch size and the seconds."""
+    import torch
+    from rich import get_console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    from rmt_lightning.analysis.extrapolation import evaluate_length
+
+    classifier = parts.classifier.to(device).eval()
+    batch_size = min(config.samples, 256 if config.batch_size == "auto" else config.batch_size)
+    while True:
+        total = -(-config.samples // batch_size) * num_segments
+        bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
+            TextColumn("{task.fields[speed]:,.0f} segments/s ·"), TimeRemainingColumn(),
+            console=get_console(), transient=True, disable=not get_console().is_terminal,
+        )  # fmt: skip
+        task = bar.add_task(f"{num_segments} segments", total=total, speed=0.0)
+
+        def advance(bar: Progress = bar, task: Any = task, batch_size: int = batch_size) -> None:
+            bar.update(task, advance=1, speed=(bar.tasks[0].speed or 0.0) * batch_size)
+
+        began = time.perf_counter()
+        try:
+            with bar, torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+                samples, answers = config.samples, parts.classifier.answers
+                result = evaluate_length(
+                    classifier, parts.data, num_segments, samples, batch_size, device, answers, advance
+                )
+            return result, batch_size, time.perf_counter() - began
+        except torch.cuda.OutOfMemoryError:
+            if config.batch_size != "auto" or batch_size == 1:
+                raise UserError(f"batch_size={batch_size}: does not fit into the GPU's memory; give less") from None
+            batch_size //= 2
+
+
+def _host_memory() -> float:
+    """Largest resident memory of this process so far, in MB (Linux counts in KiB)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def _result(row: dict[str, Any]) -> LengthResult:
+    from rmt_lightning.analysis.extrapolation import LengthResult
+
+    return LengthResult(row["right"], row["samples"], row["segments"])
+
+
+def _read(folder: Path) -> dict[str, dict[str, Any]]:
+    """What an earlier, interrupted evaluation with the same settings has found."""
+    path = folder / "evaluation.json"
+    return dict(json.loads(path.read_text())["lengths"]) if path.exists() else {}
+
+
+def _write(folder: Path, settings: dict[str, Any], done: dict[str, dict[str, Any]]) -> None:
+    from rmt_lightning.results import write_csv
+
+    content = {"settings": settings, "lengths": done}
+    write_atomically(folder / "evaluation.json", json.dumps(content, indent=2).encode())
+    write_csv(folder / "evaluation.csv", [{k: v for k, v in row.items() if k != "distances"} for row in done.values()])
+    distances = [
+        {"segments": row["segments"], "from": 2 ** int(key) // 2, "to": 2 ** int(key) - 1, **part}
+        for row in done.values()
+        for key, part in row["distances"].items()
+    ]
+    write_csv(folder / "distances.csv", distances)
+
+
+run = front_door(main, "evaluate")
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,45 @@
+"""What stands where in a run folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rmt_lightning.errors import UserError
+
+CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"
+LAST = "last.ckpt"
+TOKENIZER = "tokenizer"
+BACKBONE = "backbone"
+
+
+def locate(path: str, key: str) -> tuple[Path, Path | None]:
+    """The run folder and the checkpoint that `path`, either of them, stands for; a young run has no checkpoint yet.
+
+    Raises:
+        UserError: naming the setting `key`, if there is no run.
+    """
+    given = Path(path).resolve()
+    run = given if given.is_dir() else given.parent.parent
+    if not given.exists() or not (run / CONFIG).exists():
+        raise UserError(f"{key}={path}: no run there; give a run folder or one of its {CHECKPOINTS}/*.ckpt")
+    checkpoint = run / CHECKPOINTS / LAST if given.is_dir() else given
+    return run, checkpoint if checkpoint.exists() else None
+
+
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Write a file beside its place and move it there once it is on the disk.
+
+    So nobody ever reads half a file, and what stood there before survives a kill or a full disk.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

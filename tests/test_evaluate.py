@@ -1,0 +1,193 @@
+"""The evaluation command on a finished run."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL
+from hydra.core.global_hydra import GlobalHydra
+
+from rmt_lightning import evaluate as front_door
+from rmt_lightning.tasks.facts import Babi
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    environment = os.environ | {"RMT_LIGHTNING_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "rmt_lightning.train", *SMALL, "hydra.run.dir=run", "data.segment_length=48"]
+    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, timeout=240)
+    return folder / "run"
+
+
+@pytest.fixture
+def here(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> Path:
+    shutil.copytree(finished_run, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RMT_LIGHTNING_CACHE", environment["RMT_LIGHTNING_CACHE"])
+    return tmp_path
+
+
+def evaluate(monkeypatch: pytest.MonkeyPatch, *settings: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluate", "checkpoint=run", "samples=12", "device=cpu", *settings])
+    GlobalHydra.instance().clear()
+    front_door.run()
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def only(folder: Path) -> Path:
+    (result,) = (folder / "run" / "evaluations").iterdir()
+    return result
+
+
+def test_results(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate(monkeypatch, "segments=[1,4,40]")
+    assert "Test on unseen text, 12 samples each" in capsys.readouterr().out
+    found = rows(only(here) / "evaluation.csv")
+    assert [row["segments"] for row in found] == ["1", "4", "40"]
+    distances = rows(only(here) / "distances.csv")
+    settings = json.loads((only(here) / "evaluation.json").read_text())["settings"]
+    assert settings["checkpoint"] == "last.ckpt" and settings["task"]["_target_"].endswith("Detect")
+    for row in found:
+        assert row["samples"] == "12" and 0 <= int(row["right"]) <= 12
+        assert float(row["low"]) <= float(row["accuracy"]) <= float(row["high"])
+        assert float(row["tokens_per_second"]) > 0 and float(row["host_memory_mb"]) > 100
+        parts = [part for part in distances if part["segments"] == row["segments"]]
+        assert sum(int(part["samples"]) for part in parts) == 12
+        assert sum(int(part["right"]) for part in parts) == int(row["right"])
+        assert max(int(part["from"]) for part in parts) < int(row["segments"])
+
+
+def test_it_agrees_with_the_test_at_the_end_of_the_run(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate(monkeypatch, "segments=[1,4]", "samples=8")
+    end = {row["segments"]: row["right"] for row in rows(here / "run" / "evaluation.csv")}
+    assert {row["segments"]: row["right"] for row in rows(only(here) / "evaluation.csv")} == end
+
+
+def test_batches_change_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate(monkeypatch, "segments=[5]", "batch_size=12")
+    first = rows(only(here) / "evaluation.csv")[0]["right"]
+    shutil.rmtree(here / "run" / "evaluations")
+    evaluate(monkeypatch, "segments=[5]", "batch_size=5")
+    assert rows(only(here) / "evaluation.csv")[0]["right"] == first
+
+
+def test_an_interrupted_evaluation_goes_on(
+    here: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while the third length is read; the first two are not read again."""
+    killer = """
+import os, signal
+from rmt_lightning.analysis import extrapolation
+from rmt_lightning.evaluate import run
+
+original, calls = extrapolation.evaluate_length, 0
+
+def killer(classify, data, num_segments, *rest):
+    if num_segments == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(classify, data, num_segments, *rest)
+
+extrapolation.evaluate_length = killer
+run()
+"""
+    settings = ["checkpoint=run", "samples=12", "segments=[1,2,3]", "device=cpu"]
+    killed = subprocess.run([sys.executable, "-c", killer, *settings], cwd=here, env=environment, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    before = rows(only(here) / "evaluation.csv")
+    assert [row["segments"] for row in before] == ["1", "2"]
+    evaluate(monkeypatch, "segments=[1,2,3]")
+    after = rows(only(here) / "evaluation.csv")
+    assert after[:2] == before and after[2]["segments"] == "3"
+
+
+def test_memory_does_not_grow_with_the_input(here: Path, environment: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "rmt_lightning.evaluate", "checkpoint=run", "samples=4", "segments=[64,2048]"]
+    subprocess.run(command, cwd=here, env=environment, check=True, capture_output=True, timeout=200)
+    short, long = (float(row["host_memory_mb"]) for row in rows(only(here) / "evaluation.csv"))
+    assert long < 1.05 * short
+
+
+def test_other_text_and_another_task(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "book.txt").write_text("A quiet morning. Nobody spoke for a while. Then it rained again! " * 200)
+    evaluate(monkeypatch, "noise=files", "noise.path=book.txt", "segments=[2]")
+    evaluate(monkeypatch, "task=memorize", "segments=[2]")
+    assert len(list((here / "run" / "evaluations").iterdir())) == 2
+
+
+PLACES = ("office", "bathroom", "garden", "bedroom", "kitchen", "hallway")
+STORIES = [
+    f"1 {person} moved to the {place}.\n2 Where is {person}? \t{place}\t1\n"
+    for person in ("Mary", "John")
+    for place in PLACES
+]
+
+
+def test_answers_in_another_order(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bAbI file lists its answers alphabetically; a score still stands for the word it was trained on."""
+    # Thirteen stories over and over, so that each tenth one is another one each time.
+    (here / "qa.txt").write_text("".join([*STORIES, STORIES[0]] * 20))
+    checkpoint = here / "run" / "checkpoints" / "last.ckpt"
+    saved = torch.load(checkpoint, weights_only=True)
+    saved["state_dict"]["head.weight"].zero_()
+    saved["state_dict"]["head.bias"] = torch.tensor([float(answer == "kitchen") for answer in saved["answers"]])
+    torch.save(saved, checkpoint)
+    evaluate(monkeypatch, "task=babi", "task.path=qa.txt", "segments=[1]", "samples=120")
+    (row,) = rows(only(here) / "evaluation.csv")
+    task = Babi(str(here / "qa.txt"))
+    examples = task._examples["test"]
+    kitchens = sum(task.answers[example.answer] == "kitchen" for example in examples) / len(examples)
+    assert float(row["accuracy"]) == pytest.approx(kitchens, abs=0.15)
+    assert kitchens > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["checkpoint=absent"], "checkpoint=absent: no run there; give a run folder or one of its checkpoints/*.ckpt"),
+        (["checkpoint=run/config.yaml"], "checkpoint=run/config.yaml: no run there"),
+        (["segments=[]"], "segments=[]: names no length"),
+        (["segments=[0]"], "segments=[0]: must be greater than or equal to 1"),
+        (["segments=4"], "segments=4: must be a valid list"),
+        (["batch_size=0"], "batch_size=0: must be greater than or equal to 1"),
+        (["samples=0"], "samples=0: must be greater than or equal to 1"),
+        (["lengths=[1]"], "lengths: no such setting"),
+        (
+            ["task=babi", "task.path=other.txt"],
+            "task=babi: the model does not know the answers here, there; it knows bath",
+        ),
+        (
+            ["checkpoint=run/checkpoints/truncated.ckpt"],
+            "HERE/run/checkpoints/truncated.ckpt: is truncated or no checkpoint",
+        ),
+        (["device=cuda"], "device=cuda: torch finds no GPU; give cpu or auto"),
+    ],
+)
+def test_bad_input(
+    settings: list[str], message: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "device=cuda" in settings and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    checkpoints = here / "run" / "checkpoints"
+    (checkpoints / "truncated.ckpt").write_bytes((checkpoints / "last.ckpt").read_bytes()[:-500])
+    story = "1 Mary moved to the {0}.\n2 Where is Mary? \t{0}\t1\n"
+    (here / "other.txt").write_text((story.format("here") + story.format("there")) * 10)
+    with pytest.raises(SystemExit) as exit_:
+        evaluate(monkeypatch, *settings)
+    errors = capsys.readouterr().err
+    assert exit_.value.code == 2, errors
+    assert errors.startswith(f"error: {message}".replace("HERE", str(here))) and errors.count("\n") == 1, errors
+    assert not (here / "run" / "evaluations").exists()
