@@ -39,9 +39,6 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
 	touch $@
 
-$(VENV)/.installed-evaluate: install  ## test a run on longer inputs: make evaluate ARGS="checkpoint=outputs/…"
-	$(BIN)/python -m rmt_lightning.evaluate $(ARGS)
-
-test: $(VENV)/.created pyproject.toml constraints.txt
+$(VENV)/.installed-test: $(VENV)/.created pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	touch $@ $(VENV)/.installed

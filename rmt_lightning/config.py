@@ -29,9 +29,7 @@ from rmt_lightning.errors import UserError
 
 # In a wheel conf/ is inside the package, in a checkout beside it.
 _PACKAGE = Path(__file__).parent
-CONF = next(
-    folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir() or folder.parent != _PACKAGE
-)
+CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 
 
 def check(config: DictConfig, root: type) -> None:
@@ -45,19 +43,15 @@ def check(config: DictConfig, root: type) -> None:
         UserError: naming the key, the value and what is allowed.
     """
     _check_nodes(config, "")
-    plain = {str(name): node for name, node in config.items() if not _is_group(node)}
+    plain = {str(name): node for name, node in config.items() if not isinstance(node, DictConfig)}
     _check_settings(root, cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(plain), resolve=True)), "")
-
-
-def _is_group(node: Any) -> bool:
-    return isinstance(node, DictConfig)
 
 
 def _check_nodes(config: DictConfig, path: str) -> None:
     for name in map(str, config):
         if OmegaConf.is_missing(config, name):
             raise UserError(f"{path}{name}: is missing; give {path}{name}=…")
-        if _is_group(config[name]):
+        if isinstance(config[name], DictConfig):
             _check_nodes(config[name], f"{path}{name}.")
     if "_target_" in config:
         given = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))

@@ -25,7 +25,9 @@ def test_the_python_example(environment: dict[str, str], tmp_path: Path) -> None
     assert result.stdout == "torch.Size([2, 64]) torch.Size([2, 10, 64])\n"
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if "resume=" not in command and "2026" not in command])
+@pytest.mark.parametrize(
+    "command", [command for command in COMMANDS if "resume=" not in command and "2026" not in command]
+)
 def test_commands(command: str, environment: dict[str, str], tmp_path: Path) -> None:
     words = [word for word in shlex.split(command) if word != "--multirun"]
     settings = [word.split(",")[0] for word in words[3:]]
