@@ -71,9 +71,10 @@ def _check_settings(target: Callable[..., Any], given: dict[str, Any], path: str
     try:
         schema(**given)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = str(first["loc"][0])
-        raise UserError(f"{path}{key}={given[key]}: {_say(first)}") from None
+        key = str(error.errors()[0]["loc"][0])
+        # A setting that may be of several kinds fails in several ways.
+        ways = [_say(way) for way in error.errors() if way["loc"][0] == key]
+        raise UserError(f"{path}{key}={given[key]}: {' or '.join(dict.fromkeys(ways))}") from None
 
 
 def _hints(constructor: Callable[..., Any]) -> dict[str, Any]:
@@ -148,10 +149,12 @@ def _one_line(error: BaseException, config_name: str) -> str:
         return f"{key}: {' '.join(str(causes[1]).split())}"
     text = next((str(cause) for cause in causes if str(cause)), type(error).__name__)
     if missing := re.search(r"Could not find '(.+?)/([^/']+)'", text):
-        options = re.findall(r"^\t(.+)$", text, flags=re.MULTILINE)
+        options = re.findall(r"^\t(.+)$", text.split("Config search path")[0], flags=re.MULTILINE)
         return f"{missing[1]}={missing[2]}: no such choice; {_suggest(missing[2], options)}"
     if unknown := re.search(r"Could not override '([^']+)'", text):
         return f"{unknown[1]}: no such setting; {_suggest_key(unknown[1], config_name)}"
+    if "parsing override" in text:
+        return f"{text.splitlines()[0].removeprefix('Error parsing override ')}: settings are given as key=value"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
     return f"{key + ': ' if key else ''}{lines[0]}"

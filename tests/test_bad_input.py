@@ -26,7 +26,7 @@ TABLE = [
     # wrong types
     ("model.memory_size=ten", r"model.memory_size=ten: must be a valid integer"),
     ("model.memory_size=2.5", r"model.memory_size=2.5: must be a valid integer"),
-    ("optim.lr=fast", r"optim.lr=fast: must be a valid number"),
+    ("optim.lr=fast", r"optim.lr=fast: must be a valid number or must be a valid list"),
     ("model.gradient_checkpointing=perhaps", r"model.gradient_checkpointing=perhaps: must be a valid boolean"),
     ("trainer.max_steps=many", r"trainer.max_steps=many: must be a valid integer"),
     ("seed=one", r"seed=one: must be a valid integer"),
@@ -37,13 +37,15 @@ TABLE = [
     ("test.samples=0", r"test.samples=0: must be greater than or equal to 1"),
     # unknown choices
     ("task=detekt", r"task=detekt: no such choice; did you mean detect? allowed: babi, carried, detect, mem"),
-    ("noise=silence", r"noise=silence: no such choice; allowed: files, pg19, prose, quality, wikitext"),
-    ("backbone=gpt2", r"backbone=gpt2: no such choice; allowed: bert_base_cased, minilm, tiny_bert"),
+    ("noise=silence", "noise=silence: no such choice; allowed: files, pg19, prose, quality, wikitext\n"),
+    ("backbone=gpt2", "backbone=gpt2: no such choice; allowed: bert_base_cased, minilm, tiny_bert\n"),
     ("experiment=paper_carried", r"experiment=paper_carried: no such choice; did you mean paper_"),
     ("logger=mlflow", r"logger=mlflow: no such choice; allowed: csv, tensorboard, wandb"),
     ("curriculum.lengths=random", r"curriculum.lengths=random: must be 'exact' or 'uniform'"),
     ("curriculum.when_stuck=cry", r"curriculum.when_stuck=cry: must be 'stop' or 'continue'"),
-    ("trainer.precision=8", r"trainer.precision=8: "),
+    ("trainer.precision=8", r"trainer.precision=8: must be "),
+    ("trainer.precision=fp16", r"trainer.precision=fp16: must be 64, 32 or 16 or must be 'transformer-engine'"),
+    ("model.memory_size", r"'model.memory_size': settings are given as key=value"),
     ("trainer.accelerator=abacus", r"trainer: You selected an invalid accelerator name"),
     # ranges
     ("model.memory_size=-1", r"model.memory_size=-1: must be greater than or equal to 0"),

@@ -26,7 +26,8 @@ def test_accuracy_by_length_and_distance() -> None:
         {"segments_2": 3 / 4, "segments_3": 0, "distance_0": 1, "distance_1": 2 / 4, "distance_2": 0}
     )
     accuracy.reset()
-    assert accuracy.compute() == {}
+    accuracy.update(torch.tensor([True]), 1, torch.tensor([0]))
+    assert accuracy.compute() == {"segments_1": 1, "distance_0": 1}
 
 
 def test_settings_of_a_stage() -> None:
