@@ -61,18 +61,13 @@ def main(config: DictConfig) -> None:
 
 def evaluate(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: Path) -> None:
     """Test each length that has not been tested yet; print and write what has been found."""
-    import torch
     from rich import get_console
 
     from rmt_lightning.console import start_logging
     from rmt_lightning.results import length_table
 
     start_logging(None, first_process=True)
-    device = torch.device("cuda" if config.device == "auto" and torch.cuda.is_available() else "cpu")
-    if config.device != "auto":
-        device = torch.device(config.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda: torch finds no GPU; give cpu or auto")
+    device, hardware = _device(config.device)
     parts = _load(run_config, run, checkpoint)
     settings = {
         "checkpoint": checkpoint.name,
@@ -80,35 +75,33 @@ def evaluate(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: 
         "task": OmegaConf.to_container(run_config.task),
         "noise": OmegaConf.to_container(run_config.noise),
         "samples": config.samples,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": hardware,
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     folder = run / "evaluations" / f"{checkpoint.stem}-{parts.data.placement.task.name}-{key}"
     done = _read(folder)
-    results: list[LengthResult] = []
     for num_segments in config.segments:
         if str(num_segments) not in done:
-            result, batch_size, seconds = _test(parts, num_segments, config, device)
-            tokens = config.samples * num_segments * parts.classifier.model.text_length
-            done[str(num_segments)] = {
-                "segments": num_segments,
-                "text_tokens": num_segments * parts.classifier.model.text_length,
-                **result.row(),
-                "batch_size": batch_size,
-                "seconds": seconds,
-                "tokens_per_second": tokens / seconds,
-                "host_memory_mb": _host_memory(),
-                "device_memory_mb": torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else 0.0,
-                "distances": {distance: part.row() for distance, part in result.distances.items()},
-            }
+            done[str(num_segments)] = _test(parts, num_segments, config, device)
             _write(folder, settings, done)
-        results.append(_result(done[str(num_segments)]))
     console = get_console()
-    console.print(length_table(results, parts.classifier.model.text_length))
+    asked = [_result(done[str(num_segments)]) for num_segments in config.segments]
+    console.print(length_table(asked, parts.classifier.model.text_length))
     console.print(f"[bold]{os.path.relpath(folder)}[/] holds {', '.join(_FILES)}", highlight=False, soft_wrap=True)
 
 
 _FILES = ("evaluation.csv", "distances.csv", "evaluation.json")
+
+
+def _device(name: str) -> tuple[torch.device, str]:
+    """The device that is meant, and what it is called in results."""
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda: torch finds no GPU; give cpu or auto")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu"), "cpu"
+    return torch.device("cuda"), torch.cuda.get_device_name()
 
 
 def _load(run_config: DictConfig, run: Path, checkpoint: Path) -> Parts:
@@ -129,8 +122,42 @@ def _load(run_config: DictConfig, run: Path, checkpoint: Path) -> Parts:
     return parts
 
 
-def _test(parts: Parts, num_segments: int, config: DictConfig, device: torch.device) -> tuple[LengthResult, int, float]:
-    """Test one length, with smaller batches if they do not fit. Returns the result, the batch size and the seconds."""
+def _test(parts: Parts, num_segments: int, config: DictConfig, device: torch.device) -> dict[str, Any]:
+    """Test one length, with smaller batches if they do not fit, and put what was found and measured into a row."""
+    import torch
+
+    on_gpu = device.type == "cuda"
+    batch_size = min(config.samples, 256 if config.batch_size == "auto" else config.batch_size)
+    while True:
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+        began = time.perf_counter()
+        try:
+            result = _test_in_batches(parts, num_segments, config.samples, batch_size, device)
+            break
+        except torch.cuda.OutOfMemoryError:
+            if config.batch_size != "auto" or batch_size == 1:
+                raise UserError(f"batch_size={batch_size}: does not fit into the GPU's memory; give less") from None
+            batch_size //= 2
+    seconds = time.perf_counter() - began
+    text_tokens = num_segments * parts.classifier.model.text_length
+    return {
+        "segments": num_segments,
+        "text_tokens": text_tokens,
+        **result.row(),
+        "batch_size": batch_size,
+        "seconds": seconds,
+        "tokens_per_second": config.samples * text_tokens / seconds,
+        "host_memory_mb": _host_memory(),
+        "device_memory_mb": torch.cuda.max_memory_allocated(device) / 1e6 if on_gpu else 0.0,
+        "distances": {distance: part.row() for distance, part in result.distances.items()},
+    }
+
+
+def _test_in_batches(
+    parts: Parts, num_segments: int, samples: int, batch_size: int, device: torch.device
+) -> LengthResult:
+    """Test one length behind a live bar with segments a second and the time that is left."""
     import torch
     from rich import get_console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -138,31 +165,20 @@ def _test(parts: Parts, num_segments: int, config: DictConfig, device: torch.dev
     from rmt_lightning.analysis.extrapolation import evaluate_length
 
     classifier = parts.classifier.to(device).eval()
-    batch_size = min(config.samples, 256 if config.batch_size == "auto" else config.batch_size)
-    while True:
-        total = -(-config.samples // batch_size) * num_segments
-        bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
-            TextColumn("{task.fields[speed]:,.0f} segments/s ·"), TimeRemainingColumn(),
-            console=get_console(), transient=True, disable=not get_console().is_terminal,
-        )  # fmt: skip
-        task = bar.add_task(f"{num_segments} segments", total=total, speed=0.0)
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
+        TextColumn("{task.fields[speed]:,.0f} segments/s ·"), TimeRemainingColumn(),
+        console=get_console(), transient=True, disable=not get_console().is_terminal,
+    )  # fmt: skip
+    task = bar.add_task(f"{num_segments} segments", total=-(-samples // batch_size) * num_segments, speed=0.0)
 
-        def advance(bar: Progress = bar, task: Any = task, batch_size: int = batch_size) -> None:
-            bar.update(task, advance=1, speed=(bar.tasks[0].speed or 0.0) * batch_size)
+    def advance() -> None:
+        bar.update(task, advance=1, speed=(bar.tasks[0].speed or 0.0) * batch_size)
 
-        began = time.perf_counter()
-        try:
-            with bar, torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-                samples, answers = config.samples, parts.classifier.answers
-                result = evaluate_length(
-                    classifier, parts.data, num_segments, samples, batch_size, device, answers, advance
-                )
-            return result, batch_size, time.perf_counter() - began
-        except torch.cuda.OutOfMemoryError:
-            if config.batch_size != "auto" or batch_size == 1:
-                raise UserError(f"batch_size={batch_size}: does not fit into the GPU's memory; give less") from None
-            batch_size //= 2
+    with bar, torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+        return evaluate_length(
+            classifier, parts.data, num_segments, samples, batch_size, device, classifier.answers, advance
+        )
 
 
 def _host_memory() -> float:

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -14,7 +15,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.errors import UserError
-from rmt_lightning.tasks.facts import PEOPLE, PLACES
+from rmt_lightning.tasks.facts import PEOPLE, PLACES, Split
 from rmt_lightning.tasks.noise import SPLITS, Corpus, Files, Hub, Prose, sentences, tokenise
 
 
@@ -162,7 +163,7 @@ def test_a_changed_file_is_tokenised_anew(tokenizer: PreTrainedTokenizerBase, tm
 class Failing(Prose):
     """A source that breaks off in its second split."""
 
-    def documents(self, split):  # type: ignore[no-untyped-def]
+    def documents(self, split: Split) -> Iterator[list[str]]:
         if split == "validation":
             raise OSError(28, "No space left on device")
         return super().documents(split)
