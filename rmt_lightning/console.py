@@ -36,8 +36,9 @@ def start_logging(file: Path | None, first_process: bool) -> None:
         logging.getLogger(name).propagate = False
     logging.getLogger("lightning.pytorch").handlers = []
     logging.getLogger("lightning.pytorch").propagate = True
-    # The Hub's client tells of each retry; that it has failed is told once, by us.
+    # The Hub's client tells of each retry; that it has failed is told once, by us. Matplotlib tells of its fonts.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
     logging.getLogger("lightning").setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("rmt_lightning").setLevel(logging.INFO)
