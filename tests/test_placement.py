@@ -144,4 +144,4 @@ def test_a_crowd_of_facts_still_fits(tmp_path, corpora: Corpora, tokenizer: PreT
             for word in tokenizer.decode(segment).replace(".", " ").split()
             if word in names
         ]
-        assert said == [*(names[i % 4] for i in range(8)), "mary"] or said[:8] == [names[i % 4] for i in range(8)]
+        assert said == [names[i % 4] for i in range(8)]  # the question's "mary?" keeps its mark

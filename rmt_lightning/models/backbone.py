@@ -44,7 +44,7 @@ class Encoder(nn.Module):
         super().__init__()
         # A pooler would be computed for nothing, and DDP does not like parameters without gradient.
         if getattr(model, "pooler", None) is not None:
-            setattr(model, "pooler", None)  # noqa: B010 - a plain assignment is no valid type
+            model.register_module("pooler", None)
         # from_pretrained hands models over for inference, with dropout off.
         self.model = model.train()
         cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id

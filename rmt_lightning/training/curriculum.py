@@ -11,7 +11,7 @@ import lightning as L
 from annotated_types import Ge, Gt, Le
 from lightning.pytorch.callbacks import Callback
 
-from rmt_lightning.tasks.datamodule import data_of
+from rmt_lightning.tasks.datamodule import Lengths, data_of
 from rmt_lightning.training.optimization import at_stage
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class SegmentCurriculum(Callback):
         self,
         max_segments: Annotated[int, Ge(1)],
         steps: Annotated[int, Ge(1)] | list[Annotated[int, Ge(1)]],
-        lengths: Literal["exact", "uniform"] = "uniform",
+        lengths: Lengths = "uniform",
         threshold: Annotated[float, Gt(0), Le(1)] = 0.99,
         validations: Annotated[int, Ge(1)] = 1,
         patience: Annotated[int, Ge(1)] | None = None,
