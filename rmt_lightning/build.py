@@ -14,6 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
+from rmt_lightning.errors import UserError
 from rmt_lightning.models.backbone import Backbone, Restored
 from rmt_lightning.models.rmt import RMTEncoder
 from rmt_lightning.run_folder import BACKBONE, TOKENIZER
@@ -21,6 +22,7 @@ from rmt_lightning.tasks.datamodule import FactDataModule
 from rmt_lightning.tasks.facts import Task
 from rmt_lightning.tasks.noise import SPLITS, Noise, tokenise
 from rmt_lightning.tasks.placement import Key, Placement
+from rmt_lightning.training.checkpoints import check_fits, read_checkpoint
 from rmt_lightning.training.classification import FactClassifier
 
 
@@ -70,6 +72,30 @@ def build(
             config.seed,
         ),
     )
+
+
+def load(config: DictConfig, run: Path, checkpoint: Path) -> Parts:
+    """Build what a run has trained, and give it the weights of one of its checkpoints.
+
+    Args:
+        config: the run's config, perhaps with another task or noise.
+        run: its folder.
+        checkpoint: where the weights are.
+
+    Raises:
+        UserError: if the checkpoint is damaged, or the model does not know the task's answers.
+    """
+    saved = read_checkpoint(checkpoint)
+    known = saved["answers"]
+    parts = build(config, run, trained=True, answers=known)
+    task = parts.data.placement.task
+    if unknown := [answer for answer in task.answers if answer not in known]:
+        raise UserError(
+            f"task={task.name}: the model does not know the answers {', '.join(unknown)}; it knows {', '.join(known)}"
+        )
+    check_fits(parts.classifier, saved["state_dict"], checkpoint)
+    parts.classifier.load_state_dict(saved["state_dict"])
+    return parts
 
 
 def save_architecture(parts: Parts, folder: Path) -> None:

@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, ValidationError, create_model
 
 from rmt_lightning.errors import UserError
+from rmt_lightning.run_folder import CONFIG
 
 # In a wheel conf/ is inside the package, in a checkout beside it.
 _PACKAGE = Path(__file__).parent
@@ -94,6 +95,17 @@ def _suggest(name: str, allowed: list[str]) -> str:
     near = difflib.get_close_matches(name, allowed, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"{hint}allowed: {', '.join(allowed)}" if allowed else "there is none here"
+
+
+def trained_config(run: Path, asked: DictConfig) -> DictConfig:
+    """The config of a run, with the task and the noise that `asked` names instead of its own."""
+    config = OmegaConf.load(run / CONFIG)
+    assert isinstance(config, DictConfig)
+    for group in ("task", "noise"):
+        if group in asked:
+            config[group] = asked[group]
+    config.cache_dir = asked.cache_dir
+    return config
 
 
 def front_door(main: Callable[[DictConfig], None], config_name: str) -> Callable[[], None]:

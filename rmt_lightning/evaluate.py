@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge
 from omegaconf import DictConfig, OmegaConf
 
-from rmt_lightning.config import check, front_door
+from rmt_lightning.config import check, front_door, trained_config
 from rmt_lightning.errors import UserError
-from rmt_lightning.run_folder import CONFIG, locate, write_atomically
+from rmt_lightning.run_folder import locate_checkpoint, write_atomically
 
 # What follows takes seconds to import; --help and spelling mistakes should not have to wait for it.
 if TYPE_CHECKING:
@@ -47,28 +47,21 @@ def main(config: DictConfig) -> None:
     check(config, Root)
     if not config.segments:
         raise UserError("segments=[]: names no length; give some, such as [1,64,4096]")
-    run, checkpoint = locate(config.checkpoint, "checkpoint")
-    if checkpoint is None:
-        raise UserError(f"checkpoint={config.checkpoint}: the run has not written a checkpoint yet; train it first")
-    run_config = OmegaConf.load(run / CONFIG)
-    assert isinstance(run_config, DictConfig)
-    for group in ("task", "noise"):
-        if group in config:
-            run_config[group] = config[group]
-    run_config.cache_dir = config.cache_dir
-    evaluate(config, run_config, run, checkpoint)
+    run, checkpoint = locate_checkpoint(config.checkpoint)
+    evaluate(config, trained_config(run, config), run, checkpoint)
 
 
 def evaluate(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: Path) -> None:
     """Test each length that has not been tested yet; print and write what has been found."""
     from rich import get_console
 
+    from rmt_lightning.build import load
     from rmt_lightning.console import start_logging
     from rmt_lightning.results import length_table
 
     start_logging(None, first_process=True)
     device, hardware = _device(config.device)
-    parts = _load(run_config, run, checkpoint)
+    parts = load(run_config, run, checkpoint)
     settings = {
         "checkpoint": checkpoint.name,
         "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
@@ -102,24 +95,6 @@ def _device(name: str) -> tuple[torch.device, str]:
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu"), "cpu"
     return torch.device("cuda"), torch.cuda.get_device_name()
-
-
-def _load(run_config: DictConfig, run: Path, checkpoint: Path) -> Parts:
-    from rmt_lightning.build import build
-    from rmt_lightning.training.checkpoints import check_fits, read_checkpoint
-
-    saved = read_checkpoint(checkpoint)
-    known = saved["answers"]
-    parts = build(run_config, run, trained=True, answers=known)
-    asked = parts.data.placement.task.answers
-    if unknown := [answer for answer in asked if answer not in known]:
-        name = parts.data.placement.task.name
-        raise UserError(
-            f"task={name}: the model does not know the answers {', '.join(unknown)}; it knows {', '.join(known)}"
-        )
-    check_fits(parts.classifier, saved["state_dict"], checkpoint)
-    parts.classifier.load_state_dict(saved["state_dict"])
-    return parts
 
 
 def _test(parts: Parts, num_segments: int, config: DictConfig, device: torch.device) -> dict[str, Any]:

@@ -28,6 +28,18 @@ def locate(path: str, key: str) -> tuple[Path, Path | None]:
     return run, checkpoint if checkpoint.exists() else None
 
 
+def locate_checkpoint(path: str) -> tuple[Path, Path]:
+    """The run folder and the checkpoint that the setting `checkpoint` stands for.
+
+    Raises:
+        UserError: if there is no run, or it has not written a checkpoint yet.
+    """
+    run, checkpoint = locate(path, "checkpoint")
+    if checkpoint is None:
+        raise UserError(f"checkpoint={path}: the run has not written a checkpoint yet; train it first")
+    return run, checkpoint
+
+
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write a file beside its place and move it there once it is on the disk.
 
