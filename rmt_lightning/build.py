@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from filelock import FileLock
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.errors import UserError
 from rmt_lightning.models.backbone import Backbone, Restored
-from rmt_lightning.models.rmt import RMTEncoder
+from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.run_folder import BACKBONE, TOKENIZER
 from rmt_lightning.tasks.datamodule import FactDataModule
 from rmt_lightning.tasks.facts import Task
@@ -55,8 +57,7 @@ def build(
     fresh: Backbone = instantiate(config.backbone, _convert_="all")
     earlier = Restored(run / TOKENIZER, run / BACKBONE) if run and (run / TOKENIZER).is_dir() else None
     tokenizer = (earlier or fresh).tokenizer(_all_sentences(task, noise))
-    encoder = (earlier if earlier and trained else fresh).encoder(tokenizer)
-    model: RMTEncoder = instantiate(config.model, encoder=encoder)
+    model = _model(config.model, earlier if earlier and trained else fresh, tokenizer)
     corpora = tokenise(noise, tokenizer, config.cache_dir)
     placement = Placement(task, corpora, tokenizer, model.text_length, config.seed)
     for split in SPLITS:
@@ -72,6 +73,17 @@ def build(
             config.seed,
         ),
     )
+
+
+def _model(config: DictConfig, backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> SegmentModel[Any]:
+    """Build the model, handing it of the backbone what its constructor asks for by name."""
+    offered: dict[str, Callable[[], Any]] = {
+        "encoder": lambda: backbone.encoder(tokenizer),
+        "tokenizer": lambda: tokenizer,
+    }
+    asked = inspect.signature(get_object(config._target_)).parameters
+    model: SegmentModel[Any] = instantiate(config, **{name: give() for name, give in offered.items() if name in asked})
+    return model
 
 
 def load(config: DictConfig, run: Path, checkpoint: Path) -> Parts:
@@ -100,10 +112,9 @@ def load(config: DictConfig, run: Path, checkpoint: Path) -> Parts:
 
 def save_architecture(parts: Parts, folder: Path) -> None:
     """Leave tokenizer and backbone config in a run folder, each whole or not at all, to open its checkpoints with."""
-    model = parts.classifier.model.encoder.model
-    for name, part in ((TOKENIZER, parts.tokenizer), (BACKBONE, model.config)):
+    for name, part in ((TOKENIZER, parts.tokenizer), (BACKBONE, parts.classifier.model.architecture)):
         with FileLock(folder / f".{name}.lock"):
-            if (folder / name).exists():
+            if part is None or (folder / name).exists():
                 continue
             partial = folder / f".{name}.partial"
             shutil.rmtree(partial, ignore_errors=True)

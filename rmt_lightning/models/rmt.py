@@ -7,20 +7,20 @@ Shapes: B batch, T segments, S text tokens of a segment, M memory tokens, D widt
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import chain
 from typing import Annotated
 
 import torch
 from annotated_types import Ge
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from rmt_lightning.errors import UserError
 from rmt_lightning.models.backbone import Encoder
-from rmt_lightning.models.recurrence import Segment, unroll
+from rmt_lightning.models.recurrence import Segment
+from rmt_lightning.models.segment_model import SegmentModel
 
 
-class RMTEncoder(nn.Module):
+class RMTEncoder(SegmentModel[Tensor]):
     """An encoder with memory tokens (RMT-2023, section 3).
 
     ```
@@ -40,7 +40,7 @@ class RMTEncoder(nn.Module):
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
 
     Raises:
-        UserError: if segment_length exceeds the backbone's positions or leaves no room for text, or bptt_depth is 0.
+        UserError: if segment_length exceeds the backbone's positions or leaves no room for text.
     """
 
     # [CLS] before the memory, [SEP] behind it and behind the text.
@@ -54,29 +54,29 @@ class RMTEncoder(nn.Module):
         bptt_depth: Annotated[int, Ge(-1)] = -1,
         gradient_checkpointing: bool = False,
     ) -> None:
-        super().__init__()
-        if bptt_depth == 0:
-            raise UserError("model.bptt_depth=0: memory would never learn; give 1 or more, or -1 for all segments")
         if segment_length > encoder.max_positions:
             raise UserError(
                 f"data.segment_length={segment_length}: the backbone sees at most {encoder.max_positions} tokens; "
                 f"give {encoder.max_positions} or less"
             )
-        self.text_length = segment_length - memory_size - self.NUM_SPECIAL_TOKENS
-        if self.text_length < 1:
+        text_length = segment_length - memory_size - self.NUM_SPECIAL_TOKENS
+        if text_length < 1:
             raise UserError(
                 f"data.segment_length={segment_length}: {memory_size} memory and {self.NUM_SPECIAL_TOKENS} special "
                 f"tokens leave no room for text; give more than {memory_size + self.NUM_SPECIAL_TOKENS}"
             )
+        super().__init__(text_length, encoder.width, bptt_depth, gradient_checkpointing)
         self.encoder = encoder
         self.segment_length = segment_length
-        self.bptt_depth = bptt_depth
-        self.gradient_checkpointing = gradient_checkpointing
         # The first memory stands among word embeddings, so it starts at their scale.
         self.memory = nn.Parameter(torch.randn(memory_size, encoder.width) * encoder.embedding_scale)
         self.to_embedding: nn.Module = nn.Identity()
         if encoder.embedding_width != encoder.width:
             self.to_embedding = nn.Linear(encoder.width, encoder.embedding_width)
+
+    @property
+    def architecture(self) -> PretrainedConfig:
+        return self.encoder.model.config
 
     @property
     def memory_size(self) -> int:
@@ -120,56 +120,9 @@ class RMTEncoder(nn.Module):
         ids = nn.functional.pad(ids, (0, 1)).scatter(1, length, self.encoder.sep_token_id)
         return ids, (torch.arange(ids.shape[1], device=ids.device) <= length).long()
 
-    def forward(
-        self, input_ids: Tensor | Iterable[Tensor], attention_mask: Tensor | None = None, state: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Read a whole input.
+    def readout(self, hidden: Tensor, segment: Segment) -> Tensor:
+        """The hidden state of [CLS]."""
+        return hidden[:, 0]
 
-        Args:
-            input_ids: (B, T, S) text cut into full segments; or (B, N) plain ids without special tokens, of any length,
-                padded anywhere, which are cut so that every row ends with its last segment; or an iterable of (B, S).
-            attention_mask: (B, N), 1 for text; plain ids only.
-            state: the memory to start from; by default the trained one.
-
-        Returns:
-            Hidden states of the last segment and the memory after it. A row's result does not depend on the others.
-        """
-        if isinstance(input_ids, Tensor):
-            batch_size = len(input_ids)
-            if input_ids.dim() == 2:
-                segments: Iterable[Segment] = self.cut(input_ids, attention_mask)
-            else:
-                segments = [Segment(ids) for ids in input_ids.unbind(dim=1)]
-        else:
-            stream = iter(input_ids)
-            first = next(stream)
-            batch_size = len(first)
-            segments = (Segment(ids) for ids in chain([first], stream))
-        if state is None:
-            state = self.initial_state(batch_size)
-        for result in unroll(self.step, segments, state, self.bptt_depth, self.gradient_checkpointing):
-            hidden, state = result
-        if hidden.requires_grad:
-            # Truncation may leave the first memory without gradient. DDP then computes wrong averages in silence.
-            hidden = hidden + 0 * self.memory.sum()
-        return hidden, state
-
-    def cut(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Segment]:
-        """Cut plain ids (B, N) into segments, counted from the end, where the question is: only the first may be short.
-
-        Rows shorter than the longest one begin with empty segments, which leave their memory untouched.
-        """
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        length = max(self.text_length, -(-input_ids.shape[1] // self.text_length) * self.text_length)
-        missing = length - input_ids.shape[1]
-        ids = nn.functional.pad(input_ids, (missing, 0))
-        mask = nn.functional.pad(attention_mask.long(), (missing, 0))
-        # Padding to the front of the row, then, within each segment, to its end.
-        order = mask.argsort(dim=1, stable=True)
-        ids, mask = ids.gather(1, order), mask.gather(1, order)
-        segments = []
-        for ids_s, mask_s in zip(ids.split(self.text_length, 1), mask.split(self.text_length, 1), strict=True):
-            order = mask_s.argsort(dim=1, descending=True, stable=True)
-            segments.append(Segment(ids_s.gather(1, order), mask_s.gather(1, order)))
-        return segments
+    def trained_state(self) -> list[nn.Parameter]:
+        return [self.memory]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from rmt_lightning.models.rmt import RMTEncoder
+from rmt_lightning.errors import UserError
+from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.tasks.datamodule import data_of
 from rmt_lightning.training.optimization import WarmupDecay
 
@@ -53,7 +54,7 @@ class SlicedAccuracy(Metric):
 
 
 class FactClassifier(L.LightningModule):
-    """A recurrent model and a linear head that reads the answer at [CLS] of the last segment.
+    """A recurrent model and a linear head that reads the answer after the last segment.
 
     Args:
         model: turns segments into the hidden states of the last one.
@@ -61,14 +62,24 @@ class FactClassifier(L.LightningModule):
         optimization: how to train.
         max_segments: N, the longest input in training and validation.
         seed: of dropout.
+
+    Raises:
+        UserError: if the model's bptt_depth is 0: one loss after the last segment teaches it nothing about memory.
     """
 
     def __init__(
-        self, model: RMTEncoder, answers: Sequence[str], optimization: WarmupDecay, max_segments: int, seed: int = 0
+        self,
+        model: SegmentModel[Any],
+        answers: Sequence[str],
+        optimization: WarmupDecay,
+        max_segments: int,
+        seed: int = 0,
     ) -> None:
+        if model.bptt_depth == 0:
+            raise UserError("model.bptt_depth=0: memory would never learn; give 1 or more, or -1 for all segments")
         super().__init__()
         self.model = model
-        self.head = nn.Linear(model.encoder.width, len(answers))
+        self.head = nn.Linear(model.width, len(answers))
         self.answers = tuple(answers)
         self.optimization = optimization
         self.seed = seed
@@ -77,8 +88,7 @@ class FactClassifier(L.LightningModule):
 
     def forward(self, input_ids: Any, attention_mask: Tensor | None = None) -> Tensor:
         """Scores (B, C) of the answers; takes whatever the model takes."""
-        hidden, _ = self.model(input_ids, attention_mask)
-        return self.head(hidden[:, 0].to(self.head.weight.dtype))
+        return self.head(self.model.encode(input_ids, attention_mask).to(self.head.weight.dtype))
 
     def on_train_epoch_start(self) -> None:
         self._clock = time.perf_counter()
