@@ -17,12 +17,21 @@ from rich.table import Table
 
 from rmt_lightning.analysis import figures
 from rmt_lightning.analysis.extrapolation import LengthResult, LengthTest, evaluate_length
+from rmt_lightning.analysis.retention import LossRate
 from rmt_lightning.build import Parts
 from rmt_lightning.run_folder import write_atomically
+from rmt_lightning.training.carried_states import CarriedStates, Losses
 from rmt_lightning.training.curriculum import SegmentCurriculum, StageResult
 
 
-def report(test: LengthTest, folder: Path, trainer: L.Trainer, parts: Parts, curriculum: SegmentCurriculum) -> None:
+def report(
+    test: LengthTest,
+    folder: Path,
+    trainer: L.Trainer,
+    parts: Parts,
+    curriculum: SegmentCurriculum,
+    hold: CarriedStates | None,
+) -> None:
     """Show the stages of a run, test it on longer and longer inputs, and write both into its folder.
 
     Args:
@@ -32,6 +41,9 @@ def report(test: LengthTest, folder: Path, trainer: L.Trainer, parts: Parts, cur
     if curriculum.results:
         console.print(_stage_table(curriculum.results, curriculum.lengths))
         write_csv(folder / "stages.csv", [asdict(stage) for stage in curriculum.results])
+    if hold and hold.history:
+        console.print(_hold_table(hold))
+        write_csv(folder / "hold.csv", [asdict(losses) | _rate(losses).row() for losses in hold.history])
     lengths = _test(test, trainer, parts)
     console.print(length_table(lengths, parts.classifier.model.text_length))
     write_csv(folder / "evaluation.csv", [{"segments": result.segments, **result.row()} for result in lengths])
@@ -61,6 +73,25 @@ def _stage_table(stages: Sequence[StageResult], lengths: str) -> Table:
         segments = str(result.stage) if lengths == "exact" or result.stage == 1 else f"1–{result.stage}"
         accuracy = f"{result.accuracy:.4f}" + ("" if result.converged else " (not converged)")
         table.add_row(str(result.stage), segments, str(result.steps), f"{result.seconds:.1f}", accuracy)
+    return table
+
+
+def _rate(losses: Losses) -> LossRate:
+    return LossRate(losses.lost, losses.segments)
+
+
+def _hold_table(hold: CarriedStates) -> Table:
+    """Some of the validations of the phase, evenly spread."""
+    table = Table("step", "mean age", "lost", "of segments", "rate", "95% interval", title="Memories carried over")
+    table.title_justify = "left"
+    shown = len(hold.history)
+    for number in sorted({round((shown - 1) * part / 5) for part in range(6)}):
+        losses = hold.history[number]
+        low, high = _rate(losses).interval
+        table.add_row(
+            str(losses.step), f"{losses.age:.0f}", str(losses.lost), f"{losses.segments:,}",
+            f"{_rate(losses).rate:.5f}", f"{low:.5f} – {high:.5f}",
+        )  # fmt: skip
     return table
 
 

@@ -47,7 +47,7 @@ def main(config: DictConfig) -> None:
     source, checkpoint = locate(config.resume, "resume") if config.resume else (None, None)
     try:
         if source:
-            config = _resumed_config(source, HydraConfig.get().overrides.task)
+            config = _resumed_config(source, config, HydraConfig.get().overrides.task)
         check(config, Root)
         if source != folder.resolve() and _is_first_process() and (folder / CONFIG).exists():
             raise UserError(
@@ -68,6 +68,7 @@ def train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pat
     from rmt_lightning.analysis.extrapolation import LengthTest
     from rmt_lightning.build import build, save_architecture
     from rmt_lightning.results import report
+    from rmt_lightning.training.carried_states import CarriedStates
     from rmt_lightning.training.checkpoints import RunCheckpoints, check_fits, read_checkpoint
     from rmt_lightning.training.curriculum import SegmentCurriculum
     from rmt_lightning.training.progress import CurriculumProgress
@@ -77,11 +78,15 @@ def train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pat
     parts = build(config, run=source, trained=saved is not None)
     _check_noise(parts, config.curriculum.max_segments)
     curriculum: SegmentCurriculum = instantiate(config.curriculum, _convert_="all")
+    hold: CarriedStates | None = instantiate(config.get("hold"), curriculum=curriculum)
+    phases: list[SegmentCurriculum | CarriedStates] = [curriculum, hold] if hold else [curriculum]
     if saved and checkpoint:
         check_fits(parts.classifier, saved["state_dict"], checkpoint)
-        curriculum.load_state_dict(saved["callbacks"]["SegmentCurriculum"])
+        for phase in phases:
+            if (name := type(phase).__name__) in saved["callbacks"]:
+                phase.load_state_dict(saved["callbacks"][name])
     checkpoints = RunCheckpoints(folder / CHECKPOINTS, curriculum)
-    trainer = _trainer(config, folder, [curriculum, checkpoints, CurriculumProgress(curriculum)])
+    trainer = _trainer(config, folder, [*phases, checkpoints, CurriculumProgress(curriculum, hold)])
     test: LengthTest = instantiate(config.test, _convert_="all")
 
     # Nothing has been written so far, and all that can be wrong with the settings has been found.
@@ -90,15 +95,15 @@ def train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pat
     save_architecture(parts, folder)
     for logger in trainer.loggers[1:]:
         logger.log_hyperparams(cast(dict[str, Any], OmegaConf.to_container(config, resolve=True)))
-    if saved and curriculum.finished:
+    if saved and phases[-1].finished:
         log.info("%s has finished training; testing it again", shown)
         parts.classifier.load_state_dict(saved["state_dict"])
     elif code := _fit(trainer, parts, checkpoint, folder):
         return code
     if not trainer.is_global_zero:
         return 0
-    report(test, folder, trainer, parts, curriculum)
-    if curriculum.finished:
+    report(test, folder, trainer, parts, curriculum, hold)
+    if phases[-1].finished:
         return 0
     if trainer.global_step == trainer.max_steps:
         log.info("stopped by trainer.max_steps=%d; raise it and go on with resume=%s", trainer.max_steps, shown)
@@ -148,8 +153,8 @@ def _run_folder(resume: str | None, fresh: str) -> str:
     return os.path.relpath(run) if checkpoint is None or checkpoint.name == LAST else fresh
 
 
-def _resumed_config(source: Path, overrides: list[str]) -> DictConfig:
-    """The config of an earlier run, with what the command line changes of it."""
+def _resumed_config(source: Path, composed: DictConfig, overrides: list[str]) -> DictConfig:
+    """The config of an earlier run, with what the command line changes of it; a phase to hold memory may be added."""
     config = OmegaConf.load(source / CONFIG)
     assert isinstance(config, DictConfig)
     OmegaConf.set_struct(config, True)
@@ -157,6 +162,9 @@ def _resumed_config(source: Path, overrides: list[str]) -> DictConfig:
         key, _, value = override.lstrip("+").partition("=")
         group = key.split(".")[0]
         if key == "resume":
+            continue
+        if group == "hold":
+            OmegaConf.update(config, "hold", composed.get("hold"), force_add=True)
             continue
         if group in ("task", "backbone", "experiment") or isinstance(OmegaConf.select(config, key), DictConfig):
             raise UserError(f"{override}: a resumed run keeps its {group}; start a new run to change it")

@@ -8,13 +8,21 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from itertools import chain, tee
-from typing import Generic
+from typing import Generic, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from rmt_lightning.models.recurrence import Segment, State, unroll
+
+
+class Reading(NamedTuple, Generic[State]):
+    """What is known after a segment."""
+
+    segment: Segment
+    hidden: Tensor
+    state: State
 
 
 class SegmentModel(nn.Module, ABC, Generic[State]):
@@ -59,31 +67,32 @@ class SegmentModel(nn.Module, ABC, Generic[State]):
     def forward(
         self, input_ids: Tensor | Iterable[Tensor], attention_mask: Tensor | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:
-        """Read a whole input.
+        """Read a whole input, given as to `read`.
+
+        Returns:
+            Hidden states of the last segment and the state after it. A row's result does not depend on the others.
+        """
+        for reading in self.read(input_ids, attention_mask, state):  # noqa: B007
+            pass
+        return reading.hidden, reading.state
+
+    def encode(self, input_ids: Tensor | Iterable[Tensor], attention_mask: Tensor | None = None) -> Tensor:
+        """Read a whole input, given as to `read`, and return what a classifier reads at its end: (B, D)."""
+        for reading in self.read(input_ids, attention_mask):  # noqa: B007
+            pass
+        return self.readout(reading.hidden, reading.segment)
+
+    def read(
+        self, input_ids: Tensor | Iterable[Tensor], attention_mask: Tensor | None = None, state: State | None = None
+    ) -> Iterator[Reading[State]]:
+        """Read an input and yield what is known after each segment; nothing is kept of those before.
 
         Args:
             input_ids: (B, T, S) text cut into full segments; or (B, N) plain ids without special tokens, of any length,
                 padded anywhere, which are cut so that every row ends with its last segment; or an iterable of (B, S).
             attention_mask: (B, N), 1 for text; plain ids only.
             state: what to start from; by default `initial_state`.
-
-        Returns:
-            Hidden states of the last segment and the state after it. A row's result does not depend on the others.
         """
-        for _segment, hidden, after in self._read(input_ids, attention_mask, state):  # noqa: B007
-            pass
-        return hidden, after
-
-    def encode(self, input_ids: Tensor | Iterable[Tensor], attention_mask: Tensor | None = None) -> Tensor:
-        """Read a whole input, given as to `forward`, and return what a classifier reads at its end: (B, D)."""
-        for segment, hidden, _ in self._read(input_ids, attention_mask, None):  # noqa: B007
-            pass
-        return self.readout(hidden, segment)
-
-    def _read(
-        self, input_ids: Tensor | Iterable[Tensor], attention_mask: Tensor | None, state: State | None
-    ) -> Iterator[tuple[Segment, Tensor, State]]:
-        """Yield each segment with the hidden states and the state after it; nothing is kept of those before."""
         if isinstance(input_ids, Tensor):
             batch_size = len(input_ids)
             segments: Iterable[Segment] = (
@@ -99,9 +108,9 @@ class SegmentModel(nn.Module, ABC, Generic[State]):
             segments, to_read = tee(Segment(ids) for ids in chain([first], stream))
         if state is None:
             state = self.initial_state(batch_size)
-        readings = unroll(self.step, to_read, state, self.bptt_depth, self.gradient_checkpointing)
-        for segment, (hidden, after) in zip(segments, readings, strict=True):
-            yield segment, self._touch_state(hidden), after
+        steps = unroll(self.step, to_read, state, self.bptt_depth, self.gradient_checkpointing)
+        for segment, (hidden, after) in zip(segments, steps, strict=True):
+            yield Reading(segment, self._touch_state(hidden), after)
 
     def _touch_state(self, hidden: Tensor) -> Tensor:
         """Truncation may leave a trained first state without gradient. DDP then computes wrong averages in silence."""

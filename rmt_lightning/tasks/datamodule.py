@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from rmt_lightning.tasks.facts import Split
-from rmt_lightning.tasks.placement import Key, Placement
+from rmt_lightning.tasks.placement import Key, Placement, Sample
 
 Lengths = Literal["exact", "uniform"]
 
@@ -30,10 +30,15 @@ class FactDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         sample = self.placement.sample(self.split, key)
+        # The question where it stands in the last segment, (S,); -1 is where it leaves the noise as it is.
+        question = np.full(self.placement.text_length, -1)
+        question[len(question) - len(sample.question) :] = sample.question
         return {
             "input_ids": torch.from_numpy(np.stack(list(sample.segments))),  # (T, S)
+            "question": torch.from_numpy(question),
             "label": sample.answer,
             "distance": sample.distance,
+            "told": sample.told,
         }
 
 
@@ -57,7 +62,8 @@ class TrainingKeys(Sampler[list[Key]]):
         for batch in range(first, last):
             num_segments = data.draw_length(batch)
             start = (batch * data.world_size + data.rank) * data.batch_size
-            yield [Key(num_segments, number) for number in range(start, start + data.batch_size)]
+            fresh = data.batch_size - data.carried
+            yield [Key(num_segments, start + row, facts=row < fresh) for row in range(data.batch_size)]
 
 
 class ValidationKeys(Sampler[list[Key]]):
@@ -84,7 +90,8 @@ class FactDataModule(L.LightningDataModule):
     """Fact samples for training and validation.
 
     `num_segments` lives here and travels in checkpoints; the curriculum is the only one that changes it. It also says
-    whether training is on inputs of exactly that length ("exact") or of all up to it ("uniform").
+    whether training is on inputs of exactly that length ("exact") or of all up to it ("uniform"). The last `carried`
+    samples of each training batch are mere noise, for memories of earlier batches (see training/carried_states.py).
 
     Args:
         placement: makes the samples.
@@ -113,6 +120,7 @@ class FactDataModule(L.LightningDataModule):
         self.validation_samples = validation_samples
         self.lengths: Lengths = "uniform"
         self.num_segments = 1
+        self.carried = 0
         self.consumed = 0
 
     @property
@@ -152,15 +160,25 @@ class FactDataModule(L.LightningDataModule):
             An iterator of T tensors (B, S), the labels (B,) and the distances (B,).
         """
         samples = [self.placement.sample(split, Key(num_segments, number)) for number in numbers]
-        segments = (torch.from_numpy(np.stack(rows)) for rows in zip(*(s.segments for s in samples), strict=True))
-        return segments, torch.tensor([s.answer for s in samples]), torch.tensor([s.distance for s in samples])
+        answers, distances = ([getattr(s, name) for s in samples] for name in ("answer", "distance"))
+        return _side_by_side(samples), torch.tensor(answers), torch.tensor(distances)
+
+    def noise(self, split: Split, num_segments: int, numbers: range) -> Iterator[Tensor]:
+        """Mere noise, side by side, one segment (B, S) at a time."""
+        return _side_by_side([self.placement.sample(split, Key(num_segments, n, facts=False)) for n in numbers])
 
     def state_dict(self) -> dict[str, int]:
-        return {"num_segments": self.num_segments, "consumed": self.consumed}
+        return {"num_segments": self.num_segments, "carried": self.carried, "consumed": self.consumed}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self.num_segments = state_dict["num_segments"]
+        self.carried = state_dict["carried"]
         self.consumed = state_dict["consumed"]
+
+
+def _side_by_side(samples: list[Sample]) -> Iterator[Tensor]:
+    for rows in zip(*(sample.segments for sample in samples), strict=True):
+        yield torch.from_numpy(np.stack(rows))
 
 
 def data_of(trainer: L.Trainer) -> FactDataModule:

@@ -24,10 +24,11 @@ _ATTEMPTS = 200
 
 
 class Key(NamedTuple):
-    """Names a sample of a split: its length and its number."""
+    """Names a sample of a split: its length, its number, and whether anything is told and asked in all the noise."""
 
     num_segments: int
     number: int
+    facts: bool = True
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,17 @@ class Sample:
 
     Attributes:
         segments: yields T arrays (S,) of token ids; can be read once.
-        answer: the class.
+        question: token ids with which the last segment ends; none in mere noise.
+        answer: the class; -1 in mere noise.
         distance: segments between the first fact that is needed and the question; 0 if they share one.
+        told: the last segment with a fact.
     """
 
     segments: Iterator[np.ndarray]
+    question: np.ndarray
     answer: int
     distance: int
+    told: int
 
 
 class Placement:
@@ -83,6 +88,10 @@ class Placement:
         # The key of the generator names the stream, its counter's upper half the sample, its lower half counts.
         counter = [0, 0, key.num_segments, key.number]
         rng = np.random.Generator(np.random.Philox(key=[self.seed, SPLITS.index(split)], counter=counter))
+        if not key.facts:
+            nothing = np.zeros(0, np.int64)
+            noise = self._fill(Reader(self.corpora[split], rng), rng, [], [], nothing, key.num_segments)
+            return Sample(noise, nothing, answer=-1, distance=0, told=0)
         for _ in range(_ATTEMPTS):
             example = self.task.draw(rng, split)
             facts = [self._ids(fact) for fact in example.facts]
@@ -98,7 +107,7 @@ class Placement:
             )
         segments = self._fill(Reader(self.corpora[split], rng), rng, facts, homes, question, key.num_segments)
         first_needed = min(homes[fact] for fact in example.support)
-        return Sample(segments, example.answer, distance=key.num_segments - 1 - first_needed)
+        return Sample(segments, question, example.answer, key.num_segments - 1 - first_needed, told=max(homes))
 
     def _ids(self, sentence: str) -> np.ndarray:
         if sentence not in self._token_ids:

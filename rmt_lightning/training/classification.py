@@ -88,7 +88,12 @@ class FactClassifier(L.LightningModule):
 
     def forward(self, input_ids: Any, attention_mask: Tensor | None = None) -> Tensor:
         """Scores (B, C) of the answers; takes whatever the model takes."""
-        return self.head(self.model.encode(input_ids, attention_mask).to(self.head.weight.dtype))
+        return self.score(self.model.encode(input_ids, attention_mask))
+
+    def score(self, summary: Tensor) -> Tensor:
+        """Scores (B, C) from what the model has read, (B, D)."""
+        scores: Tensor = self.head(summary.to(self.head.weight.dtype))
+        return scores
 
     def on_train_epoch_start(self) -> None:
         self._clock = time.perf_counter()
@@ -97,14 +102,22 @@ class FactClassifier(L.LightningModule):
         # Dropout is a function of (seed, step, rank), so that a resumed run draws what an uninterrupted one does.
         torch.manual_seed((self.seed * 1_000_003 + self.global_step) * 1_009 + self.global_rank)
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = nn.functional.cross_entropy(self(batch["input_ids"]), batch["label"])
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        """The loss, which answers are right (B,), and the state before the last segment, for those who carry it on.
+
+        A batch may bring the state to start from. Samples with the label -1 ask nothing.
+        """
+        state = batch["state"] if "state" in batch else self.model.initial_state(len(batch["label"]))
+        for reading in self.model.read(batch["input_ids"], state=state):
+            before, state = state, reading.state
+        scores = self.score(self.model.readout(reading.hidden, reading.segment))
+        loss = nn.functional.cross_entropy(scores, batch["label"], ignore_index=-1)
         if not torch.isfinite(loss):
             raise Diverged(
                 f"the loss became {loss.item()} at step {self.global_step}; lower optim.lr or raise optim.warmup"
             )
         self.log("train/loss", loss.detach())
-        return loss
+        return {"loss": loss, "right": scores.argmax(dim=1) == batch["label"], "memory": before}
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
         samples, segments, _ = batch["input_ids"].shape

@@ -121,6 +121,8 @@ class SegmentCurriculum(Callback):
         self._clock = now
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.finished:
+            return
         self._count_time()
         accuracy = float(trainer.callback_metrics["val/accuracy"])
         stage = data_of(trainer).num_segments

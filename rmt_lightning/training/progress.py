@@ -10,6 +10,7 @@ from rich import get_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from rmt_lightning.tasks.datamodule import data_of
+from rmt_lightning.training.carried_states import CarriedStates
 from rmt_lightning.training.curriculum import SegmentCurriculum
 from rmt_lightning.training.optimization import at_stage
 
@@ -19,13 +20,15 @@ class CurriculumProgress(Callback):
 
     Args:
         curriculum: knows the budget of each stage.
+        hold: the phase after it, if there is one.
     """
 
-    def __init__(self, curriculum: SegmentCurriculum) -> None:
+    def __init__(self, curriculum: SegmentCurriculum, hold: CarriedStates | None = None) -> None:
         super().__init__()
         self.curriculum = curriculum
+        self.hold = hold
         self.progress = Progress(
-            TextColumn("stage {task.fields[stage]}/{task.fields[last_stage]}"),
+            TextColumn("{task.fields[phase]}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("steps · {task.fields[segments]} segments · accuracy {task.fields[accuracy]}"),
@@ -38,8 +41,7 @@ class CurriculumProgress(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Without a terminal there is nothing to animate; the log tells the same, one line a validation.
         if trainer.is_global_zero and get_console().is_terminal:
-            last_stage = self.curriculum.max_segments
-            self.task = self.progress.add_task("", last_stage=last_stage, stage=1, segments=1, accuracy="–", speed="–")
+            self.task = self.progress.add_task("", phase="", segments=1, accuracy="–", speed="–")
             self._show(trainer)
             self.progress.start()
 
@@ -53,12 +55,19 @@ class CurriculumProgress(Callback):
         if not self.progress.tasks:
             return
         stage = data_of(trainer).num_segments
+        phase, first_step, steps = (
+            f"stage {stage}/{self.curriculum.max_segments}",
+            self.curriculum.first_step,
+            at_stage(self.curriculum.steps, stage),
+        )
+        if self.hold and self.hold.first_step is not None:
+            phase, first_step, steps = "holding", self.hold.first_step, self.hold.steps
         metrics = trainer.callback_metrics
         self.progress.update(
             self.task,
-            completed=trainer.global_step - self.curriculum.first_step,
-            total=at_stage(self.curriculum.steps, stage),
-            stage=stage,
+            completed=trainer.global_step - first_step,
+            total=steps,
+            phase=phase,
             segments=stage if data_of(trainer).lengths == "exact" else f"1–{stage}",
             accuracy=f"{float(metrics['val/accuracy']):.3f}" if "val/accuracy" in metrics else "–",
             speed=f"{float(metrics['train/tokens_per_second']):,.0f}" if "train/tokens_per_second" in metrics else "–",
