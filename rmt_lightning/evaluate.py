@@ -2,7 +2,8 @@
 
 Results go to <run folder>/evaluations/<checkpoint>-<task>-<key>/, where the key stands for all settings and the content
 of the checkpoint: evaluation.csv has a row for each length, distances.csv one for each length and distance from fact to
-question, evaluation.json both and the settings. They are written after each length.
+question, retention.csv one for each time that memories were asked on their way, evaluation.json all of them and the
+settings. They are written after each length.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import json
 import os
 import resource
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -38,6 +41,8 @@ class Root:
     checkpoint: str
     segments: list[Annotated[int, Ge(1)]]
     samples: Annotated[int, Ge(1)]
+    follow: Annotated[int, Ge(0)]
+    every: Annotated[int, Ge(1)]
     batch_size: Annotated[int, Ge(1)] | Literal["auto"]
     device: Literal["auto", "cpu", "cuda"]
     cache_dir: str
@@ -47,6 +52,10 @@ def main(config: DictConfig) -> None:
     check(config, Root)
     if not config.segments:
         raise UserError("segments=[]: names no length; give some, such as [1,64,4096]")
+    if 0 < config.follow < config.every:
+        raise UserError(
+            f"every={config.every}: asks nothing in follow={config.follow} segments; give less, or follow=0"
+        )
     run, checkpoint = locate_checkpoint(config.checkpoint)
     evaluate(config, trained_config(run, config), run, checkpoint)
 
@@ -73,17 +82,24 @@ def evaluate(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: 
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     folder = run / "evaluations" / f"{checkpoint.stem}-{parts.data.placement.task.name}-{key}"
     done = _read(folder)
+    lengths = done["lengths"]
+    followed = f"{config.follow} every {config.every}"
+    if config.follow and followed not in done["retention"]:
+        done["retention"][followed] = _follow(parts, config, device)
+        _write(folder, settings, done)
     for num_segments in config.segments:
-        if str(num_segments) not in done:
-            done[str(num_segments)] = _test(parts, num_segments, config, device)
+        if str(num_segments) not in lengths:
+            lengths[str(num_segments)] = _test(parts, num_segments, config, device)
             _write(folder, settings, done)
     console = get_console()
-    asked = [_result(done[str(num_segments)]) for num_segments in config.segments]
+    if config.follow:
+        console.print(_rate_in_words(done["retention"][followed]), highlight=False)
+    asked = [_result(lengths[str(num_segments)]) for num_segments in config.segments]
     console.print(length_table(asked, parts.classifier.model.text_length))
     console.print(f"[bold]{os.path.relpath(folder)}[/] holds {', '.join(_FILES)}", highlight=False, soft_wrap=True)
 
 
-_FILES = ("evaluation.csv", "distances.csv", "evaluation.json")
+_FILES = ("evaluation.csv", "distances.csv", "retention.csv", "evaluation.json")
 
 
 def _device(name: str) -> tuple[torch.device, str]:
@@ -132,28 +148,58 @@ def _test(parts: Parts, num_segments: int, config: DictConfig, device: torch.dev
 def _test_in_batches(
     parts: Parts, num_segments: int, samples: int, batch_size: int, device: torch.device
 ) -> LengthResult:
-    """Test one length behind a live bar with segments a second and the time that is left."""
-    import torch
-    from rich import get_console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
+    """Test one length behind a live bar."""
     from rmt_lightning.analysis.extrapolation import evaluate_length
 
     classifier = parts.classifier.to(device).eval()
+    total = -(-samples // batch_size) * num_segments
+    with _bar(f"{num_segments} segments", total, batch_size) as advance, _autocast(device):
+        return evaluate_length(
+            classifier, parts.data, num_segments, samples, batch_size, device, classifier.answers, advance
+        )
+
+
+def _follow(parts: Parts, config: DictConfig, device: torch.device) -> dict[str, Any]:
+    """Measure the rate at which memory is lost, and put what was found into a row."""
+    from rmt_lightning.analysis.retention import follow
+
+    classifier = parts.classifier.to(device).eval()
+    streams = 64 if config.batch_size == "auto" else config.batch_size
+    with _bar(f"following {streams} memories", config.follow, streams) as advance, _autocast(device):
+        found = follow(
+            classifier.model, classifier.score, parts.data, config.follow, config.every, streams, device,
+            classifier.answers, advance,
+        )  # fmt: skip
+    return {"streams": found.streams, "written": found.written, **found.row(), "right": found.right}
+
+
+def _rate_in_words(row: dict[str, Any]) -> str:
+    return (
+        f"Memory lost per segment: {row['rate']:.2g}, 95% interval {row['rate_low']:.2g} – {row['rate_high']:.2g} "
+        f"({row['lost']} memories lost in {row['exposure']:,} segments)"
+    )
+
+
+def _autocast(device: torch.device) -> AbstractContextManager[Any]:
+    import torch
+
+    return torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
+
+
+@contextmanager
+def _bar(description: str, total: int, streams: int) -> Iterator[Callable[[], None]]:
+    """A live bar with segments a second and the time that is left; yields what is to be called after each segment."""
+    from rich import get_console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
         TextColumn("{task.fields[speed]:,.0f} segments/s ·"), TimeRemainingColumn(),
         console=get_console(), transient=True, disable=not get_console().is_terminal,
     )  # fmt: skip
-    task = bar.add_task(f"{num_segments} segments", total=-(-samples // batch_size) * num_segments, speed=0.0)
-
-    def advance() -> None:
-        bar.update(task, advance=1, speed=(bar.tasks[0].speed or 0.0) * batch_size)
-
-    with bar, torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-        return evaluate_length(
-            classifier, parts.data, num_segments, samples, batch_size, device, classifier.answers, advance
-        )
+    task = bar.add_task(description, total=total, speed=0.0)
+    with bar:
+        yield lambda: bar.update(task, advance=1, speed=(bar.tasks[0].speed or 0.0) * streams)
 
 
 def _host_memory() -> float:
@@ -170,18 +216,25 @@ def _result(row: dict[str, Any]) -> LengthResult:
 def _read(folder: Path) -> dict[str, dict[str, Any]]:
     """What an earlier, interrupted evaluation with the same settings has found."""
     path = folder / "evaluation.json"
-    return dict(json.loads(path.read_text())["lengths"]) if path.exists() else {}
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return {part: found.get(part, {}) for part in ("lengths", "retention")}
 
 
 def _write(folder: Path, settings: dict[str, Any], done: dict[str, dict[str, Any]]) -> None:
     from rmt_lightning.results import write_csv
 
-    content = {"settings": settings, "lengths": done}
-    write_atomically(folder / "evaluation.json", json.dumps(content, indent=2).encode())
-    write_csv(folder / "evaluation.csv", [{k: v for k, v in row.items() if k != "distances"} for row in done.values()])
+    write_atomically(folder / "evaluation.json", json.dumps({"settings": settings, **done}, indent=2).encode())
+    asked = [
+        {"age": age, "right": right, "streams": row["streams"]}
+        for row in done["retention"].values()
+        for age, right in row["right"].items()
+    ]
+    lengths = done["lengths"].values()
+    write_csv(folder / "retention.csv", asked)
+    write_csv(folder / "evaluation.csv", [{k: v for k, v in row.items() if k != "distances"} for row in lengths])
     distances = [
         {"segments": row["segments"], "from": 2 ** int(key) // 2, "to": 2 ** int(key) - 1, **part}
-        for row in done.values()
+        for row in lengths
         for key, part in row["distances"].items()
     ]
     write_csv(folder / "distances.csv", distances)

@@ -111,7 +111,9 @@ def _contents(folder: Path) -> list[str]:
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows of equal keys, whole or not at all."""
+    """Write rows of equal keys, whole or not at all; no rows, no file."""
+    if not rows:
+        return
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()

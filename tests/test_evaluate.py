@@ -38,7 +38,7 @@ def here(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, en
 
 
 def evaluate(monkeypatch: pytest.MonkeyPatch, *settings: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["evaluate", "checkpoint=run", "samples=12", "device=cpu", *settings])
+    monkeypatch.setattr(sys, "argv", ["evaluate", "checkpoint=run", "samples=12", "device=cpu", "follow=0", *settings])
     GlobalHydra.instance().clear()
     front_door.run()
 
@@ -191,3 +191,24 @@ def test_bad_input(
     assert exit_.value.code == 2, errors
     assert errors.startswith(f"error: {message}".replace("HERE", str(here))) and errors.count("\n") == 1, errors
     assert not (here / "run" / "evaluations").exists()
+
+
+def test_memories_are_followed_and_the_rate_of_loss_is_told(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate(monkeypatch, "segments=[1]", "follow=12", "every=4", "batch_size=10")
+    assert "Memory lost per segment: " in capsys.readouterr().out
+    asked = rows(only(here) / "retention.csv")
+    assert [(row["age"], row["streams"]) for row in asked] == [("4", "10"), ("8", "10"), ("12", "10")]
+    (row,) = json.loads((only(here) / "evaluation.json").read_text())["retention"].values()
+    assert row["lost"] <= row["written"] <= row["streams"] == 10
+    assert 0 < row["exposure"] <= 4 * 3 * row["written"]
+    # Done once, it is not done again; another way of following is added.
+    monkeypatch.setattr("rmt_lightning.evaluate._follow", None)
+    evaluate(monkeypatch, "segments=[1]", "follow=12", "every=4", "batch_size=10")
+
+
+def test_following_without_asking_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        evaluate(monkeypatch, "segments=[1]", "follow=5", "every=6")
+    assert stopped.value.code == 2

@@ -5,6 +5,7 @@ Shapes: B batch, S text tokens of a segment.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -33,12 +34,14 @@ class LossRate:
 
     @property
     def rate(self) -> float:
-        """Memories lost for each that reads a segment."""
-        return self.lost / self.exposure
+        """Memories lost for each that reads a segment; not a number if none has."""
+        return self.lost / self.exposure if self.exposure else math.nan
 
     @property
     def interval(self) -> tuple[float, float]:
         """95% interval of the rate: Byar's approximation to the Poisson interval (Breslow and Day 1987, p. 69)."""
+        if not self.exposure:
+            return math.nan, math.nan
         z, n = 1.959964, self.lost
         low = n * (1 - 1 / (9 * n) - z / (3 * n**0.5)) ** 3 if n else 0.0
         high = (n + 1) * (1 - 1 / (9 * (n + 1)) + z / (3 * (n + 1) ** 0.5)) ** 3
