@@ -99,8 +99,8 @@ class SegmentCurriculum(Callback):
         data_of(trainer).lengths = self.lengths
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Go on at once if a run that had reached its last stage is resumed with a later one."""
-        stage = data_of(trainer).num_segments
+        """Go on at once if a run that had reached its last stage is resumed with a later one, or end with fewer."""
+        stage = data_of(trainer).num_segments = min(data_of(trainer).num_segments, self.max_segments)
         self._resumed_between_stages = (
             any(result.stage == stage and self.passed(result) for result in self.results) and stage < self.max_segments
         )
