@@ -149,13 +149,17 @@ def test_one_segment_leaves_nothing_to_carry() -> None:
         CarriedStates(SegmentCurriculum(1, 10), steps=10, lr=1e-3)
 
 
+def held_at(folder: Path) -> list[int]:
+    """The steps at which the losses of old memories were counted."""
+    with (folder / "hold.csv").open() as file:
+        return [int(row["step"]) for row in csv.DictReader(file)]
+
+
 def test_a_run_with_old_memories_that_was_interrupted_ends_with_the_same_weights(train: Run, tmp_path: Path) -> None:
     whole = train(*HELD, "hydra.run.dir=whole")
     assert whole.returncode == 0, whole.stderr
     assert "Memories carried over" in whole.stdout
-    with (tmp_path / "whole" / "hold.csv").open() as file:
-        steps = [int(row["step"]) for row in csv.DictReader(file)]
-    assert steps == [21, 24]
+    assert held_at(tmp_path / "whole") == [21, 24]
     # In the middle of the phase's second epoch, then to its end.
     assert train(*HELD, "trainer.max_steps=22").returncode == 0
     resumed = train("resume=run", "trainer.max_steps=-1", small=False)
@@ -165,9 +169,9 @@ def test_a_run_with_old_memories_that_was_interrupted_ends_with_the_same_weights
 
 def test_the_phase_can_be_added_to_a_run_that_has_ended(train: Run, tmp_path: Path) -> None:
     assert train("hydra.run.dir=run").returncode == 0
-    added = train("resume=run", "hold=carried_states", "hold.steps=3", "hold.pool=8", small=False)
+    added = train("resume=run", "hold=carried_states", "hold.steps=6", "hold.pool=8", small=False)
     assert added.returncode == 0, added.stderr
-    assert (tmp_path / "run" / "hold.csv").exists()
+    assert held_at(tmp_path / "run") == [21, 24]
     again = train("resume=run", small=False)
     assert "has finished training; testing it again" in again.stderr + again.stdout
 

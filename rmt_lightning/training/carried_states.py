@@ -119,6 +119,8 @@ class CarriedStates(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._begins_now:
+            # Only now has Lightning restored the number of steps.
+            self.first_step = trainer.global_step
             self._restart_optimization(trainer)
 
     def _begin(self, trainer: L.Trainer) -> None:
