@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rmt_lightning.config import check, front_door, trained_config
 from rmt_lightning.errors import UserError
-from rmt_lightning.run_folder import locate_checkpoint, write_atomically
+from rmt_lightning.run_folder import locate_checkpoint, write_atomically, write_csv
 
 # What follows takes seconds to import; --help and spelling mistakes should not have to wait for it.
 if TYPE_CHECKING:
@@ -221,8 +221,6 @@ def _read(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _write(folder: Path, settings: dict[str, Any], done: dict[str, dict[str, Any]]) -> None:
-    from rmt_lightning.results import write_csv
-
     write_atomically(folder / "evaluation.json", json.dumps({"settings": settings, **done}, indent=2).encode())
     asked = [
         {"age": age, "right": right, "streams": row["streams"]}

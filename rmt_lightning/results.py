@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 from rich import get_console
@@ -19,7 +16,7 @@ from rmt_lightning.analysis import figures
 from rmt_lightning.analysis.extrapolation import LengthResult, LengthTest, evaluate_length
 from rmt_lightning.analysis.retention import LossRate
 from rmt_lightning.build import Parts
-from rmt_lightning.run_folder import write_atomically
+from rmt_lightning.run_folder import write_csv
 from rmt_lightning.training.carried_states import CarriedStates, Losses
 from rmt_lightning.training.curriculum import SegmentCurriculum, StageResult
 
@@ -108,14 +105,3 @@ def length_table(lengths: Sequence[LengthResult], text_length: int) -> Table:
 
 def _contents(folder: Path) -> list[str]:
     return [path.name + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith(".")]
-
-
-def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows of equal keys, whole or not at all; no rows, no file."""
-    if not rows:
-        return
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, text.getvalue().encode())

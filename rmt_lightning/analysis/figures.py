@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rmt_lightning.analysis.extrapolation import LengthResult
+from rmt_lightning.run_folder import write_atomically
+
+if TYPE_CHECKING:
+    from rmt_lightning.analysis.extrapolation import LengthResult
 
 CHANCE = "0.6"
 
@@ -56,3 +66,66 @@ def curriculum(
         axes.axhline(chance, color=CHANCE, linestyle=":", linewidth=1)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def flops(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """What a longer input costs: full attention against RMT (RMT-2023, figure 3).
+
+    Args:
+        rows: of flops.csv: model, tokens, the FLOPs of full_attention and of rmt, and their ratio.
+    """
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    lengths = list(dict.fromkeys(int(row["tokens"]) for row in rows))
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    starts, ends = [], []
+    for number, model in enumerate(models):
+        own = [row for row in rows if row["model"] == model]
+        full, rmt, ratio = ([float(row[column]) for row in own] for column in ("full_attention", "rmt", "ratio"))
+        color = colormaps["viridis"](0.8 - 0.8 * (number + 1) / len(models))
+        look: Any = {"color": color, "marker": "o", "markersize": 3, "markevery": [0, -1]}
+        left.plot(lengths, full, "-", **look)
+        left.plot(lengths, rmt, "--", linewidth=1, **look)
+        right.plot(lengths, ratio, "-", **look)
+        starts.append((model, lengths[0], full[0], color))
+        ends.append((f"{model}  {times(ratio[-1])}", lengths[-1], ratio[-1], color))
+    ticks = lengths[:: max(1, len(lengths) // 4)]
+    for axes in (left, right):
+        axes.set(xlabel="tokens of the input", xscale="log", yscale="log")
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=9)
+        axes.minorticks_off()
+        axes.grid(color="0.93")
+        axes.spines[["top", "right"]].set_visible(False)
+    left.set(ylabel="FLOPs of a forward pass", title="Full attention (solid) and RMT (dashed)")
+    left.set_xlim(lengths[0] / 12)
+    right.set(ylabel="FLOPs of full attention / FLOPs of RMT", title="What RMT saves")
+    right.yaxis.set_major_formatter("×{x:g}")
+    _label(left, starts, "right")
+    _label(right, ends, "left")
+    return figure
+
+
+def times(ratio: float) -> str:
+    """How a ratio is written: ×295, ×1.4."""
+    return f"×{ratio:,.{0 if ratio >= 10 else 1}f}"
+
+
+def _label(axes: Axes, points: Iterable[tuple[str, float, float, Any]], align: Literal["left", "right"]) -> None:
+    """Write a text beside each point (text, x, y, color), pushed down where it would overlap the one above."""
+    low, high = np.log10(axes.get_ylim())
+    place = math.inf
+    for text, x, y, color in sorted(points, key=lambda point: -point[2]):
+        place = min(math.log10(y), place - 0.04 * (high - low))
+        offset = 6 if align == "left" else -6
+        axes.annotate(
+            text, (x, 10**place), xytext=(offset, 0), textcoords="offset points", ha=align, va="center",
+            color=color, fontsize=8, annotation_clip=False,
+        )  # fmt: skip
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write `<path>.png` and `<path>.pdf`, each whole or not at all. The same figure gives the same bytes."""
+    for kind, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
+        content = io.BytesIO()
+        figure.savefig(content, format=kind, dpi=150, metadata=metadata)
+        write_atomically(path.with_name(f"{path.name}.{kind}"), content.getvalue())

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Protocol, cast
 
 import torch
 from annotated_types import Ge
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
@@ -20,6 +21,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertModel,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -98,6 +100,9 @@ class Encoder(nn.Module):
 class Backbone(Protocol):
     """How a backbone comes into being."""
 
+    def config(self) -> PreTrainedConfig:
+        """Its architecture, which can be had without text and without weights."""
+
     def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
         """The backbone's tokenizer; one that has none of its own learns it from `texts`."""
 
@@ -135,6 +140,18 @@ class TinyBert:
         self.vocabulary_size = vocabulary_size
         self.dropout = dropout
 
+    def config(self) -> BertConfig:
+        return BertConfig(
+            vocab_size=self.vocabulary_size,
+            hidden_size=self.width,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            intermediate_size=4 * self.width,
+            max_position_embeddings=self.max_positions,
+            hidden_dropout_prob=self.dropout,
+            attention_probs_dropout_prob=self.dropout,
+        )
+
     def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
         # Byte-level BPE knows every character, and comes out the same each time; the trainer of WordPiece does not.
         special = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
@@ -152,17 +169,8 @@ class TinyBert:
         return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase) -> Encoder:
-        config = BertConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=self.width,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            intermediate_size=4 * self.width,
-            max_position_embeddings=self.max_positions,
-            hidden_dropout_prob=self.dropout,
-            attention_probs_dropout_prob=self.dropout,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        config = self.config()
+        config.vocab_size, config.pad_token_id = len(tokenizer), tokenizer.pad_token_id
         return Encoder(BertModel(config, add_pooling_layer=False), tokenizer)
 
 
@@ -179,6 +187,10 @@ class Pretrained:
     def __init__(self, name: str) -> None:
         self.name = name
 
+    def config(self) -> PreTrainedConfig:
+        config: PreTrainedConfig = self._load(AutoConfig)
+        return config
+
     def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = self._load(AutoTokenizer)
         return tokenizer
@@ -193,8 +205,9 @@ class Pretrained:
         hf_logging.disable_progress_bar()
         try:
             return auto_class.from_pretrained(self.name, **options)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+        except (OSError, ValueError, StrictDataclassError) as error:
+            # The Hub's checks of a config tell what is wrong in their last line.
+            reason = str(error).splitlines()[-1 if isinstance(error, StrictDataclassError) else 0].strip()
             raise UserError(
                 f"backbone.name={self.name}: cannot be loaded ({reason}); give a folder that holds a model, or a "
                 "Hugging Face Hub id while the network is there, or use backbone=tiny_bert"
