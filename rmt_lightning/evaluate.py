@@ -3,7 +3,8 @@
 Results go to <run folder>/evaluations/<checkpoint>-<task>-<key>/, where the key stands for all settings and the content
 of the checkpoint: evaluation.csv has a row for each length, distances.csv one for each length and distance from fact to
 question, retention.csv one for each time that memories were asked on their way, evaluation.json all of them and the
-settings. They are written after each length.
+settings. They are written after each length. With stages=true, each
+stage's checkpoint is tested so, and stages-<task>-<key>/ holds them side by side.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rmt_lightning.config import check, front_door, trained_config
 from rmt_lightning.errors import UserError
-from rmt_lightning.run_folder import locate_checkpoint, write_atomically, write_csv
+from rmt_lightning.run_folder import CHECKPOINTS, locate_checkpoint, write_atomically, write_csv
 
 # What follows takes seconds to import; --help and spelling mistakes should not have to wait for it.
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Root:
     """The settings of conf/evaluate.yaml that belong to no group."""
 
     checkpoint: str
+    stages: bool
     segments: list[Annotated[int, Ge(1)]]
     samples: Annotated[int, Ge(1)]
     follow: Annotated[int, Ge(0)]
@@ -57,11 +59,38 @@ def main(config: DictConfig) -> None:
             f"every={config.every}: asks nothing in follow={config.follow} segments; give less, or follow=0"
         )
     run, checkpoint = locate_checkpoint(config.checkpoint)
-    evaluate(config, trained_config(run, config), run, checkpoint)
+    if config.stages:
+        evaluate_stages(config, trained_config(run, config), run)
+    else:
+        evaluate(config, trained_config(run, config), run, checkpoint)
 
 
-def evaluate(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: Path) -> None:
-    """Test each length that has not been tested yet; print and write what has been found."""
+def evaluate_stages(config: DictConfig, run_config: DictConfig, run: Path) -> None:
+    """Test the checkpoint of each stage, and draw how far it generalises (RMT-2023, figure 5)."""
+    from rich import get_console
+
+    from rmt_lightning.analysis import figures
+
+    checkpoints = {int(path.stem.removeprefix("stage-")): path for path in (run / CHECKPOINTS).glob("stage-*.ckpt")}
+    if not checkpoints:
+        raise UserError(f"checkpoint={config.checkpoint}: the run has passed no stage yet; train it further")
+    config.follow = 0
+    rows = []
+    for stage in sorted(checkpoints):
+        get_console().print(f"stage {stage}", highlight=False)
+        folder, results = evaluate(config, run_config, run, checkpoints[stage])
+        rows += [{"stage": stage, "segments": result.segments, **result.row()} for result in results]
+    # The last folder's name tells the task and the settings.
+    folder = folder.with_name(folder.name.replace(checkpoints[stage].stem, "stages", 1))
+    write_csv(folder / "results.csv", rows)
+    figures.save(figures.generalisation(rows), folder / "figure")
+    get_console().print(f"[bold]{os.path.relpath(folder)}[/] holds them all", highlight=False, soft_wrap=True)
+
+
+def evaluate(
+    config: DictConfig, run_config: DictConfig, run: Path, checkpoint: Path
+) -> tuple[Path, list[LengthResult]]:
+    """Test each length that has not been tested yet; print what has been found, and return it and where it stands."""
     from rich import get_console
 
     from rmt_lightning.build import load
@@ -97,6 +126,7 @@ def evaluate(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: 
     asked = [_result(lengths[str(num_segments)]) for num_segments in config.segments]
     console.print(length_table(asked, parts.classifier.model.text_length))
     console.print(f"[bold]{os.path.relpath(folder)}[/] holds {', '.join(_FILES)}", highlight=False, soft_wrap=True)
+    return folder, asked
 
 
 _FILES = ("evaluation.csv", "distances.csv", "retention.csv", "evaluation.json")

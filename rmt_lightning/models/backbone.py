@@ -226,9 +226,13 @@ class Restored:
         self.tokenizer_folder = tokenizer_folder
         self.config_folder = config_folder
 
+    def config(self) -> PreTrainedConfig:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(self.config_folder)
+        return config
+
     def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.tokenizer_folder)
         return tokenizer
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase) -> Encoder:
-        return Encoder(AutoModel.from_config(AutoConfig.from_pretrained(self.config_folder)), tokenizer)
+        return Encoder(AutoModel.from_config(self.config()), tokenizer)
