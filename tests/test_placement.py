@@ -145,3 +145,17 @@ def test_a_crowd_of_facts_still_fits(tmp_path, corpora: Corpora, tokenizer: PreT
             if word in names
         ]
         assert said == [names[i % 4] for i in range(8)]  # the question's "mary?" keeps its mark
+
+
+def test_noise_holds_fragments_of_facts_but_no_whole_one(placement: Placement) -> None:
+    def words(fragments: float) -> list[str]:
+        samples = (placement.sample("train", Key(4, number, False, fragments)) for number in range(40))
+        return [placement.tokenizer.decode(ids) for sample in samples for ids in sample.segments]
+
+    plain, mixed = words(0), words(2)
+    facts = [sentence for sentence in Detect().sentences() if not sentence.startswith("Where")]
+    assert not any(fact.lower() in text for fact in facts for text in mixed)
+    pieces = ("mary went", "to the garden", "daniel moved to", "the kitchen.")
+    assert sum(text.count(piece) for piece in pieces for text in mixed) > 20
+    assert sum(text.count(piece) for piece in pieces for text in plain) < 10
+    assert [len(ids) for ids in placement.sample("train", Key(2, 5, False, 3.0)).segments] == [30, 30]

@@ -63,7 +63,10 @@ class TrainingKeys(Sampler[list[Key]]):
             num_segments = data.draw_length(batch)
             start = (batch * data.world_size + data.rank) * data.batch_size
             fresh = data.batch_size - data.carried
-            yield [Key(num_segments, start + row, facts=row < fresh) for row in range(data.batch_size)]
+            yield [
+                Key(num_segments, start + row) if row < fresh else Key(num_segments, start + row, False, data.fragments)
+                for row in range(data.batch_size)
+            ]
 
 
 class ValidationKeys(Sampler[list[Key]]):
@@ -91,7 +94,8 @@ class FactDataModule(L.LightningDataModule):
 
     `num_segments` lives here and travels in checkpoints; the curriculum is the only one that changes it. It also says
     whether training is on inputs of exactly that length ("exact") or of all up to it ("uniform"). The last `carried`
-    samples of each training batch are mere noise, for memories of earlier batches (see training/carried_states.py).
+    samples of each training batch are mere noise, for memories of earlier batches (see training/carried_states.py), with
+    `fragments` pieces of facts in a segment.
 
     Args:
         placement: makes the samples.
@@ -121,6 +125,7 @@ class FactDataModule(L.LightningDataModule):
         self.lengths: Lengths = "uniform"
         self.num_segments = 1
         self.carried = 0
+        self.fragments = 0.0
         self.consumed = 0
 
     @property

@@ -24,11 +24,19 @@ _ATTEMPTS = 200
 
 
 class Key(NamedTuple):
-    """Names a sample of a split: its length, its number, and whether anything is told and asked in all the noise."""
+    """Names a sample of a split.
+
+    Attributes:
+        num_segments: its length.
+        number: its number.
+        facts: whether anything is told and asked in all the noise.
+        fragments: how many fragments of facts a segment of mere noise holds on average.
+    """
 
     num_segments: int
     number: int
     facts: bool = True
+    fragments: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,8 @@ class Placement:
         if not key.facts:
             nothing = np.zeros(0, np.int64)
             noise = self._fill(Reader(self.corpora[split], rng), rng, [], [], nothing, key.num_segments)
+            if key.fragments:
+                noise = (self._scatter_fragments(ids, rng, split, key.fragments) for ids in noise)
             return Sample(noise, nothing, answer=-1, distance=0, told=0)
         for _ in range(_ATTEMPTS):
             example = self.task.draw(rng, split)
@@ -149,6 +159,17 @@ class Placement:
             room[segment] -= len(ids)
             homes.append(segment)
         return homes
+
+    def _scatter_fragments(self, ids: np.ndarray, rng: np.random.Generator, split: Split, mean: float) -> np.ndarray:
+        """Overwrite noise (S,) with pieces of facts, never a whole one: text that looks like a fact and is none."""
+        for _ in range(rng.poisson(mean)):
+            facts = self.task.draw(rng, split).facts
+            fact = self._ids(facts[rng.integers(len(facts))])
+            start, stop = np.sort(rng.choice(len(fact) + 1, size=2, replace=False))
+            piece = fact[start:stop] if stop - start < len(fact) else fact[1:]
+            place = rng.integers(len(ids) - len(piece))
+            ids[place : place + len(piece)] = piece
+        return ids
 
     def _fill(
         self,

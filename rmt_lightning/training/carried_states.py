@@ -67,6 +67,8 @@ class CarriedStates(Callback):
         lifetime: after how many segments, on average, a memory that holds makes room for a fresh one.
         jitter: standard deviation of the noise that is added to memories from the pool, so that the model learns to
             pull them back to where they belong.
+        fragments: how many pieces of facts stand in a segment of noise on average. What destroys memory is text that
+            looks like a fact: "the kitchen cabinet", "I walked to the door".
 
     Raises:
         UserError: if the curriculum ends with one segment, which leaves nothing to carry.
@@ -82,6 +84,7 @@ class CarriedStates(Callback):
         pool: Annotated[int, Ge(1)] = 256,
         lifetime: Annotated[int, Ge(1)] = 1000,
         jitter: Annotated[float, Ge(0)] = 0.0,
+        fragments: Annotated[float, Ge(0)] = 1.0,
     ) -> None:
         super().__init__()
         if curriculum.max_segments < 2:
@@ -93,6 +96,7 @@ class CarriedStates(Callback):
         self.size = pool
         self.lifetime = lifetime
         self.jitter = jitter
+        self.fragments = fragments
         self.first_step: int | None = None
         self.history: list[Losses] = []
         self.segments = 0
@@ -103,6 +107,9 @@ class CarriedStates(Callback):
         return bool(self.history) and self.history[-1].step - (self.first_step or 0) >= self.steps
 
     # The phase begins when the curriculum ends, or when a run that has ended is resumed with it.
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        data_of(trainer).fragments = self.fragments
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self.curriculum.finished:
