@@ -94,8 +94,8 @@ class FactDataModule(L.LightningDataModule):
 
     `num_segments` lives here and travels in checkpoints; the curriculum is the only one that changes it. It also says
     whether training is on inputs of exactly that length ("exact") or of all up to it ("uniform"). The last `carried`
-    samples of each training batch are mere noise, for memories of earlier batches (see training/carried_states.py), with
-    `fragments` pieces of facts in a segment.
+    samples of each training batch are mere noise with `fragments` pieces of facts in a segment, for memories of earlier
+    batches (see training/carried_states.py).
 
     Args:
         placement: makes the samples.
