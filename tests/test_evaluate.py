@@ -212,3 +212,28 @@ def test_following_without_asking_is_refused(here: Path, monkeypatch: pytest.Mon
     with pytest.raises(SystemExit) as stopped:
         evaluate(monkeypatch, "segments=[1]", "follow=5", "every=6")
     assert stopped.value.code == 2
+
+
+def test_all_stages_side_by_side(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate(monkeypatch, "stages=true", "segments=[1,3]")
+    (together,) = (here / "run" / "evaluations").glob("stages-detect-*")
+    assert f"{together.relative_to(here)} holds them all" in capsys.readouterr().out
+    found = rows(together / "results.csv")
+    assert [(row["stage"], row["segments"]) for row in found] == [(s, n) for s in "123" for n in "13"]
+    assert {path.name for path in together.iterdir()} == {"results.csv", "figure.png", "figure.pdf"}
+    # Each row is what the stage's own evaluation says.
+    own = rows(next((here / "run" / "evaluations").glob("stage-2-detect-*")) / "evaluation.csv")
+    assert [row["right"] for row in own] == [row["right"] for row in found if row["stage"] == "2"]
+
+
+def test_stages_of_a_run_that_has_passed_none(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (here / "run" / "checkpoints").glob("stage-*.ckpt"):
+        path.unlink()
+    with pytest.raises(SystemExit) as stopped:
+        evaluate(monkeypatch, "stages=true")
+    assert stopped.value.code == 2
+    assert "checkpoint=run: the run has passed no stage yet; train it further" in capsys.readouterr().err
