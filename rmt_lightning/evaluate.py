@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rmt_lightning.config import check, front_door, trained_config
 from rmt_lightning.errors import UserError
-from rmt_lightning.run_folder import locate_checkpoint, write_atomically
+from rmt_lightning.run_folder import locate_checkpoint, write_atomically, write_csv
 
 # What follows takes seconds to import; --help and spelling mistakes should not have to wait for it.
 if TYPE_CHECKING:
@@ -101,6 +100,8 @@ def _test(parts: Parts, num_segments: int, config: DictConfig, device: torch.dev
     """Test one length, with smaller batches if they do not fit, and put what was found and measured into a row."""
     import torch
 
+    from rmt_lightning.training.hardware import host_memory
+
     on_gpu = device.type == "cuda"
     batch_size = min(config.samples, 256 if config.batch_size == "auto" else config.batch_size)
     while True:
@@ -123,7 +124,7 @@ def _test(parts: Parts, num_segments: int, config: DictConfig, device: torch.dev
         "batch_size": batch_size,
         "seconds": seconds,
         "tokens_per_second": config.samples * text_tokens / seconds,
-        "host_memory_mb": _host_memory(),
+        "host_memory_mb": host_memory(),
         "device_memory_mb": torch.cuda.max_memory_allocated(device) / 1e6 if on_gpu else 0.0,
         "distances": {distance: part.row() for distance, part in result.distances.items()},
     }
@@ -156,11 +157,6 @@ def _test_in_batches(
         )
 
 
-def _host_memory() -> float:
-    """Largest resident memory of this process so far, in MB (Linux counts in KiB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-
-
 def _result(row: dict[str, Any]) -> LengthResult:
     from rmt_lightning.analysis.extrapolation import LengthResult
 
@@ -174,8 +170,6 @@ def _read(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _write(folder: Path, settings: dict[str, Any], done: dict[str, dict[str, Any]]) -> None:
-    from rmt_lightning.results import write_csv
-
     content = {"settings": settings, "lengths": done}
     write_atomically(folder / "evaluation.json", json.dumps(content, indent=2).encode())
     write_csv(folder / "evaluation.csv", [{k: v for k, v in row.items() if k != "distances"} for row in done.values()])

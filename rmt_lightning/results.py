@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 from rich import get_console
@@ -18,7 +15,7 @@ from rich.table import Table
 from rmt_lightning.analysis import figures
 from rmt_lightning.analysis.extrapolation import LengthResult, LengthTest, evaluate_length
 from rmt_lightning.build import Parts
-from rmt_lightning.run_folder import write_atomically
+from rmt_lightning.run_folder import STAGES, write_csv
 from rmt_lightning.training.curriculum import SegmentCurriculum, StageResult
 
 
@@ -31,7 +28,7 @@ def report(test: LengthTest, folder: Path, trainer: L.Trainer, parts: Parts, cur
     console = get_console()
     if curriculum.results:
         console.print(_stage_table(curriculum.results, curriculum.lengths))
-        write_csv(folder / "stages.csv", [asdict(stage) for stage in curriculum.results])
+        write_csv(folder / STAGES, [asdict(stage) for stage in curriculum.results])
     lengths = _test(test, trainer, parts)
     console.print(length_table(lengths, parts.classifier.model.text_length))
     write_csv(folder / "evaluation.csv", [{"segments": result.segments, **result.row()} for result in lengths])
@@ -77,12 +74,3 @@ def length_table(lengths: Sequence[LengthResult], text_length: int) -> Table:
 
 def _contents(folder: Path) -> list[str]:
     return [path.name + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith(".")]
-
-
-def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows of equal keys, whole or not at all."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, text.getvalue().encode())

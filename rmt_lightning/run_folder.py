@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rmt_lightning.errors import UserError
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 LAST = "last.ckpt"
+METRICS = "metrics"
+STAGES = "stages.csv"
+HARDWARE = "hardware.json"
 TOKENIZER = "tokenizer"
 BACKBONE = "backbone"
 
@@ -55,3 +62,12 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows of equal keys, whole or not at all."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue().encode())
