@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 
-.PHONY: help install train evaluate test lint clean
+.PHONY: help install train evaluate report test lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -16,6 +16,9 @@ train: install  ## train with the defaults, or: make train ARGS="task=reasoning 
 
 evaluate: install  ## test a run on longer inputs: make evaluate ARGS="checkpoint=outputs/…"
 	$(BIN)/python -m rmt_lightning.evaluate $(ARGS)
+
+report: install  ## compare runs on one HTML page: make report ARGS="outputs"
+	$(BIN)/python -m rmt_lightning.report $(ARGS)
 
 test: $(VENV)/.installed-test  ## run linter, type checker and the whole test suite
 	$(BIN)/ruff check .
