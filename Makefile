@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 
-.PHONY: help install train evaluate figures test lint clean
+.PHONY: help install train evaluate figures report test lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -19,6 +19,9 @@ evaluate: install  ## test a run on longer inputs: make evaluate ARGS="checkpoin
 
 figures: install  ## draw the figures of experiments/ again from their csv files
 	$(BIN)/python experiments/figures.py
+
+report: install  ## compare runs on one HTML page: make report ARGS="outputs"
+	$(BIN)/python -m rmt_lightning.report $(ARGS)
 
 test: $(VENV)/.installed-test  ## run linter, type checker and the whole test suite
 	$(BIN)/ruff check .

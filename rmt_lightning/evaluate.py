@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -147,6 +146,8 @@ def _test(parts: Parts, num_segments: int, config: DictConfig, device: torch.dev
     """Test one length, with smaller batches if they do not fit, and put what was found and measured into a row."""
     import torch
 
+    from rmt_lightning.training.hardware import host_memory
+
     on_gpu = device.type == "cuda"
     batch_size = min(config.samples, 256 if config.batch_size == "auto" else config.batch_size)
     while True:
@@ -169,7 +170,7 @@ def _test(parts: Parts, num_segments: int, config: DictConfig, device: torch.dev
         "batch_size": batch_size,
         "seconds": seconds,
         "tokens_per_second": config.samples * text_tokens / seconds,
-        "host_memory_mb": _host_memory(),
+        "host_memory_mb": host_memory(),
         "device_memory_mb": torch.cuda.max_memory_allocated(device) / 1e6 if on_gpu else 0.0,
         "distances": {distance: part.row() for distance, part in result.distances.items()},
     }
@@ -230,11 +231,6 @@ def _bar(description: str, total: int, streams: int) -> Iterator[Callable[[], No
     task = bar.add_task(description, total=total, speed=0.0)
     with bar:
         yield lambda: bar.update(task, advance=1, speed=(bar.tasks[0].speed or 0.0) * streams)
-
-
-def _host_memory() -> float:
-    """Largest resident memory of this process so far, in MB (Linux counts in KiB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 def _result(row: dict[str, Any]) -> LengthResult:

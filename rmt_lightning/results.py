@@ -16,7 +16,7 @@ from rmt_lightning.analysis import figures
 from rmt_lightning.analysis.extrapolation import LengthResult, LengthTest, evaluate_length
 from rmt_lightning.analysis.retention import LossRate
 from rmt_lightning.build import Parts
-from rmt_lightning.run_folder import write_csv
+from rmt_lightning.run_folder import STAGES, write_csv
 from rmt_lightning.training.carried_states import CarriedStates, Losses
 from rmt_lightning.training.curriculum import SegmentCurriculum, StageResult
 
@@ -37,7 +37,7 @@ def report(
     console = get_console()
     if curriculum.results:
         console.print(_stage_table(curriculum.results, curriculum.lengths))
-        write_csv(folder / "stages.csv", [asdict(stage) for stage in curriculum.results])
+        write_csv(folder / STAGES, [asdict(stage) for stage in curriculum.results])
     if hold and hold.history:
         console.print(_hold_table(hold))
         write_csv(folder / "hold.csv", [asdict(losses) | _rate(losses).row() for losses in hold.history])

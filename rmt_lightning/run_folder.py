@@ -14,6 +14,9 @@ from rmt_lightning.errors import UserError
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 LAST = "last.ckpt"
+METRICS = "metrics"
+STAGES = "stages.csv"
+HARDWARE = "hardware.json"
 TOKENIZER = "tokenizer"
 BACKBONE = "backbone"
 

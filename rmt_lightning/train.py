@@ -1,7 +1,7 @@
 """Front door: `python -m rmt_lightning.train task=detect curriculum.max_segments=7`.
 
-A run folder holds config.yaml, train.log, tokenizer/, backbone/, metrics/, checkpoints/ and, at the end, stages.csv,
-evaluation.csv and curriculum.png.
+A run folder holds config.yaml, hardware.json, train.log, tokenizer/, backbone/, metrics/, checkpoints/, stages.csv and,
+at the end, evaluation.csv and curriculum.png.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from rmt_lightning.config import check, front_door
 from rmt_lightning.console import start_logging
 from rmt_lightning.errors import UserError
-from rmt_lightning.run_folder import CHECKPOINTS, CONFIG, LAST, locate
+from rmt_lightning.run_folder import CHECKPOINTS, CONFIG, LAST, METRICS, locate
 
 # What follows takes seconds to import; --help and spelling mistakes should not have to wait for it.
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pat
     from rmt_lightning.training.carried_states import CarriedStates
     from rmt_lightning.training.checkpoints import RunCheckpoints, check_fits, read_checkpoint
     from rmt_lightning.training.curriculum import SegmentCurriculum
+    from rmt_lightning.training.hardware import Hardware
     from rmt_lightning.training.progress import CurriculumProgress
 
     shown = os.path.relpath(folder)
@@ -86,7 +87,7 @@ def train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pat
             if (name := type(phase).__name__) in saved["callbacks"]:
                 phase.load_state_dict(saved["callbacks"][name])
     checkpoints = RunCheckpoints(folder / CHECKPOINTS, curriculum)
-    trainer = _trainer(config, folder, [*phases, checkpoints, CurriculumProgress(curriculum, hold)])
+    trainer = _trainer(config, folder, [*phases, checkpoints, CurriculumProgress(curriculum, hold), Hardware(folder)])
     test: LengthTest = instantiate(config.test, _convert_="all")
 
     # Nothing has been written so far, and all that can be wrong with the settings has been found.
@@ -179,7 +180,7 @@ def _trainer(config: DictConfig, folder: Path, callbacks: list[L.Callback]) -> L
 
     from rmt_lightning.training.checkpoints import AtomicCheckpointIO
 
-    loggers: list[Logger] = [CSVLogger(folder, name="metrics", flush_logs_every_n_steps=config.data.steps_per_epoch)]
+    loggers: list[Logger] = [CSVLogger(folder, name=METRICS, flush_logs_every_n_steps=config.data.steps_per_epoch)]
     if "_target_" in config.logger:
         loggers.append(instantiate(config.logger))
     on_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()

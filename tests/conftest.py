@@ -108,3 +108,13 @@ def train(environment: dict[str, str], tmp_path: Path) -> Run:
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """A run to be copied, not changed."""
+    folder = tmp_path_factory.mktemp("finished")
+    environment = os.environ | {"RMT_LIGHTNING_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "rmt_lightning.train", *SMALL, "hydra.run.dir=run", "data.segment_length=48"]
+    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, timeout=240)
+    return folder / "run"

@@ -83,7 +83,7 @@ def test_the_same_command_gives_the_same_weights_and_others_differ(
         ("step", 5),  # inside a stage
         ("step", 8),  # inside the second stage, its first epoch
         ("validation", 4),  # between an epoch's last step and its checkpoint
-        ("writing", 2),  # a checkpoint is half written
+        ("writing", 3),  # a checkpoint is half written
         ("moving", 2),  # stage-1.ckpt is written, but not in its place
         ("moving", 3),  # the border of a stage: stage-1.ckpt is there, last.ckpt is older
         ("step", 18),  # the very last step
@@ -94,6 +94,12 @@ def test_killed_and_resumed(where: str, calls: int, uninterrupted: Path, train: 
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     folder = tmp_path / "run"
     assert not (folder / "evaluation.csv").exists()
+    # A stage that has been passed is told at once, and a resumed run tells where it went on.
+    passed = sorted(path.stem.removeprefix("stage-") for path in (folder / "checkpoints").glob("stage-*.ckpt"))
+    if passed:
+        assert [line.split(",")[0] for line in (folder / "stages.csv").read_text().splitlines()[1:]] == passed
+    last = folder / "checkpoints" / "last.ckpt"
+    step = torch.load(last, weights_only=True)["global_step"] if last.exists() else 0
     resumed = train("resume=run", small=False)
     assert resumed.returncode == 0, resumed.stderr
     assert_identical(final(uninterrupted), final(folder))
@@ -105,6 +111,7 @@ def test_killed_and_resumed(where: str, calls: int, uninterrupted: Path, train: 
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [
         "last.ckpt", "stage-1.ckpt", "stage-2.ckpt", "stage-3.ckpt",
     ]  # fmt: skip
+    assert [start["step"] for start in json.loads((folder / "hardware.json").read_text())] == [0, step]
     # What had been logged before the kill is still there.
     assert (folder / "metrics" / "version_0").is_dir()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]

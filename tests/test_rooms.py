@@ -42,8 +42,9 @@ def test_rooms(path: Path) -> None:
         assert not {name.split(".")[0] for name in used} & {"hydra", "omegaconf"}
 
 
-def test_figures_know_no_model() -> None:
-    used = imports(PACKAGE / "analysis" / "figures.py")
+@pytest.mark.parametrize("name", ["figures", "runs", "plots", "page", "redaction"])
+def test_pictures_and_pages_know_no_model(name: str) -> None:
+    used = imports(PACKAGE / "analysis" / f"{name}.py")
     assert not any("models" in name or name.startswith("torch") for name in used)
 
 

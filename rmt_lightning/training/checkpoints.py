@@ -6,6 +6,7 @@ import io
 import logging
 import signal
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
 from rmt_lightning.errors import UserError
-from rmt_lightning.run_folder import LAST, write_atomically
+from rmt_lightning.run_folder import LAST, STAGES, write_atomically, write_csv
 from rmt_lightning.tasks.datamodule import data_of
 from rmt_lightning.training.curriculum import SegmentCurriculum
 
@@ -73,12 +74,12 @@ def check_fits(module: nn.Module, state_dict: Mapping[str, torch.Tensor], path: 
 
 
 class RunCheckpoints(Callback):
-    """Saves `last.ckpt` after every validation and `stage-<n>.ckpt` when a stage is passed; saves and stops on signals.
+    """Saves `last.ckpt` after every validation, `stage-<n>.ckpt` and stages.csv when a stage is passed; obeys signals.
 
     Must stand behind the curriculum in the list of callbacks, so that it saves what the curriculum has decided.
 
     Args:
-        folder: where checkpoints go.
+        folder: where checkpoints go; stages.csv stands beside it.
         curriculum: tells which stages have been passed.
     """
 
@@ -123,6 +124,8 @@ class RunCheckpoints(Callback):
         if passed > self._kept:
             self._kept = passed
             trainer.save_checkpoint(self.folder / f"stage-{passed}.ckpt")
+            if trainer.is_global_zero:
+                write_csv(self.folder.parent / STAGES, [asdict(result) for result in self.curriculum.results])
         self._save(trainer)
         if not trainer.should_stop and self._asked_to_stop(trainer):
             raise Interrupted(self._signum or signal.SIGTERM)

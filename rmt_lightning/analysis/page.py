@@ -1,0 +1,117 @@
+"""Runs in, one HTML page out that needs no network."""
+
+from __future__ import annotations
+
+import json
+from base64 import b64encode
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
+from plotly import graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from rmt_lightning.analysis import plots
+from rmt_lightning.analysis.runs import ACCURACY, DEVICE_MEMORY, HOST_MEMORY, LOSS, SPEED, Run, kind
+
+
+def page(runs: Sequence[Run], skipped: Sequence[str]) -> str:
+    """The report.
+
+    Args:
+        runs: at least one.
+        skipped: places that could not be read, and why.
+    """
+    template = _environment().get_template("report.html")
+    return template.render(
+        runs=[(run, plots.style(number)) for number, run in enumerate(runs)],
+        skipped=skipped,
+        made=datetime.now(UTC),
+        figures={name: _embedded(figure) for name, figure in _figures(runs).items() if figure.data},
+        differences=differences([run.config for run in runs]),
+        plotly=Markup(get_plotlyjs()),
+    )
+
+
+def _figures(runs: Sequence[Run]) -> dict[str, go.Figure]:
+    return {
+        "timeline_steps": plots.timeline(runs, "steps"),
+        "timeline_seconds": plots.timeline(runs, "seconds"),
+        "loss": plots.curve(runs, LOSS, "training loss (nats)", ".3g", type="log", tickformat="~g"),
+        "accuracy": plots.curve(
+            runs, ACCURACY, "validation accuracy", ".1%", markers=True, range=[-0.03, 1.1], tickformat=".0%"
+        ),
+        "lengths": plots.accuracy_by_length(runs),
+        "speed": plots.curve(runs, SPEED, "tokens per second", ",.0f", rangemode="tozero"),
+        "memory": plots.memory_by_length(runs),
+    }
+
+
+def differences(configs: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """The settings that are not the same in all configs, by dotted key, with their value in each."""
+    flat = [dict(_flat(config)) for config in configs]
+    groups = list(dict.fromkeys(key for config in configs for key in config))
+    keys = sorted({key: None for config in flat for key in config}, key=lambda key: groups.index(key.split(".")[0]))
+    rows = {key: [config.get(key, "–") for config in flat] for key in keys}
+    return {key: values for key, values in rows.items() if len(set(values)) > 1}
+
+
+def _flat(config: dict[str, Any], above: str = "") -> Iterable[tuple[str, str]]:
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _environment() -> Environment:
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    environment.filters |= {
+        "duration": _duration,
+        "number": _number,
+        "percent": _percent,
+        "kind": kind,
+        "commit": _commit,
+        "yaml": lambda config: yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
+        "data_uri": _data_uri,
+    }
+    environment.globals |= {
+        "typical_speed": lambda run: median(run.logged(SPEED)) if run.logged(SPEED) else None,
+        "peak_memory": lambda run: [max(run.logged(name), default=None) for name in (HOST_MEMORY, DEVICE_MEMORY)],
+    }
+    return environment
+
+
+def _embedded(figure: go.Figure) -> Markup:
+    # Nothing in it may end the script element that it stands in.
+    return Markup(figure.to_json().replace("<", "\\u003c"))
+
+
+def _data_uri(picture: bytes) -> str:
+    return f"data:image/png;base64,{b64encode(picture).decode()}"
+
+
+def _commit(described: str | None) -> str:
+    number, _, changed = (described or "–").partition("-")
+    return f"{number[:12]} + changes" if changed else number[:12]
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.0f}"
+
+
+def _percent(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{seconds:.3g} s"

@@ -1,0 +1,256 @@
+"""Runs in, interactive plotly Figure out.
+
+Backgrounds are transparent, and the page colours text and lines, so that a figure is readable on white and on black.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import groupby
+from math import ceil, log2, log10
+from statistics import fmean
+from typing import Any
+
+from plotly import graph_objects as go
+
+from rmt_lightning.analysis.runs import Evaluation, Point, Row, Run, Stage
+
+# Five colours that differ to colour-blind eyes too (least CIELAB distance 21 with protanopia or deuteranopia simulated
+# after Machado et al. 2009), each with a contrast of 3 or more on the page's white and on its black.
+COLOURS = ("#1e6ecc", "#d55e00", "#00966c", "#a4417f", "#2f9cc3")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "star")
+GLYPHS = "●■◆▲▼★"
+DASHES = ("solid", "dash", "dot", "dashdot")
+
+# Longer curves are drawn as means of neighbouring points.
+POINTS = 1000
+
+_FAINT = "rgba(128, 134, 145, 0.22)"
+_FONT = {"family": "system-ui, sans-serif", "size": 13, "color": "#7b828c"}
+_AXIS = {"gridcolor": _FAINT, "zeroline": False, "automargin": True, "title": {"standoff": 12, "font": {"size": 13}}}
+_TEMPLATE = go.layout.Template(
+    layout={
+        "font": _FONT,
+        "paper_bgcolor": "rgba(0, 0, 0, 0)",
+        "plot_bgcolor": "rgba(0, 0, 0, 0)",
+        "margin": {"l": 8, "r": 12, "t": 28, "b": 8},
+        "height": 360,
+        "uniformtext": {"minsize": 9, "mode": "hide"},
+        "xaxis": _AXIS,
+        "yaxis": _AXIS,
+        "hoverlabel": {"bgcolor": "#20252c", "bordercolor": "#20252c", "font": {"color": "#fff"}, "namelength": -1},
+        "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0, "maxheight": 0.3, "itemwidth": 42},
+    }
+)
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a run looks in all plots and tables: two runs differ in colour, in symbol and glyph, or in dash."""
+
+    colour: str
+    symbol: str
+    glyph: str
+    dash: str
+
+
+def style(number: int) -> Style:
+    """The style of the n-th run, counted from 0."""
+    turn, place = divmod(number, len(COLOURS))
+    symbol = (place + turn) % len(SYMBOLS)
+    return Style(COLOURS[place], SYMBOLS[symbol], GLYPHS[symbol], DASHES[turn % len(DASHES)])
+
+
+def timeline(runs: Sequence[Run], of: str) -> go.Figure:
+    """The stages of each run, one behind the other, by the "steps" or the "seconds" they took."""
+    rows = [(number, run, [s for s in run.stages if getattr(s, of) is not None]) for number, run in enumerate(runs)]
+    rows = [row for row in rows if row[2]]
+    longest = max((sum(getattr(stage, of) for stage in stages) for _, _, stages in rows), default=0)
+    unit, scale = ("optimizer steps", 1) if of == "steps" else _time_unit(longest)
+    figure = _figure(height=80 + 56 * len(rows), barmode="overlay")
+    for place, (number, run, stages) in enumerate(rows):
+        widths = [getattr(stage, of) / scale for stage in stages]
+        figure.add_bar(**_bars(run, number, stages, widths, unit), y=[place] * len(stages))
+        figure.add_annotation(
+            text=_text(run.name), x=0, xref="paper", xanchor="left", y=place, yshift=24, showarrow=False
+        )
+    figure.update_xaxes(title_text=unit, rangemode="tozero", tickformat=",")
+    figure.update_yaxes(range=[len(rows) - 0.6, -0.8], showticklabels=False, showgrid=False)
+    return figure
+
+
+def _bars(run: Run, number: int, stages: list[Stage], widths: list[float], unit: str) -> dict[str, Any]:
+    hatches = {True: "", False: "/", None: "."}
+    outcomes = {True: "passed", False: "did not converge", None: "goes on"}
+    return _identity(run, number) | {
+        "orientation": "h",
+        "x": [_short(width) for width in widths],
+        "base": [_short(sum(widths[:place])) for place in range(len(widths))],
+        "width": 0.42,
+        "text": [str(stage.number) for stage in stages],
+        "textposition": "inside",
+        "insidetextanchor": "middle",
+        "textangle": 0,
+        "textfont": {"color": "#fff"},
+        "marker": {
+            "color": style(number).colour,
+            "line": {"width": 1},
+            "pattern": {
+                "shape": [hatches[stage.converged] for stage in stages],
+                "fillmode": "overlay",
+                "fgcolor": "rgba(255, 255, 255, 0.55)",
+                "size": 8,
+            },
+        },
+        "customdata": [[outcomes[stage.converged], stage.accuracy] for stage in stages],
+        "hovertemplate": f"stage %{{text}}: %{{x:,}} {unit}<br>%{{customdata[0]}}, accuracy %{{customdata[1]:.1%}}",
+    }
+
+
+def curve(runs: Sequence[Run], metric: str, axis: str, value: str, markers: bool = False, **yaxis: Any) -> go.Figure:
+    """A logged metric over the steps of each run, with the stage on hover.
+
+    Args:
+        metric: its name in metrics.csv.
+        axis: its name and unit.
+        value: how hovering shows one, in the format language of d3.
+        markers: whether to mark each point, if there are few, and with a single run each stage at its end.
+        yaxis: how the axis looks.
+    """
+    figure = _figure()
+    for number, run in enumerate(runs):
+        if points := _thinned(run.curves.get(metric, [])):
+            ends = _ends(points) if markers and len(runs) == 1 else [""] * len(points)
+            figure.add_scatter(
+                **_identity(run, number),
+                x=[point.step for point in points],
+                y=[_short(point.value) for point in points],
+                customdata=[point.stage for point in points],
+                text=ends,
+                textposition="top center",
+                mode="lines+markers+text" if markers and len(points) <= 60 else "lines",
+                line={"width": 1.8, "color": style(number).colour, "dash": style(number).dash},
+                marker={"size": 6, "symbol": style(number).symbol},
+                hovertemplate=f"step %{{x:,}}, stage %{{customdata}}<br>{axis} %{{y:{value}}}",
+            )
+    figure.update_xaxes(title_text="optimizer steps", rangemode="tozero", tickformat=",")
+    figure.update_yaxes(title_text=axis, **yaxis)
+    return figure
+
+
+def _thinned(points: list[Point]) -> list[Point]:
+    """At most some `POINTS`, each the mean of its neighbours in the same stage."""
+    together = ceil(len(points) / POINTS)
+    if together == 1:
+        return points
+    groups = groupby(enumerate(points), key=lambda item: (item[0] // together, item[1].stage))
+    parts = [[point for _, point in group] for _, group in groups]
+    return [Point(part[-1].step, part[-1].stage, fmean(point.value for point in part)) for part in parts]
+
+
+def _ends(points: list[Point]) -> list[str]:
+    """The number of each stage at its last point."""
+    following = [*(point.stage for point in points[1:]), None]
+    return [str(point.stage) if point.stage != after else "" for point, after in zip(points, following, strict=True)]
+
+
+def accuracy_by_length(runs: Sequence[Run]) -> go.Figure:
+    """Accuracy with 95% intervals on inputs of each length; open symbols, off the shade, are longer than trained on."""
+    figure = _by_length(
+        runs,
+        lambda evaluation: {
+            "y": [row["accuracy"] for row in evaluation.rows],
+            "error_y": {
+                "array": [_short(row["high"] - row["accuracy"]) for row in evaluation.rows],
+                "arrayminus": [_short(row["accuracy"] - row["low"]) for row in evaluation.rows],
+                "thickness": 1.2,
+                "width": 3,
+            },
+            "customdata": [[row["low"], row["high"], row["samples"]] for row in evaluation.rows],
+            "hovertemplate": "%{y:.1%} (%{customdata[0]:.1%} – %{customdata[1]:.1%} of %{customdata[2]:,})",
+        },
+    )
+    for reached in {run.reached for run in runs if run.evaluations} - {0}:
+        figure.add_vrect(x0=0.5, x1=reached * 2**0.25, fillcolor=_FAINT, line_width=0, layer="below", opacity=0.4)
+    figure.update_layout(height=440)
+    figure.update_yaxes(title_text="accuracy (95% interval)", range=[-0.03, 1.06], tickformat=".0%")
+    return figure
+
+
+def memory_by_length(runs: Sequence[Run]) -> go.Figure:
+    """The largest memory while testing each length: of the GPU, or without one of the process."""
+    figure = _by_length(
+        runs,
+        lambda evaluation: {"y": [_memory(row) for row in evaluation.rows], "hovertemplate": "%{y:,.0f} MB"},
+    )
+    figure.update_yaxes(title_text="memory (MB)", rangemode="tozero")
+    return figure
+
+
+def _memory(row: Row) -> float | None:
+    return row.get("device_memory_mb") or row.get("host_memory_mb")
+
+
+def _by_length(runs: Sequence[Run], values: Callable[[Evaluation], dict[str, Any]]) -> go.Figure:
+    figure = _figure(hovermode="x unified", showlegend=True)
+    lengths: set[float] = set()
+    for number, run in enumerate(runs):
+        for place, evaluation in enumerate(run.evaluations):
+            shown = values(evaluation)
+            if all(value is None for value in shown["y"]):
+                continue
+            segments = [row["segments"] for row in evaluation.rows]
+            lengths |= set(segments)
+            look = style(number)
+            symbols = [look.symbol if length <= run.reached else f"{look.symbol}-open" for length in segments]
+            several = len(run.evaluations) > 1
+            figure.add_scatter(
+                **_identity(run, number) | ({"name": _text(f"{run.name}, {evaluation.label}")} if several else {}),
+                showlegend=several,
+                x=segments,
+                mode="lines+markers",
+                line={"width": 1.8, "color": look.colour, "dash": DASHES[place % len(DASHES)]},
+                marker={"size": 10, "symbol": symbols, "line": {"width": 1.8, "color": look.colour}},
+                **shown,
+            )
+    figure.update_xaxes(title_text="segments of the input", type="log", **_powers_of_two(lengths))
+    figure.update_xaxes(unifiedhovertitle_text="%{x:,} segments")
+    return figure
+
+
+def _powers_of_two(lengths: Iterable[float]) -> dict[str, Any]:
+    if not (numbers := sorted(lengths)):
+        return {}
+    exponents = range(int(log2(numbers[0])), ceil(log2(numbers[-1])) + 1)
+    ticks = [2**exponent for exponent in exponents][:: ceil(len(exponents) / 8)]
+    return {
+        "range": [log10(numbers[0]) - 0.12, log10(numbers[-1]) + 0.12],
+        "tickvals": ticks,
+        "ticktext": [f"{tick:,}" for tick in ticks],
+    }
+
+
+def _figure(**layout: Any) -> go.Figure:
+    return go.Figure(layout=go.Layout(template=_TEMPLATE, **{"showlegend": False, **layout}))
+
+
+def _identity(run: Run, number: int) -> dict[str, Any]:
+    # The page hides and shows all that belongs to a run at once.
+    return {"name": _text(run.name), "meta": number}
+
+
+def _text(name: str) -> str:
+    """Plotly reads its texts as a kind of HTML."""
+    return escape(name, quote=False)
+
+
+def _short(number: float) -> float:
+    return float(f"{number:.5g}")
+
+
+def _time_unit(seconds: float) -> tuple[str, int]:
+    if seconds < 180:
+        return "seconds", 1
+    return ("minutes", 60) if seconds < 3 * 3600 else ("hours", 3600)

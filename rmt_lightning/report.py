@@ -1,0 +1,77 @@
+"""Front door: `python -m rmt_lightning.report outputs/2026-01-31/12-00-00-detect outputs/2026-01-31/13-00-00-memorize`.
+
+Writes one HTML page that compares runs: summary, curriculum, curves, accuracy against length, attention maps, settings,
+hardware, speed and memory. It holds all it needs, so that it can be mailed and opened without a network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from rmt_lightning.errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = _Parser(
+        prog="python -m rmt_lightning.report",
+        description="Write one HTML page that compares runs and needs no network to be read.",
+        epilog="Folders that are missing, broken or no runs are named and skipped.",
+    )
+    parser.add_argument(
+        "places",
+        nargs="+",
+        metavar="folder",
+        help="a run folder, a folder that holds runs at any depth (outputs, or a sweep), or a quoted pattern of either",
+    )
+    parser.add_argument("--output", type=Path, default=Path("report.html"), help="the page (default: %(default)s)")
+    given = parser.parse_args(arguments)
+    report(given.places, given.output)
+
+
+def report(places: list[str], output: Path) -> None:
+    """Read all runs in `places`, and write the page about them.
+
+    Raises:
+        UserError: if there is no run, or the page cannot be written; nothing has been written then.
+    """
+    # These take a second to import; --help should not have to wait for it.
+    from rmt_lightning.analysis.page import page
+    from rmt_lightning.analysis.runs import read_runs
+    from rmt_lightning.run_folder import write_atomically
+
+    if output.suffix != ".html" or output.is_dir():
+        raise UserError(f"--output={output}: is not the name of a page; give one that ends in .html")
+    runs, skipped = read_runs(places)
+    if not runs:
+        raise UserError(f"no run could be read: {'; '.join(skipped)}")
+    try:
+        write_atomically(output, page(runs, skipped).encode())
+    except OSError as error:
+        raise UserError(f"--output={output}: cannot be written: {error.strerror}; give another place") from None
+    for line in (*skipped, *(f"{run.name}/{problem}" for run in runs for problem in run.problems)):
+        print(f"skipped {line}", file=sys.stderr)
+    print(f"{os.path.relpath(output)} shows {len(runs)} run{'s' * (len(runs) > 1)}")
+
+
+def run() -> None:
+    """The command: what the user did wrong is told in one line."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run()

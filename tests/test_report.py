@@ -1,0 +1,510 @@
+"""The report on real run folders, and on what may stand where a run folder should."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from math import log
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from test_readme import COMMANDS
+
+from rmt_lightning import report as front_door
+from rmt_lightning.analysis import plots
+from rmt_lightning.analysis.page import differences
+from rmt_lightning.analysis.redaction import public, public_text
+from rmt_lightning.analysis.runs import LOSS, Point, Run, read_runs
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+class Page(HTMLParser):
+    """The parts of a page that tests ask for."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self.figures: dict[str, Any] = {}
+        self.text = ""
+        self._table, self._plot, self._within = "", "", ""
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+        given = dict(attributes)
+        if tag == "table":
+            self._table = str(given["id"])
+            self.tables[self._table] = []
+        elif tag == "tr":
+            self.tables[self._table].append([])
+        elif tag in ("td", "th"):
+            self.tables[self._table][-1].append("")
+        elif tag == "div" and "id" in given:
+            self._plot = str(given["id"])
+        self._within = str(given.get("type", tag)) if tag == "script" else tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self._within = ""
+        self._table = "" if tag == "table" else self._table
+
+    def handle_data(self, data: str) -> None:
+        if self._within == "application/json":
+            self.figures[self._plot] = json.loads(data)
+        elif self._within not in ("script", "style"):
+            self.text += data
+            if self._table and self.tables[self._table][-1:] not in ([], [[]]):
+                self.tables[self._table][-1][-1] += " ".join(data.split()) + " "
+
+
+@pytest.fixture
+def here(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with one good run in it."""
+    shutil.copytree(finished_run, tmp_path / "good")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def copy(here: Path, name: str, **changes: Any) -> Path:
+    """Another run like the good one, with other settings."""
+    folder = here / name
+    shutil.copytree(here / "good", folder)
+    change(folder, **changes)
+    return folder
+
+
+def change(folder: Path, **changes: Any) -> None:
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    for part, settings in changes.items():
+        config[part] |= settings
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def made(*arguments: str) -> Page:
+    front_door.main([*arguments, "--output", "page.html"])
+    return Page(Path("page.html"))
+
+
+def only(folder: Path) -> Run:
+    (run,), skipped = read_runs([str(folder)])
+    assert skipped == []
+    return run
+
+
+def test_the_numbers_are_those_of_the_run(here: Path) -> None:
+    page = made("good")
+    logged = rows(here / "good/metrics/version_0/metrics.csv")
+    stages, tests = rows(here / "good/stages.csv"), rows(here / "good/evaluation.csv")
+    heads, summary = page.tables["runs"]
+    cells = {head.strip(): " ".join(cell.split()) for head, cell in zip(heads, summary, strict=True)}
+    assert cells["status"] == "finished" and cells["segments"] == "3 of 3" and cells["steps"] == "18"
+    assert cells["task"] == "Detect" and cells["backbone"] == "TinyBert 1 × 16" and cells["memory tokens"] == "10"
+    low, high = float(tests[-1]["low"]), float(tests[-1]["high"])
+    accuracy = f"{float(tests[-1]['accuracy']):.1%}"
+    assert cells["accuracy at the longest test"] == f"{accuracy} at 4 segments {low:.1%} – {high:.1%}"
+
+    (trace,) = page.figures["accuracy"]["data"]
+    validations = [row for row in logged if row["val/accuracy"]]
+    assert trace["x"] == [int(row["step"]) + 1 for row in validations] == [3, 6, 9, 12, 15, 18]
+    assert trace["y"] == pytest.approx([float(row["val/accuracy"]) for row in validations])
+    assert trace["customdata"] == [1, 1, 2, 2, 3, 3] and trace["text"] == ["", "1", "", "2", "", "3"]
+    (trace,) = page.figures["loss"]["data"]
+    losses = [row for row in logged if row["train/loss"]]
+    assert trace["x"] == [int(row["step"]) + 1 for row in losses]
+    assert trace["y"] == pytest.approx([float(row["train/loss"]) for row in losses], rel=1e-4)
+
+    for of in ("steps", "seconds"):
+        (trace,) = page.figures[f"timeline_{of}"]["data"]
+        widths = [float(row[of]) for row in stages]
+        assert trace["text"] == ["1", "2", "3"] and trace["x"] == pytest.approx(widths, rel=1e-4)
+        assert trace["base"] == pytest.approx([0, widths[0], widths[0] + widths[1]], rel=1e-4)
+        # None of the stages of this tiny run converges.
+        assert trace["marker"]["pattern"]["shape"] == ["/", "/", "/"]
+
+    (trace,) = page.figures["lengths"]["data"]
+    assert trace["x"] == [1, 4] and trace["marker"]["symbol"] == ["circle", "circle-open"]
+    for row, y, above, below in zip(
+        tests, trace["y"], trace["error_y"]["array"], trace["error_y"]["arrayminus"], strict=True
+    ):
+        assert y == float(row["accuracy"])
+        assert [y - below, y + above] == pytest.approx([float(row["low"]), float(row["high"])], abs=1e-4)
+    axis = page.figures["lengths"]["layout"]["xaxis"]
+    assert axis["type"] == "log" and axis["tickvals"] == [1, 2, 4] and "range" in axis
+    assert len(page.tables["tests"]) == 1 + len(tests)
+    for figure in page.figures.values():
+        assert figure["layout"]["xaxis"]["title"]["text"]
+
+
+def test_training_tells_what_it_ran_on(here: Path) -> None:
+    (start,) = json.loads((here / "good/hardware.json").read_text())
+    assert start["step"] == 0 and start["cores"] >= 1 and start["gpus"] == [] and start["precision"] == "32-true"
+    assert start["python"] == ".".join(map(str, sys.version_info[:3])) and start["torch"][0].isdigit()
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", start["commit"] or "0" * 40)
+    assert not {socket.gethostname(), str(Path.home())} & set(map(str, start.values()))
+    logged = rows(here / "good/metrics/version_0/metrics.csv")
+    memory = [float(row["train/host_memory_mb"]) for row in logged if row["train/host_memory_mb"]]
+    assert 100 < memory[0] <= memory[-1] < 20_000
+    page = made("good")
+    _, cells = page.tables["machines"]
+    assert f"{max(memory):,.0f}" in cells[2] and start["cpu"] in cells[5] and f"torch {start['torch']}" in cells[8]
+
+
+def test_all_runs_in_a_folder_and_their_differences(here: Path) -> None:
+    (here / "sweep").mkdir()
+    for number, size in enumerate((2, 5)):
+        copy(here, f"sweep/{number}", model={"memory_size": size})
+    page = made("sweep", "good", "sweep/0", "s*p")
+    names = [row[0].split(maxsplit=1)[1].strip() for row in page.tables["runs"][1:]]
+    assert names[:2] == ["sweep/0", "sweep/1"] and names[2].endswith("good") and len(names) == 3
+    assert [[cell.strip() for cell in row] for row in page.tables["differences"][1:]] == [
+        ["model.memory_size", "2", "5", "10"]
+    ]
+    assert [trace["meta"] for trace in page.figures["accuracy"]["data"]] == [0, 1, 2]
+    assert page.text.count("all settings") == 3
+
+
+def test_evaluations_are_told_apart(here: Path) -> None:
+    columns = "segments,text_tokens,right,samples,accuracy,low,high,tokens_per_second,host_memory_mb,device_memory_mb\n"
+    config = yaml.safe_load((here / "good/config.yaml").read_text())
+    for name, checkpoint, noise in (("a", "last.ckpt", config["noise"]), ("b", "last.ckpt", {"_target_": "x.Files"})):
+        folder = here / "good/evaluations" / name
+        folder.mkdir(parents=True)
+        (folder / "evaluation.csv").write_text(f"{columns}64,2240,6,8,0.75,0.4,0.9,1000.5,512.4,0.0\n")
+        settings = {"checkpoint": checkpoint, "task": config["task"], "noise": noise, "device": "cpu"}
+        (folder / "evaluation.json").write_text(json.dumps({"settings": settings}))
+    run = only(here / "good")
+    assert [evaluation.label for evaluation in run.evaluations] == [
+        "at the end of training", "last.ckpt, 8 samples", "last.ckpt, Files, 8 samples",
+    ]  # fmt: skip
+    assert [evaluation.own for evaluation in run.evaluations] == [True, True, False]
+    assert run.longest_test is not None and run.longest_test["segments"] == 64
+    page = made("good")
+    assert [trace["y"] for trace in page.figures["memory"]["data"]] == [[512.4], [512.4]]
+    assert page.figures["lengths"]["layout"]["xaxis"]["tickvals"][-1] == 64
+    assert [cell.strip() for cell in page.tables["tests"][-1][-4:]] == ["1,000", "cpu", "512", "–"]
+
+
+def test_attention_maps_are_embedded(here: Path) -> None:
+    folder = here / "good/attention/last-detect-1a2b"
+    folder.mkdir(parents=True)
+    shutil.copy(here / "good/curriculum.png", folder / "attention.png")
+    (folder / "broken.png").write_text("not a picture")
+    page = made("good")
+    (image,) = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert image["alt"] == "Attention map of good: last-detect-1a2b/attention" and image["loading"] == "lazy"
+    assert str(image["src"]).startswith("data:image/png;base64,iVBOR")
+    assert "good/attention/last-detect-1a2b/broken.png: is no picture" in page.text
+
+
+def test_a_young_an_interrupted_and_a_stuck_run(here: Path) -> None:
+    young = copy(here, "young")
+    for name in ("stages.csv", "evaluation.csv", "hardware.json", "train.log"):
+        (young / name).unlink()
+    shutil.rmtree(young / "metrics")
+    interrupted = copy(here, "interrupted")
+    (interrupted / "evaluation.csv").unlink()
+    (interrupted / "stages.csv").write_text("".join((here / "good/stages.csv").read_text().splitlines(True)[:2]))
+    log = interrupted / "metrics/version_0/metrics.csv"
+    text = log.read_text()
+    log.write_text(text[: 3 * len(text) // 4].rstrip())
+    stuck = copy(here, "stuck", curriculum={"when_stuck": "stop"})
+    stopped = copy(here, "stopped", curriculum={"max_segments": 9}, trainer={"max_steps": 18})
+
+    assert [only(folder).status for folder in (young, stuck, stopped)] == [
+        "interrupted or running", "did not converge", "stopped at max_steps",
+    ]  # fmt: skip
+    run = only(interrupted)
+    assert run.status == "interrupted or running"
+    assert run.problems and run.problems[0].startswith("metrics/version_0/metrics.csv: is incomplete; ")
+    assert run.stages[0].seconds is not None and run.stages[-1].converged is None
+    page = made("young", "interrupted", "stuck", "stopped")
+    assert [row[2].strip() for row in page.tables["runs"][1:3]] == ["not tested", "not tested"]
+    assert "was not written down" in page.tables["machines"][1][-1]
+    # Alone, a young run still makes a page.
+    page = made("young")
+    assert page.figures == {} and "No run has been validated yet." in page.text
+
+
+def test_a_resumed_run_is_one_curve(here: Path) -> None:
+    """Killed at step 9 with a checkpoint of step 6: what was logged of steps 7 to 9 is replaced."""
+    shutil.rmtree(here / "good/metrics/version_0")
+    header = "epoch,step,train/loss,val/accuracy,val/accuracy_segments_1,val/accuracy_segments_2\n"
+    for version, lines in {
+        0: ("0,2,9.0,,,", "0,2,,0.2,0.2,", "1,5,9.0,,,", "1,5,,1.0,1.0,", "2,6,9.0,,,", "2,8,9.0,,,"),
+        1: ("2,6,1.0,,,", "2,8,1.0,,,", "2,8,,0.6,0.9,0.6"),
+        10: ("3,9,0.5,,,", "3,10,nan,,,"),
+    }.items():
+        folder = here / f"good/metrics/version_{version}"
+        folder.mkdir()
+        (folder / "metrics.csv").write_text(header + "".join(f"{line}\n" for line in lines))
+    (here / "good/metrics/version_2").mkdir()
+    (here / "good/stages.csv").unlink()
+    run = only(here / "good")
+    assert run.curves[LOSS] == [
+        Point(3, 1, 9.0), Point(6, 1, 9.0), Point(7, 2, 1.0), Point(9, 2, 1.0), Point(10, 2, 0.5),
+    ]  # fmt: skip
+    assert [(stage.number, stage.steps, stage.accuracy) for stage in run.stages] == [(1, 6, 1.0), (2, 3, 0.6)]
+    assert run.problems == [] and run.status == "interrupted or running"
+
+
+def test_long_curves_become_means() -> None:
+    points = [Point(step, 1 + (step > 1500), float(step)) for step in range(1, 3001)]
+    thinned = plots._thinned(points)
+    assert len(thinned) <= plots.POINTS + 2
+    assert thinned[0] == Point(3, 1, 2.0) and thinned[-1] == Point(3000, 2, 2999.0)
+    assert sum(point.value for point in thinned) / len(thinned) == pytest.approx(1500.5, rel=1e-3)
+
+
+def nothing(here: Path) -> str:
+    return "absent"
+
+
+def empty_folder(here: Path) -> str:
+    (here / "empty").mkdir()
+    return "empty"
+
+
+def a_file(here: Path) -> str:
+    return "good/config.yaml"
+
+
+def config_with(content: bytes | None) -> Callable[[Path], str]:
+    def make(here: Path) -> str:
+        config = copy(here, "broken") / "config.yaml"
+        config.unlink() if content is None else config.write_bytes(content)
+        return "broken"
+
+    return make
+
+
+BROKEN = [
+    (nothing, "absent: does not exist"),
+    (lambda here: "no*thing", "no*thing: does not exist"),
+    (empty_folder, "empty: holds no run"),
+    (a_file, "good/config.yaml: is not a folder"),
+    (config_with(None), "broken: config.yaml is missing"),
+    (config_with(b""), "broken: config.yaml is empty"),
+    (config_with(b"\x00\xff\x93garbage"), "broken: config.yaml is damaged"),
+    (config_with(b"task: [unclosed"), "broken: config.yaml is damaged"),
+    (config_with(b"[" * 600), "broken: config.yaml is damaged"),
+    (config_with(b"services: {web: {image: nginx}}\n"), "broken: config.yaml is not that of a run"),
+    (config_with(b"- a list\n"), "broken: config.yaml is not that of a run"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), BROKEN)
+def test_what_cannot_be_read_is_named_and_skipped(
+    make: Callable[[Path], str], message: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = make(here)
+    page = made(place, "good")
+    assert capsys.readouterr().err == f"skipped {message}\n"
+    assert f"{message} (skipped)" in page.text and len(page.tables["runs"]) == 2
+    # Alone it makes no page.
+    assert fails(capsys, place) == f"error: no run could be read: {message}\n"
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str, output: str = "new.html") -> str:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit_:
+        patch.setattr(sys, "argv", ["report", *arguments, "--output", output])
+        front_door.run()
+    errors = capsys.readouterr().err
+    assert exit_.value.code == 2 and errors.count("\n") == 1
+    assert not Path("new.html").exists()
+    return errors
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_folders_without_permission(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    closed = copy(here, "closed")
+    closed.chmod(0)
+    try:
+        made("closed", "good")
+        assert capsys.readouterr().err == "skipped closed: permission denied\n"
+    finally:
+        closed.chmod(0o755)
+
+
+GARBAGE = [
+    b"",
+    b"\x00\x01\xfe\xff" * 50,
+    b"a,b\n1,2\n",
+    b"epoch,stage\n",
+    b"segments," + b"9" * 200_000,
+    b"[{]\n",
+    b"null\n",
+]
+
+
+@pytest.mark.parametrize("content", GARBAGE, ids=range(len(GARBAGE)))
+def test_garbage_in_any_other_file_is_not_fatal(content: bytes, here: Path) -> None:
+    folder = here / "good/evaluations/last-detect"
+    folder.mkdir(parents=True)
+    for name in ("stages.csv", "evaluation.csv", "metrics/version_0/metrics.csv", "hardware.json"):
+        (here / "good" / name).write_bytes(content)
+    for name in ("evaluation.csv", "evaluation.json"):
+        (folder / name).write_bytes(content)
+    page = made("good")
+    assert page.figures == {} and len(page.tables["runs"]) == 2
+    for name in (
+        "stages.csv",
+        "hardware.json",
+        "metrics/version_0/metrics.csv",
+        "evaluations/last-detect/evaluation.csv",
+    ):
+        assert f"good/{name}: " in page.text
+
+
+def test_nothing_is_loaded_and_nothing_escapes(here: Path) -> None:
+    evil = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
+    copy(here, "<img src=x onerror=alert(1)>&amp;", noise={"path": evil})
+    page = made("good", "<img src=x onerror=alert(1)>&amp;")
+    assert [attributes for tag, attributes in page.tags if tag == "img"] == []
+    assert sum(tag == "script" for tag, _ in page.tags) == len(page.figures) + 2
+    # Plotly would show the name of a run as HTML.
+    assert page.figures["loss"]["data"][1]["name"] == "&lt;img src=x onerror=alert(1)&gt;&amp;amp;"
+    assert evil in page.text
+
+    loading = {"src", "href", "srcset", "action", "data", "poster"}
+    assert not any(loading & attributes.keys() for _, attributes in page.tags)
+    assert not {"link", "iframe", "object", "base"} & {tag for tag, _ in page.tags}
+    content = Path("page.html").read_text()
+    styles = "".join(re.findall(r"<style>(.*?)</style>", content, flags=re.DOTALL))
+    assert styles and "url(" not in styles and "@import" not in styles
+    policy = next(str(a["content"]) for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'; ") and "http" not in policy
+
+
+def test_keys_and_home_folders_stay_here(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/data/people/jane")
+    token = "hf_" + "a1B2" * 9
+    change(
+        here / "good",
+        noise={"path": "/data/people/jane/books/*.txt", "token": "very secret"},
+        logger={"api_key": "0123", "project": "p", "url": "https://jane:pass@example.org"},
+        backbone={"name": f"/home/jane/models/bert {token}", "vocabulary_file": "/mnt/home/john/v.txt"},
+    )
+    made("good", "/home/jane/absent")
+    content = Path("page.html").read_text()
+    for secret in ("jane", "john", "very secret", "0123", token, "pass@"):
+        assert secret not in content.split("plotly.js v")[0], secret
+    assert "path: ~/books/*.txt" in content and "vocabulary_size: 900" in content and "~/absent" in content
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("/home/jane", "~"),
+        ("/root/x and /Users/j.doe/y", "~/x and ~/y"),
+        ("~/.cache/rmt", "~/.cache/rmt"),
+        ("outputs/home/run", "outputs/home/run"),
+        ("https://example.org/home/page", "https://example.org/home/page"),
+        ("/rooted/homes/x", "/rooted/homes/x"),
+    ],
+)
+def test_home_folders(text: str, shown: str) -> None:
+    assert public_text(text) == shown
+
+
+def test_what_counts_as_a_key() -> None:
+    shown = public({"tokenizer": "a", "memory_tokens": "b", "hf_token": "c", "key": ["d"], "secret": "", "api_key": 5})
+    assert shown == {
+        "tokenizer": "a", "memory_tokens": "b", "hf_token": "(hidden)", "key": ["(hidden)"], "secret": "", "api_key": 5,
+    }  # fmt: skip
+
+
+def test_differences() -> None:
+    configs = [{"a": {"x": 1, "y": [1]}, "b": None}, {"a": {"x": 1.0, "y": [1]}, "b": None, "c": {}}]
+    assert differences(configs) == {"a.x": ["1", "1.0"], "c": ["–", "{}"]}
+    assert differences(configs[:1]) == {}
+
+
+def test_bad_outputs(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fails(capsys, "good", output="page.txt") == (
+        "error: --output=page.txt: is not the name of a page; give one that ends in .html\n"
+    )
+    (here / "folder.html").mkdir()
+    assert fails(capsys, "good", output="folder.html").startswith("error: --output=folder.html: is not the name")
+    assert "cannot be written: " in fails(capsys, "good", output="good/config.yaml/x.html")
+    assert fails(capsys, "--colour=red").startswith("error: ")
+    # An older page survives a full disk, and is replaced as a whole otherwise.
+    Path("old.html").write_text("old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        error = fails(capsys, "good", output="old.html")
+    assert error == "error: --output=old.html: cannot be written: No space left on device; give another place\n"
+    assert Path("old.html").read_text() == "old" and not list(here.glob("*.partial"))
+    front_door.main(["good", "--output", "old.html"])
+    assert Path("old.html").read_text().endswith("</html>")
+
+
+def test_the_commands_of_the_readme(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    commands = [shlex.split(command)[3:] for command in COMMANDS if "rmt_lightning.report" in command]
+    for name in ("12-00-00-detect", "13-00-00-memorize"):
+        copy(here, f"outputs/2026-01-31/{name}")
+    assert len(commands) == 2
+    for arguments in commands:
+        front_door.main(arguments)
+    assert capsys.readouterr().out == "report.html shows 2 runs\njanuary.html shows 2 runs\n"
+
+
+def test_help_does_not_wait_for_what_is_heavy() -> None:
+    program = """
+import sys
+from rmt_lightning.report import main
+try:
+    main(["--help"])
+finally:
+    print(sorted({"torch", "plotly", "hydra", "yaml"} & set(sys.modules)))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and result.stdout.endswith("\n[]\n")
+    assert "a folder that holds runs at any depth" in " ".join(result.stdout.split())
+
+
+def test_colours_are_legible_on_white_and_on_black() -> None:
+    """A contrast of at least 3 (WCAG 2.2, 1.4.11) for everything that is drawn, and 4.5 for text."""
+    css = (Path(plots.__file__).parent / "report.html").read_text()
+    light, dark = (dict(re.findall(r"--(\w+): (#\w+)", part)) for part in css.split("prefers-color-scheme: dark"))
+    for theme in (light, dark):
+        assert all(contrast(colour, theme["paper"]) >= 3 for colour in plots.COLOURS)
+        for name in ("ink", "quiet", "good", "bad", "open"):
+            assert contrast(theme[name], theme["paper"]) >= 4.5 and contrast(theme[name], theme["raised"]) >= 4.5
+    styles = [plots.style(number) for number in range(20)]
+    assert len(set(styles)) == 20
+
+
+def contrast(one: str, other: str) -> float:
+    def luminance(colour: str) -> float:
+        full = colour if len(colour) == 7 else "#" + "".join(2 * digit for digit in colour[1:])
+        red, green, blue = (int(full[place : place + 2], 16) / 255 for place in (1, 3, 5))
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (red, green, blue)]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    bright, faint = sorted((luminance(one), luminance(other)), reverse=True)
+    return (bright + 0.05) / (faint + 0.05)
+
+
+def test_ticks_are_powers_of_two() -> None:
+    axis = plots._powers_of_two([1, 3, 4096])
+    assert axis["tickvals"] == [1, 4, 16, 64, 256, 1024, 4096]
+    assert axis["range"][0] < 0 and axis["range"][1] > log(4096, 10)
