@@ -62,6 +62,7 @@ def evaluate(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: 
     start_logging(None, first_process=True)
     device, hardware = _device(config.device)
     parts = load(run_config, run, checkpoint)
+    fitting = parts.classifier.model.fitting("segments", config.segments)
     settings = {
         "checkpoint": checkpoint.name,
         "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
@@ -73,13 +74,13 @@ def evaluate(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: 
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     folder = run / "evaluations" / f"{checkpoint.stem}-{parts.data.placement.task.name}-{key}"
     done = _read(folder)
-    for num_segments in config.segments:
+    for num_segments in fitting:
         if str(num_segments) not in done:
             done[str(num_segments)] = _test(parts, num_segments, config, device)
             _write(folder, settings, done)
     console = get_console()
-    asked = [_result(done[str(num_segments)]) for num_segments in config.segments]
-    console.print(length_table(asked, parts.classifier.model.text_length))
+    found = [_result(done[str(num_segments)]) for num_segments in fitting]
+    console.print(length_table(found, config.segments, parts.classifier.model))
     console.print(f"[bold]{os.path.relpath(folder)}[/] holds {', '.join(_FILES)}", highlight=False, soft_wrap=True)
 
 

@@ -75,6 +75,8 @@ def train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pat
     shown = os.path.relpath(folder)
     saved = read_checkpoint(checkpoint) if checkpoint else None
     parts = build(config, run=source, trained=saved is not None)
+    parts.classifier.model.fitting("curriculum.max_segments", [config.curriculum.max_segments])
+    parts.classifier.model.fitting("test.segments", config.test.segments)
     _check_noise(parts, config.curriculum.max_segments)
     curriculum: SegmentCurriculum = instantiate(config.curriculum, _convert_="all")
     if saved and checkpoint:
