@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rmt_lightning.errors import UserError
-    from rmt_lightning.models.backbone import Encoder, Pretrained, TinyBert
+    from rmt_lightning.models.backbone import Encoder, Pretrained, TinyBert, TinyBigBird, TinyLongformer
+    from rmt_lightning.models.full_attention import FullAttention
+    from rmt_lightning.models.lstm import LSTM
+    from rmt_lightning.models.memory_network import MemoryNetwork
+    from rmt_lightning.models.ntm import NeuralTuringMachine
     from rmt_lightning.models.recurrence import Segment, unroll
     from rmt_lightning.models.rmt import RMTEncoder
     from rmt_lightning.tasks.datamodule import FactDataModule
@@ -20,27 +24,39 @@ _HOMES = {
     "Encoder": "models.backbone",
     "FactClassifier": "training.classification",
     "FactDataModule": "tasks.datamodule",
+    "FullAttention": "models.full_attention",
+    "LSTM": "models.lstm",
+    "MemoryNetwork": "models.memory_network",
+    "NeuralTuringMachine": "models.ntm",
     "Placement": "tasks.placement",
     "Pretrained": "models.backbone",
     "RMTEncoder": "models.rmt",
     "Segment": "models.recurrence",
     "SegmentCurriculum": "training.curriculum",
     "TinyBert": "models.backbone",
+    "TinyBigBird": "models.backbone",
+    "TinyLongformer": "models.backbone",
     "UserError": "errors",
     "unroll": "models.recurrence",
 }
 
 __version__ = "0.1.0"
 __all__ = [
+    "LSTM",
     "Encoder",
     "FactClassifier",
     "FactDataModule",
+    "FullAttention",
+    "MemoryNetwork",
+    "NeuralTuringMachine",
     "Placement",
     "Pretrained",
     "RMTEncoder",
     "Segment",
     "SegmentCurriculum",
     "TinyBert",
+    "TinyBigBird",
+    "TinyLongformer",
     "UserError",
     "unroll",
 ]

@@ -174,9 +174,11 @@ def _one_line(error: BaseException, config_name: str) -> str:
 
 def _suggest_key(key: str, config_name: str) -> str:
     """Which keys stand where `key` was looked for."""
+    # What is allowed depends on the choices that were made; those of a sweep (a,b) are left aside.
+    choices = [word for word in sys.argv[1:] if (CONF / word.split("=")[0]).is_dir() and "," not in word]
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        config = hydra.compose(config_name)
+        config = hydra.compose(config_name, choices)
     *parents, name = key.split(".")
     node: Any = config
     for parent in parents:

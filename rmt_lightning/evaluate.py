@@ -99,6 +99,7 @@ def evaluate(
     start_logging(None, first_process=True)
     device, hardware = _device(config.device)
     parts = load(run_config, run, checkpoint)
+    fitting = parts.classifier.model.fitting("segments", config.segments)
     settings = {
         "checkpoint": checkpoint.name,
         "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
@@ -115,17 +116,17 @@ def evaluate(
     if config.follow and followed not in done["retention"]:
         done["retention"][followed] = _follow(parts, config, device)
         _write(folder, settings, done)
-    for num_segments in config.segments:
+    for num_segments in fitting:
         if str(num_segments) not in lengths:
             lengths[str(num_segments)] = _test(parts, num_segments, config, device)
             _write(folder, settings, done)
     console = get_console()
     if config.follow:
         console.print(_rate_in_words(done["retention"][followed]), highlight=False)
-    asked = [_result(lengths[str(num_segments)]) for num_segments in config.segments]
-    console.print(length_table(asked, parts.classifier.model.text_length))
+    found = [_result(lengths[str(num_segments)]) for num_segments in fitting]
+    console.print(length_table(found, config.segments, parts.classifier.model))
     console.print(f"[bold]{os.path.relpath(folder)}[/] holds {', '.join(_FILES)}", highlight=False, soft_wrap=True)
-    return folder, asked
+    return folder, found
 
 
 _FILES = ("evaluation.csv", "distances.csv", "retention.csv", "evaluation.json")

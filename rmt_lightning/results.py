@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from rich import get_console
@@ -16,6 +17,7 @@ from rmt_lightning.analysis import figures
 from rmt_lightning.analysis.extrapolation import LengthResult, LengthTest, evaluate_length
 from rmt_lightning.analysis.retention import LossRate
 from rmt_lightning.build import Parts
+from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.run_folder import STAGES, write_csv
 from rmt_lightning.training.carried_states import CarriedStates, Losses
 from rmt_lightning.training.curriculum import SegmentCurriculum, StageResult
@@ -42,7 +44,7 @@ def report(
         console.print(_hold_table(hold))
         write_csv(folder / "hold.csv", [asdict(losses) | _rate(losses).row() for losses in hold.history])
     lengths = _test(test, trainer, parts)
-    console.print(length_table(lengths, parts.classifier.model.text_length))
+    console.print(length_table(lengths, test.segments, parts.classifier.model))
     write_csv(folder / "evaluation.csv", [{"segments": result.segments, **result.row()} for result in lengths])
     task = parts.data.placement.task
     trained_to = curriculum.results[-1].stage if curriculum.results else parts.data.num_segments
@@ -56,11 +58,12 @@ def _test(test: LengthTest, trainer: L.Trainer, parts: Parts) -> list[LengthResu
     device = trainer.strategy.root_device
     classifier = parts.classifier.to(device).eval()
     batch_size = 2 * parts.data.batch_size
+    fitting = classifier.model.fitting("test.segments", test.segments)
     hidden = not get_console().is_terminal
     with trainer.precision_plugin.forward_context():
         return [
             evaluate_length(classifier, parts.data, num_segments, test.samples, batch_size, device, classifier.answers)
-            for num_segments in track(test.segments, "testing", transient=True, console=get_console(), disable=hidden)
+            for num_segments in track(fitting, "testing", transient=True, console=get_console(), disable=hidden)
         ]
 
 
@@ -92,14 +95,17 @@ def _hold_table(hold: CarriedStates) -> Table:
     return table
 
 
-def length_table(lengths: Sequence[LengthResult], text_length: int) -> Table:
-    """Accuracy at each length, for the screen."""
+def length_table(lengths: Sequence[LengthResult], asked: Sequence[int], model: SegmentModel[Any]) -> Table:
+    """Accuracy at each length that was asked for, for the screen."""
     title = f"Test on unseen text, {lengths[0].samples} samples each"
     table = Table("segments", "tokens of text", "accuracy", "95% interval", title=title, title_justify="left")
-    for result in lengths:
-        low, high = result.interval
-        tokens = f"{result.segments * text_length:,}"
-        table.add_row(str(result.segments), tokens, f"{result.accuracy:.4f}", f"{low:.3f} – {high:.3f}")
+    results = {result.segments: result for result in lengths}
+    for num_segments in asked:
+        found = ("too long for positions", f"{model.max_segments} segments fit")
+        if result := results.get(num_segments):
+            low, high = result.interval
+            found = (f"{result.accuracy:.4f}", f"{low:.3f} – {high:.3f}")
+        table.add_row(str(num_segments), f"{num_segments * model.text_length:,}", *found)
     return table
 
 

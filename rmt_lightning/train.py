@@ -77,9 +77,15 @@ def train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pat
     shown = os.path.relpath(folder)
     saved = read_checkpoint(checkpoint) if checkpoint else None
     parts = build(config, run=source, trained=saved is not None)
+    parts.classifier.model.fitting("curriculum.max_segments", [config.curriculum.max_segments])
+    parts.classifier.model.fitting("test.segments", config.test.segments)
     _check_noise(parts, config.curriculum.max_segments)
     curriculum: SegmentCurriculum = instantiate(config.curriculum, _convert_="all")
     hold: CarriedStates | None = instantiate(config.get("hold"), curriculum=curriculum)
+    if hold and parts.classifier.model.max_segments is not None:
+        raise UserError(
+            "hold=carried_states: this model keeps the whole text, so there is no memory to hold; leave it out"
+        )
     phases: list[SegmentCurriculum | CarriedStates] = [curriculum, hold] if hold else [curriculum]
     if saved and checkpoint:
         check_fits(parts.classifier, saved["state_dict"], checkpoint)

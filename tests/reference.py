@@ -1,6 +1,8 @@
-"""The recurrence of RMT-2023 (arXiv 2304.11062, section 3), transcribed row by row, to compare the package with."""
+"""Models transcribed from their papers row by row, to compare the package with."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -8,7 +10,10 @@ from transformers import BertModel
 
 
 def read_segment(bert: BertModel, cls: int, sep: int, text: list[int], memory: Tensor) -> tuple[Tensor, Tensor]:
-    """One row: H⁰ = [CLS] ∘ mem ∘ [SEP] text [SEP]; mem_{τ+1} = the memory's rows of Transformer(H⁰)."""
+    """RMT-2023 (arXiv 2304.11062), section 3, one row.
+
+    H⁰ = [CLS] ∘ mem ∘ [SEP] text [SEP]; mem_{τ+1} = the memory's rows of Transformer(H⁰).
+    """
     words = bert.embeddings.word_embeddings.weight
     rows = [words[cls]]
     rows += [memory[i] for i in range(len(memory))]
@@ -36,3 +41,46 @@ def read_text(
             memory = memory.detach()
         output, memory = read_segment(bert, cls, sep, segment, memory)
     return output, memory
+
+
+def ask_memory(words: Tensor, ages: Tensor, sentences: list[list[int]], question: list[int]) -> Tensor:
+    """MemN2N (arXiv 1503.08895), sections 2 and 4.1, adjacent: words (V, K + 1, D), ages (I, K + 1, D) -> u (D,)."""
+    width = words.shape[2]
+
+    def embed(sentence: list[int], k: int) -> Tensor:
+        big_j, total = len(sentence), torch.zeros(width, dtype=words.dtype)
+        for j, word in enumerate(sentence, start=1):
+            for d in range(1, width + 1):
+                total[d - 1] += ((1 - j / big_j) - d / width * (1 - 2 * j / big_j)) * words[word, k, d - 1]
+        return total
+
+    remembered = sentences[::-1][: len(ages)]  # the last sentence has age 0
+    u = embed(question, 0)
+    for k in range(words.shape[1] - 1):
+        m = [embed(sentence, k) + ages[i, k] for i, sentence in enumerate(remembered)]
+        c = [embed(sentence, k + 1) + ages[i, k + 1] for i, sentence in enumerate(remembered)]
+        if remembered:
+            p = torch.stack([u @ m_i for m_i in m]).softmax(dim=0)
+            u = u + sum(p_i * c_i for p_i, c_i in zip(p, c, strict=True))
+    return u
+
+
+def turn_head(
+    memory: list[Tensor], before: Sequence[Tensor], key: Tensor, beta: Tensor, g: Tensor, shift: Tensor, gamma: Tensor
+) -> list[Tensor]:
+    """NTM (arXiv 1410.5401), equations 5 to 9: weights of the slots; shift holds s(-1), s(0), s(1)."""
+    n = len(memory)
+    similarity = [key @ row / (key.norm() * row.norm()) for row in memory]  # 6
+    content = [(beta * k).exp() / sum((beta * k).exp() for k in similarity) for k in similarity]  # 5
+    gated = [g * content[i] + (1 - g) * before[i] for i in range(n)]  # 7
+    shifted = [sum(gated[(i - by) % n] * shift[by + 1] for by in (-1, 0, 1)) for i in range(n)]  # 8
+    return [w**gamma / sum(v**gamma for v in shifted) for w in shifted]  # 9
+
+
+def write_memory(memory: list[Tensor], heads: list[tuple[list[Tensor], Tensor, Tensor]]) -> list[Tensor]:
+    """NTM, equations 3 and 4, for several heads (weights, erase, add): all erase, then all add."""
+    for w, erase, _ in heads:
+        memory = [row * (1 - w[i] * erase) for i, row in enumerate(memory)]
+    for w, _, add in heads:
+        memory = [row + w[i] * add for i, row in enumerate(memory)]
+    return memory

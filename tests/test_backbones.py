@@ -8,8 +8,10 @@ import pytest
 import torch
 from transformers import (
     BertConfig,
+    BigBirdConfig,
     DistilBertConfig,
     ElectraConfig,
+    LongformerConfig,
     ModernBertConfig,
     MPNetConfig,
     PreTrainedConfig,
@@ -38,6 +40,10 @@ CONFIGS: dict[str, tuple[PreTrainedConfig, int]] = {
             cls_token_id=2, sep_token_id=3, local_attention=16, **SMALL,
         ),
         48,
+    ),
+    "longformer": (LongformerConfig(vocab_size=1000, max_position_embeddings=50, attention_window=16, **SMALL), 48),
+    "bigbird": (
+        BigBirdConfig(vocab_size=1000, max_position_embeddings=48, block_size=4, num_random_blocks=1, **SMALL), 48
     ),
 }  # fmt: skip
 

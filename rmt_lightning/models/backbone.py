@@ -5,8 +5,10 @@ Shapes: B batch, N tokens that the backbone sees, E width of the embeddings, D w
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Protocol, cast
 
@@ -20,7 +22,10 @@ from transformers import (
     AutoModel,
     AutoTokenizer,
     BertConfig,
-    BertModel,
+    BigBirdConfig,
+    BigBirdModel,
+    LongformerConfig,
+    LongformerModel,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -29,6 +34,10 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from rmt_lightning.errors import UserError
+
+# It says each time that an input is padded to whole windows, which changes nothing.
+logging.getLogger(LongformerModel.__module__).setLevel(logging.ERROR)
+logging.getLogger(BigBirdModel.__module__).setLevel(logging.ERROR)
 
 
 class Encoder(nn.Module):
@@ -93,8 +102,29 @@ class Encoder(nn.Module):
 
     def forward(self, embeddings: Tensor, attention_mask: Tensor | None) -> Tensor:
         """(B, N, E), (B, N) with 1 for what may be seen -> (B, N, D)."""
-        hidden: Tensor = self.model(inputs_embeds=embeddings, attention_mask=attention_mask)[0]
+        options: dict[str, Tensor] = {}
+        precision: AbstractContextManager[None] = nullcontext()
+        if self.model.config.model_type == "longformer":
+            # [CLS] sees all and is seen by all, as for classification in section 3.1 of arXiv 2004.05150.
+            at_cls = torch.zeros(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
+            at_cls[:, 0] = 1
+            options = {"global_attention_mask": at_cls}
+        if self.model.config.model_type == "big_bird":
+            self._choose_attention(embeddings.shape[1])
+            # Its sparse attention fails under autocast.
+            precision = torch.autocast(embeddings.device.type, enabled=False)
+        with precision:
+            hidden: Tensor = self.model(inputs_embeds=embeddings, attention_mask=attention_mask, **options)[0]
         return hidden
+
+    def _choose_attention(self, length: int) -> None:
+        """Sparse attention takes more than 5 blocks and 2 for each random one.
+
+        BigBird falls back to full attention by itself, but never returns.
+        """
+        config = self.model.config
+        fits = length > (5 + 2 * config.num_random_blocks) * config.block_size
+        cast(BigBirdModel, self.model).set_attention_type(config.attention_type if fits else "original_full")
 
 
 class Backbone(Protocol):
@@ -140,17 +170,23 @@ class TinyBert:
         self.vocabulary_size = vocabulary_size
         self.dropout = dropout
 
-    def config(self) -> BertConfig:
-        return BertConfig(
-            vocab_size=self.vocabulary_size,
-            hidden_size=self.width,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            intermediate_size=4 * self.width,
-            max_position_embeddings=self.max_positions,
-            hidden_dropout_prob=self.dropout,
-            attention_probs_dropout_prob=self.dropout,
-        )
+    def config(self) -> PreTrainedConfig:
+        return BertConfig(**self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        """What the configs of BERT and its relatives have in common."""
+        return {
+            "vocab_size": self.vocabulary_size,
+            "hidden_size": self.width,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "intermediate_size": 4 * self.width,
+            "max_position_embeddings": self.max_positions,
+            "hidden_dropout_prob": self.dropout,
+            "attention_probs_dropout_prob": self.dropout,
+            # The tokenizer's first token.
+            "pad_token_id": 0,
+        }
 
     def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
         # Byte-level BPE knows every character, and comes out the same each time; the trainer of WordPiece does not.
@@ -170,8 +206,81 @@ class TinyBert:
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase) -> Encoder:
         config = self.config()
-        config.vocab_size, config.pad_token_id = len(tokenizer), tokenizer.pad_token_id
-        return Encoder(BertModel(config, add_pooling_layer=False), tokenizer)
+        config.vocab_size = len(tokenizer)
+        return Encoder(AutoModel.from_config(config, add_pooling_layer=False), tokenizer)
+
+
+class TinyLongformer(TinyBert):
+    """A small Longformer with random weights (Beltagy et al. 2020, arXiv 2004.05150).
+
+    Tokens see `window` tokens around them; [CLS] sees all and is seen by all. Inputs are padded to whole windows.
+
+    Args:
+        window: tokens of the sliding window, half of them on each side.
+        width, layers, heads, max_positions, vocabulary_size, dropout: as in `TinyBert`.
+
+    Raises:
+        UserError: if the window is odd, or positions do not hold a whole number of windows.
+    """
+
+    def __init__(
+        self,
+        width: Annotated[int, Ge(1)] = 128,
+        layers: Annotated[int, Ge(1)] = 4,
+        heads: Annotated[int, Ge(1)] = 4,
+        max_positions: Annotated[int, Ge(1)] = 1024,
+        window: Annotated[int, Ge(2)] = 64,
+        vocabulary_size: Annotated[int, Ge(300)] = 2000,
+        dropout: Annotated[float, Ge(0)] = 0.0,
+    ) -> None:
+        super().__init__(width, layers, heads, max_positions, vocabulary_size, dropout)
+        if window % 2 or max_positions % window:
+            raise UserError(f"backbone.window={window}: must be even and divide backbone.max_positions={max_positions}")
+        self.window = window
+
+    def config(self) -> PreTrainedConfig:
+        settings = self._settings()
+        # Its positions begin behind that of padding, as RoBERTa's do.
+        settings["max_position_embeddings"] += settings["pad_token_id"] + 1
+        return LongformerConfig(**settings, attention_window=self.window)
+
+
+class TinyBigBird(TinyBert):
+    """A small BigBird with random weights (Zaheer et al. 2020, arXiv 2007.14062).
+
+    A block of tokens sees itself, its two neighbours, the first block, the last one and `random_blocks` others, drawn
+    once for each length. Inputs of up to 5 + 2 random_blocks blocks are read with full attention. Hugging Face draws
+    random blocks in training only, in evaluation the first block stands for each of them; and it puts all weights of
+    attention together again, so that memory grows with the square of the input all the same.
+
+    Args:
+        block_size: tokens of a block.
+        random_blocks: random blocks that each block sees.
+        width, layers, heads, max_positions, vocabulary_size, dropout: as in `TinyBert`.
+
+    Raises:
+        UserError: if positions do not hold a whole number of blocks.
+    """
+
+    def __init__(
+        self,
+        width: Annotated[int, Ge(1)] = 128,
+        layers: Annotated[int, Ge(1)] = 4,
+        heads: Annotated[int, Ge(1)] = 4,
+        max_positions: Annotated[int, Ge(1)] = 1024,
+        block_size: Annotated[int, Ge(1)] = 16,
+        random_blocks: Annotated[int, Ge(1)] = 1,
+        vocabulary_size: Annotated[int, Ge(300)] = 2000,
+        dropout: Annotated[float, Ge(0)] = 0.0,
+    ) -> None:
+        super().__init__(width, layers, heads, max_positions, vocabulary_size, dropout)
+        if max_positions % block_size:
+            raise UserError(f"backbone.block_size={block_size}: must divide backbone.max_positions={max_positions}")
+        self.block_size = block_size
+        self.random_blocks = random_blocks
+
+    def config(self) -> PreTrainedConfig:
+        return BigBirdConfig(**self._settings(), block_size=self.block_size, num_random_blocks=self.random_blocks)
 
 
 class Pretrained:

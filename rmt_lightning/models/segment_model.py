@@ -6,7 +6,7 @@ Shapes: B batch, T segments, S text tokens of a segment, N tokens of a whole tex
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, tee
 from typing import Generic, NamedTuple
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from rmt_lightning.errors import UserError
 from rmt_lightning.models.recurrence import Segment, State, unroll
 
 
@@ -51,6 +52,26 @@ class SegmentModel(nn.Module, ABC, Generic[State]):
     def architecture(self) -> PretrainedConfig | None:
         """The config of the Hugging Face model inside, if there is one: what its weights alone do not tell."""
         return None
+
+    @property
+    def max_segments(self) -> int | None:
+        """The longest input that can be read; None: there is no end."""
+        return None
+
+    def fitting(self, key: str, lengths: Sequence[int]) -> list[int]:
+        """Those of the lengths, in segments, that the model can read.
+
+        Raises:
+            UserError: naming the setting `key`, if it can read none of them.
+        """
+        longest = self.max_segments
+        fitting = [length for length in lengths if longest is None or length <= longest]
+        if lengths and not fitting:
+            raise UserError(
+                f"{key}={','.join(map(str, lengths))}: too long for positions; at most {longest} segments of "
+                f"{self.text_length} tokens fit; give {longest} or less"
+            )
+        return fitting
 
     @abstractmethod
     def initial_state(self, batch_size: int) -> State:
@@ -93,24 +114,27 @@ class SegmentModel(nn.Module, ABC, Generic[State]):
             attention_mask: (B, N), 1 for text; plain ids only.
             state: what to start from; by default `initial_state`.
         """
-        if isinstance(input_ids, Tensor):
-            batch_size = len(input_ids)
-            segments: Iterable[Segment] = (
-                self.cut(input_ids, attention_mask)
-                if input_ids.dim() == 2
-                else [Segment(ids) for ids in input_ids.unbind(dim=1)]
-            )
-            to_read = segments
-        else:
-            stream = iter(input_ids)
-            first = next(stream)
-            batch_size = len(first)
-            segments, to_read = tee(Segment(ids) for ids in chain([first], stream))
+        batch_size, segments = self._segments(input_ids, attention_mask)
+        to_read = segments
+        if isinstance(segments, Iterator):
+            segments, to_read = tee(segments)
         if state is None:
             state = self.initial_state(batch_size)
         steps = unroll(self.step, to_read, state, self.bptt_depth, self.gradient_checkpointing)
         for segment, (hidden, after) in zip(segments, steps, strict=True):
             yield Reading(segment, self._touch_state(hidden), after)
+
+    def _segments(
+        self, input_ids: Tensor | Iterable[Tensor], attention_mask: Tensor | None
+    ) -> tuple[int, Iterable[Segment]]:
+        """B, and the segments of an input, given as to `read`."""
+        if not isinstance(input_ids, Tensor):
+            stream = iter(input_ids)
+            first = next(stream)
+            return len(first), (Segment(ids) for ids in chain([first], stream))
+        if input_ids.dim() == 2:
+            return len(input_ids), self.cut(input_ids, attention_mask)
+        return len(input_ids), [Segment(ids) for ids in input_ids.unbind(dim=1)]
 
     def _touch_state(self, hidden: Tensor) -> Tensor:
         """Truncation may leave a trained first state without gradient. DDP then computes wrong averages in silence."""

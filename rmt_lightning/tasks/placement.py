@@ -112,8 +112,7 @@ class Placement:
         else:
             raise UserError(
                 f"data.segment_length: leaves room for {self.text_length} tokens of text, too small for the facts and "
-                f"the question of task={self.task.name} ({self._size(example)} tokens); raise it, or lower "
-                "model.memory_size"
+                f"the question of task={self.task.name} ({self._size(example)} tokens); raise it"
             )
         segments = self._fill(Reader(self.corpora[split], rng), rng, facts, homes, question, key.num_segments)
         first_needed = min(homes[fact] for fact in example.support)
