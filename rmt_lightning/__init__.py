@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from rmt_lightning.models.backbone import Encoder, Pretrained, TinyBert
     from rmt_lightning.models.recurrence import Segment, unroll
     from rmt_lightning.models.rmt import RMTEncoder
+    from rmt_lightning.models.transformer_xl import TransformerXL
     from rmt_lightning.tasks.datamodule import FactDataModule
     from rmt_lightning.tasks.placement import Placement
     from rmt_lightning.training.classification import FactClassifier
@@ -26,6 +27,7 @@ _HOMES = {
     "Segment": "models.recurrence",
     "SegmentCurriculum": "training.curriculum",
     "TinyBert": "models.backbone",
+    "TransformerXL": "models.transformer_xl",
     "UserError": "errors",
     "unroll": "models.recurrence",
 }
@@ -41,6 +43,7 @@ __all__ = [
     "Segment",
     "SegmentCurriculum",
     "TinyBert",
+    "TransformerXL",
     "UserError",
     "unroll",
 ]

@@ -60,6 +60,11 @@ TABLE = [
     ("curriculum.threshold=1.5", r"curriculum.threshold=1.5: must be less than or equal to 1"),
     ("optim.lr=-0.1", r"optim.lr=-0.1: must be greater than 0"),
     ("backbone.heads=3", r"backbone.width=16: must be a multiple of backbone.heads=3"),
+    ("model=transformer_xl model.cache_length=-1", r"model.cache_length=-1: must be greater than or equal to 0"),
+    ("model=transformer_xl model.cache_length=99999", r"model.cache_length=99999: must be less than or equal to 16384"),
+    ("model=transformer_xl model.memory_size=3", r"model.memory_size: no such setting"),
+    ("model=rmt_transformer_xl model.memory_size=20", r"data.segment_length=40: 20 memory tokens at each end leave no"),
+    ("model=transformer_xl model.heads=5", r"model.width=128: must be even and a multiple of model.heads=5"),
     # files
     ("task=babi", r"task.path: is missing; give task.path=…"),
     ("task=babi task.path=absent.txt", r"task.path=absent.txt: cannot be read as a bAbI file"),
