@@ -36,7 +36,7 @@ TABLE = [
     ("test.segments=[]", r"test.segments=[]: names no length"),
     ("test.samples=0", r"test.samples=0: must be greater than or equal to 1"),
     # unknown choices
-    ("task=detekt", r"task=detekt: no such choice; did you mean detect? allowed: babi, carried, detect, mem"),
+    ("task=detekt", r"task=detekt: no such choice; did you mean detect? allowed: babi, carried, detect, lang"),
     ("noise=silence", "noise=silence: no such choice; allowed: files, pg19, prose, quality, wikitext\n"),
     ("backbone=gpt2", "backbone=gpt2: no such choice; allowed: bert_base_cased, minilm, tiny_bert\n"),
     ("experiment=paper_carried", r"experiment=paper_carried: no such choice; did you mean paper_"),
