@@ -14,13 +14,17 @@ if TYPE_CHECKING:
     from rmt_lightning.models.ntm import NeuralTuringMachine
     from rmt_lightning.models.recurrence import Segment, unroll
     from rmt_lightning.models.rmt import RMTEncoder
+    from rmt_lightning.models.transformer_xl import TransformerXL
     from rmt_lightning.tasks.datamodule import FactDataModule
+    from rmt_lightning.tasks.language import DocumentDataModule, RunningText
     from rmt_lightning.tasks.placement import Placement
     from rmt_lightning.training.classification import FactClassifier
     from rmt_lightning.training.curriculum import SegmentCurriculum
+    from rmt_lightning.training.language_modeling import LanguageModeler
 
 # Where each public name lives. They are imported when first used: --help should not have to wait for torch.
 _HOMES = {
+    "DocumentDataModule": "tasks.language",
     "Encoder": "models.backbone",
     "FactClassifier": "training.classification",
     "FactDataModule": "tasks.datamodule",
@@ -28,14 +32,17 @@ _HOMES = {
     "LSTM": "models.lstm",
     "MemoryNetwork": "models.memory_network",
     "NeuralTuringMachine": "models.ntm",
+    "LanguageModeler": "training.language_modeling",
     "Placement": "tasks.placement",
     "Pretrained": "models.backbone",
     "RMTEncoder": "models.rmt",
+    "RunningText": "tasks.language",
     "Segment": "models.recurrence",
     "SegmentCurriculum": "training.curriculum",
     "TinyBert": "models.backbone",
     "TinyBigBird": "models.backbone",
     "TinyLongformer": "models.backbone",
+    "TransformerXL": "models.transformer_xl",
     "UserError": "errors",
     "unroll": "models.recurrence",
 }
@@ -43,20 +50,24 @@ _HOMES = {
 __version__ = "0.1.0"
 __all__ = [
     "LSTM",
+    "DocumentDataModule",
     "Encoder",
     "FactClassifier",
     "FactDataModule",
     "FullAttention",
+    "LanguageModeler",
     "MemoryNetwork",
     "NeuralTuringMachine",
     "Placement",
     "Pretrained",
     "RMTEncoder",
+    "RunningText",
     "Segment",
     "SegmentCurriculum",
     "TinyBert",
     "TinyBigBird",
     "TinyLongformer",
+    "TransformerXL",
     "UserError",
     "unroll",
 ]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +17,72 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
+from rmt_lightning.analysis.extrapolation import LengthTest
+from rmt_lightning.analysis.perplexity import DocumentTest
 from rmt_lightning.errors import UserError
 from rmt_lightning.models.backbone import Backbone, Restored
 from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.run_folder import BACKBONE, TOKENIZER
 from rmt_lightning.tasks.datamodule import FactDataModule
-from rmt_lightning.tasks.facts import Task
-from rmt_lightning.tasks.noise import SPLITS, Noise, tokenise
+from rmt_lightning.tasks.facts import Split, Task
+from rmt_lightning.tasks.language import DocumentDataModule, LanguageModeling, RunningText
+from rmt_lightning.tasks.noise import SPLITS, Corpus, Noise, tokenise
 from rmt_lightning.tasks.placement import Key, Placement
 from rmt_lightning.training.checkpoints import check_fits, read_checkpoint
 from rmt_lightning.training.classification import FactClassifier
+from rmt_lightning.training.curriculum import FixedSteps, SegmentCurriculum
+from rmt_lightning.training.language_modeling import LanguageModeler
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of."""
+    """What a run on facts is made of."""
 
     tokenizer: PreTrainedTokenizerBase
     data: FactDataModule
     classifier: FactClassifier
 
+    @property
+    def module(self) -> FactClassifier:
+        """What is trained."""
+        return self.classifier
+
+
+@dataclass(frozen=True)
+class TextParts:
+    """What a run on running text is made of."""
+
+    tokenizer: PreTrainedTokenizerBase
+    data: DocumentDataModule
+    module: LanguageModeler
+
+
+def build_run(config: DictConfig, run: Path | None = None, trained: bool = False) -> Parts | TextParts:
+    """Build what a training run needs, by its task; arguments as of `build`.
+
+    Raises:
+        UserError: if something cannot be built, choices do not go together, or there is too little text.
+    """
+    if issubclass(get_object(config.task._target_), LanguageModeling):
+        _check_choices(config, {"data": DocumentDataModule, "curriculum": FixedSteps, "test": DocumentTest})
+        if config.get("hold"):
+            raise UserError("hold=carried_states: asks questions, which running text has not; leave it out")
+        return _build_text(config, run, trained)
+    _check_choices(config, {"data": FactDataModule, "curriculum": SegmentCurriculum, "test": LengthTest})
+    parts = build(config, run, trained)
+    model = parts.classifier.model
+    model.fitting("curriculum.max_segments", [config.curriculum.max_segments])
+    model.fitting("test.segments", config.test.segments)
+    if config.get("hold") and model.max_segments is not None:
+        raise UserError("hold=carried_states: this model keeps the whole text and has no memory to hold; leave it out")
+    _check_noise(parts, config.curriculum.max_segments)
+    return parts
+
 
 def build(
     config: DictConfig, run: Path | None = None, trained: bool = False, answers: Sequence[str] | None = None
 ) -> Parts:
-    """Build tokenizer, data and model from a checked config.
+    """Build tokenizer, data and model of a fact task from a checked config.
 
     Args:
         config: the composed config of a run.
@@ -53,12 +95,7 @@ def build(
     """
     L.seed_everything(config.seed, verbose=False)
     task: Task = instantiate(config.task, _convert_="all")
-    noise: Noise = instantiate(config.noise, _convert_="all")
-    fresh: Backbone = instantiate(config.backbone, _convert_="all")
-    earlier = Restored(run / TOKENIZER, run / BACKBONE) if run and (run / TOKENIZER).is_dir() else None
-    tokenizer = (earlier or fresh).tokenizer(_all_sentences(task, noise))
-    model = _model(config.model, earlier if earlier and trained else fresh, tokenizer)
-    corpora = tokenise(noise, tokenizer, config.cache_dir)
+    tokenizer, model, corpora = _foundation(config, run, trained, task.sentences())
     placement = Placement(task, corpora, tokenizer, model.text_length, config.seed)
     for split in SPLITS:
         placement.sample(split, Key(num_segments=1, number=0))
@@ -73,6 +110,48 @@ def build(
             config.seed,
         ),
     )
+
+
+def _build_text(config: DictConfig, run: Path | None, trained: bool) -> TextParts:
+    L.seed_everything(config.seed, verbose=False)
+    tokenizer, model, corpora = _foundation(config, run, trained)
+    texts = {split: RunningText(corpora[split], tokenizer, model.text_length, config.seed) for split in SPLITS}
+    modeler = LanguageModeler(model, instantiate(config.optim, _convert_="all"), config.seed)
+    return TextParts(tokenizer, instantiate(config.data, texts=texts), modeler)
+
+
+def _foundation(
+    config: DictConfig, run: Path | None, trained: bool, sentences: Iterable[str] = ()
+) -> tuple[PreTrainedTokenizerBase, SegmentModel[Any], dict[Split, Corpus]]:
+    """What every run stands on: a tokenizer, which may have to learn `sentences` too, a model and tokenised text."""
+    noise: Noise = instantiate(config.noise, _convert_="all")
+    fresh: Backbone = instantiate(config.backbone, _convert_="all")
+    earlier = Restored(run / TOKENIZER, run / BACKBONE) if run and (run / TOKENIZER).is_dir() else None
+    text = chain(sentences, chain.from_iterable(noise.documents("train")))
+    tokenizer = (earlier or fresh).tokenizer(text)
+    model = _model(config.model, earlier if earlier and trained else fresh, tokenizer)
+    return tokenizer, model, tokenise(noise, tokenizer, config.cache_dir)
+
+
+def _check_choices(config: DictConfig, wanted: dict[str, type]) -> None:
+    for group, kind in wanted.items():
+        given = get_object(config[group]._target_)
+        if not issubclass(given, kind):
+            task = get_object(config.task._target_).name
+            raise UserError(
+                f"{group}: a {given.__name__} does not go with task={task}, which needs a {kind.__name__}; leave out "
+                f"{group}=…"
+            )
+
+
+def _check_noise(parts: Parts, max_segments: int) -> None:
+    needed = max_segments * parts.classifier.model.text_length
+    for split, corpus in parts.data.placement.corpora.items():
+        if len(corpus.tokens) < needed:
+            raise UserError(
+                f"noise: has {len(corpus.tokens)} tokens for {split}, fewer than the {needed} of one sample of "
+                f"{max_segments} segments; give more text or lower curriculum.max_segments"
+            )
 
 
 def _model(config: DictConfig, backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> SegmentModel[Any]:
@@ -95,9 +174,13 @@ def load(config: DictConfig, run: Path, checkpoint: Path) -> Parts:
         checkpoint: where the weights are.
 
     Raises:
-        UserError: if the checkpoint is damaged, or the model does not know the task's answers.
+        UserError: if the checkpoint is damaged or of a language model, or the model does not know the task's answers.
     """
     saved = read_checkpoint(checkpoint)
+    if "answers" not in saved:
+        raise UserError(
+            f"{checkpoint}: holds a language model, which knows no answers; its run's evaluation.csv has its perplexity"
+        )
     known = saved["answers"]
     parts = build(config, run, trained=True, answers=known)
     task = parts.data.placement.task
@@ -110,9 +193,9 @@ def load(config: DictConfig, run: Path, checkpoint: Path) -> Parts:
     return parts
 
 
-def save_architecture(parts: Parts, folder: Path) -> None:
+def save_architecture(parts: Parts | TextParts, folder: Path) -> None:
     """Leave tokenizer and backbone config in a run folder, each whole or not at all, to open its checkpoints with."""
-    for name, part in ((TOKENIZER, parts.tokenizer), (BACKBONE, parts.classifier.model.architecture)):
+    for name, part in ((TOKENIZER, parts.tokenizer), (BACKBONE, parts.module.model.architecture)):
         with FileLock(folder / f".{name}.lock"):
             if part is None or (folder / name).exists():
                 continue
@@ -120,9 +203,3 @@ def save_architecture(parts: Parts, folder: Path) -> None:
             shutil.rmtree(partial, ignore_errors=True)
             part.save_pretrained(partial)
             os.rename(partial, folder / name)
-
-
-def _all_sentences(task: Task, noise: Noise) -> Iterator[str]:
-    yield from task.sentences()
-    for document in noise.documents("train"):
-        yield from document

@@ -1,4 +1,4 @@
-"""What a run prints and leaves behind when it ends: two tables, their csv files and a figure."""
+"""What a run prints and leaves behind when it ends: tables, their csv files and a figure."""
 
 from __future__ import annotations
 
@@ -15,15 +15,38 @@ from rich.table import Table
 
 from rmt_lightning.analysis import figures
 from rmt_lightning.analysis.extrapolation import LengthResult, LengthTest, evaluate_length
+from rmt_lightning.analysis.perplexity import DocumentTest, evaluate_documents, total
 from rmt_lightning.analysis.retention import LossRate
-from rmt_lightning.build import Parts
+from rmt_lightning.build import Parts, TextParts
 from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.run_folder import STAGES, write_csv
 from rmt_lightning.training.carried_states import CarriedStates, Losses
-from rmt_lightning.training.curriculum import SegmentCurriculum, StageResult
+from rmt_lightning.training.curriculum import Curriculum, FixedSteps, SegmentCurriculum, StageResult
 
 
 def report(
+    test: LengthTest | DocumentTest,
+    folder: Path,
+    trainer: L.Trainer,
+    parts: Parts | TextParts,
+    curriculum: Curriculum,
+    hold: CarriedStates | None,
+) -> None:
+    """Test what a run has trained, show what came of it, and write that into its folder.
+
+    Args:
+        test: what to test it on.
+    """
+    match parts, test, curriculum:
+        case Parts(), LengthTest(), SegmentCurriculum():
+            _report_facts(test, folder, trainer, parts, curriculum, hold)
+        case TextParts(), DocumentTest(), FixedSteps():
+            _report_text(test, folder, trainer, parts, curriculum)
+    holds = f"[bold]{os.path.relpath(folder)}[/] holds {', '.join(sorted(_contents(folder)))}"
+    get_console().print(holds, highlight=False, soft_wrap=True)
+
+
+def _report_facts(
     test: LengthTest,
     folder: Path,
     trainer: L.Trainer,
@@ -31,11 +54,7 @@ def report(
     curriculum: SegmentCurriculum,
     hold: CarriedStates | None,
 ) -> None:
-    """Show the stages of a run, test it on longer and longer inputs, and write both into its folder.
-
-    Args:
-        test: which lengths, and how many samples of each.
-    """
+    """The stages, what became of old memories, and accuracy on longer and longer inputs."""
     console = get_console()
     if curriculum.results:
         console.print(_stage_table(curriculum.results, curriculum.lengths))
@@ -43,18 +62,35 @@ def report(
     if hold and hold.history:
         console.print(_hold_table(hold))
         write_csv(folder / "hold.csv", [asdict(losses) | _rate(losses).row() for losses in hold.history])
-    lengths = _test(test, trainer, parts)
+    lengths = _test_lengths(test, trainer, parts)
     console.print(length_table(lengths, test.segments, parts.classifier.model))
     write_csv(folder / "evaluation.csv", [{"segments": result.segments, **result.row()} for result in lengths])
     task = parts.data.placement.task
     trained_to = curriculum.results[-1].stage if curriculum.results else parts.data.num_segments
     figure = figures.curriculum(curriculum.history, lengths, trained_to, 1 / len(task.answers), f"task={task.name}")
     figure.savefig(folder / "curriculum.png", dpi=150)
-    holds = f"[bold]{os.path.relpath(folder)}[/] holds {', '.join(sorted(_contents(folder)))}"
-    console.print(holds, highlight=False, soft_wrap=True)
 
 
-def _test(test: LengthTest, trainer: L.Trainer, parts: Parts) -> list[LengthResult]:
+def _report_text(
+    test: DocumentTest, folder: Path, trainer: L.Trainer, parts: TextParts, curriculum: FixedSteps
+) -> None:
+    """Perplexity and bits per byte on documents that have not been seen, one by one and together."""
+    device = trainer.strategy.root_device
+    modeler = parts.module.to(device).eval()
+    with trainer.precision_plugin.forward_context():
+        scores = evaluate_documents(modeler.nats, parts.data, "test", test.documents, device)
+    together = total(scores)
+    write_csv(folder / "documents.csv", [{"document": number, **score.row()} for number, score in scores.items()])
+    write_csv(folder / "evaluation.csv", [{"documents": len(scores), **together.row()}])
+    table = Table("documents", "tokens", "perplexity", "bits per byte", title="Test", title_justify="left")
+    shown = (f"{together.tokens:,}", f"{together.perplexity:.2f}", f"{together.bits_per_byte:.4f}")
+    table.add_row(str(len(scores)), *shown)
+    get_console().print(table)
+    figure = figures.perplexity(curriculum.history, together.perplexity, type(modeler.model).__name__)
+    figure.savefig(folder / "perplexity.png", dpi=150)
+
+
+def _test_lengths(test: LengthTest, trainer: L.Trainer, parts: Parts) -> list[LengthResult]:
     device = trainer.strategy.root_device
     classifier = parts.classifier.to(device).eval()
     batch_size = 2 * parts.data.batch_size

@@ -1,7 +1,7 @@
 """Front door: `python -m rmt_lightning.train task=detect curriculum.max_segments=7`.
 
 A run folder holds config.yaml, hardware.json, train.log, tokenizer/, backbone/, metrics/, checkpoints/, stages.csv and,
-at the end, evaluation.csv and curriculum.png.
+at the end, evaluation.csv and curriculum.png; for a language model evaluation.csv, documents.csv and perplexity.png.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import lightning as L
     from lightning.pytorch.loggers import Logger
 
-    from rmt_lightning.build import Parts
+    from rmt_lightning.build import Parts, TextParts
 
 log = logging.getLogger("rmt_lightning.train")
 
@@ -65,36 +65,28 @@ def train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pat
     """Train, or go on training from a checkpoint of the run in `source`; then test. Returns the exit code."""
     from hydra.utils import instantiate
 
-    from rmt_lightning.analysis.extrapolation import LengthTest
-    from rmt_lightning.build import build, save_architecture
+    from rmt_lightning.build import build_run, save_architecture
     from rmt_lightning.results import report
     from rmt_lightning.training.carried_states import CarriedStates
     from rmt_lightning.training.checkpoints import RunCheckpoints, check_fits, read_checkpoint
-    from rmt_lightning.training.curriculum import SegmentCurriculum
+    from rmt_lightning.training.curriculum import Curriculum
     from rmt_lightning.training.hardware import Hardware
     from rmt_lightning.training.progress import CurriculumProgress
 
     shown = os.path.relpath(folder)
     saved = read_checkpoint(checkpoint) if checkpoint else None
-    parts = build(config, run=source, trained=saved is not None)
-    parts.classifier.model.fitting("curriculum.max_segments", [config.curriculum.max_segments])
-    parts.classifier.model.fitting("test.segments", config.test.segments)
-    _check_noise(parts, config.curriculum.max_segments)
-    curriculum: SegmentCurriculum = instantiate(config.curriculum, _convert_="all")
+    parts = build_run(config, run=source, trained=saved is not None)
+    curriculum: Curriculum = instantiate(config.curriculum, _convert_="all")
     hold: CarriedStates | None = instantiate(config.get("hold"), curriculum=curriculum)
-    if hold and parts.classifier.model.max_segments is not None:
-        raise UserError(
-            "hold=carried_states: this model keeps the whole text, so there is no memory to hold; leave it out"
-        )
-    phases: list[SegmentCurriculum | CarriedStates] = [curriculum, hold] if hold else [curriculum]
+    phases: list[Curriculum] = [curriculum, hold] if hold else [curriculum]
     if saved and checkpoint:
-        check_fits(parts.classifier, saved["state_dict"], checkpoint)
+        check_fits(parts.module, saved["state_dict"], checkpoint)
         for phase in phases:
-            if (name := type(phase).__name__) in saved["callbacks"]:
-                phase.load_state_dict(saved["callbacks"][name])
+            if phase.state_key in saved["callbacks"]:
+                phase.load_state_dict(saved["callbacks"][phase.state_key])
     checkpoints = RunCheckpoints(folder / CHECKPOINTS, curriculum)
-    trainer = _trainer(config, folder, [*phases, checkpoints, CurriculumProgress(curriculum, hold), Hardware(folder)])
-    test: LengthTest = instantiate(config.test, _convert_="all")
+    trainer = _trainer(config, folder, [*phases, checkpoints, CurriculumProgress(phases[-1]), Hardware(folder)])
+    test = instantiate(config.test, _convert_="all")
 
     # Nothing has been written so far, and all that can be wrong with the settings has been found.
     if _is_first_process():
@@ -104,7 +96,7 @@ def train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pat
         logger.log_hyperparams(cast(dict[str, Any], OmegaConf.to_container(config, resolve=True)))
     if saved and phases[-1].finished:
         log.info("%s has finished training; testing it again", shown)
-        parts.classifier.load_state_dict(saved["state_dict"])
+        parts.module.load_state_dict(saved["state_dict"])
     elif code := _fit(trainer, parts, checkpoint, folder):
         return code
     if not trainer.is_global_zero:
@@ -122,13 +114,13 @@ def train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pat
     return 1
 
 
-def _fit(trainer: L.Trainer, parts: Parts, checkpoint: Path | None, folder: Path) -> int:
+def _fit(trainer: L.Trainer, parts: Parts | TextParts, checkpoint: Path | None, folder: Path) -> int:
     """Run the trainer to its end (0), or until a signal or a loss that is no number stops it."""
     from rmt_lightning.training.checkpoints import Interrupted
-    from rmt_lightning.training.classification import Diverged
+    from rmt_lightning.training.module import Diverged
 
     try:
-        trainer.fit(parts.classifier, parts.data, ckpt_path=checkpoint, weights_only=True)
+        trainer.fit(parts.module, parts.data, ckpt_path=checkpoint, weights_only=True)
     except Interrupted as interrupted:
         log.info("stopped by %s and saved; go on with resume=%s", interrupted, os.path.relpath(folder))
         return 128 + interrupted.signum
@@ -140,16 +132,6 @@ def _fit(trainer: L.Trainer, parts: Parts, checkpoint: Path | None, folder: Path
         print(f"error: {error}; {kept}", file=sys.stderr)
         return 1
     return 0
-
-
-def _check_noise(parts: Parts, max_segments: int) -> None:
-    needed = max_segments * parts.classifier.model.text_length
-    for split, corpus in parts.data.placement.corpora.items():
-        if len(corpus.tokens) < needed:
-            raise UserError(
-                f"noise: has {len(corpus.tokens)} tokens for {split}, fewer than the {needed} of one sample of "
-                f"{max_segments} segments; give more text or lower curriculum.max_segments"
-            )
 
 
 def _run_folder(resume: str | None, fresh: str) -> str:

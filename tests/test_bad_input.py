@@ -37,7 +37,7 @@ TABLE = [
     ("test.samples=0", r"test.samples=0: must be greater than or equal to 1"),
     ("model=full_attention model.memory_size=3", r"model.memory_size: no such setting; allowed: segment_length"),
     # unknown choices
-    ("task=detekt", r"task=detekt: no such choice; did you mean detect? allowed: babi, carried, detect, mem"),
+    ("task=detekt", r"task=detekt: no such choice; did you mean detect? allowed: babi, carried, detect, lang"),
     ("noise=silence", "noise=silence: no such choice; allowed: files, pg19, prose, quality, wikitext\n"),
     ("backbone=gpt2", "backbone=gpt2: no such choice; allowed: bert_base_cased, bigbird_roberta_base, longformer_base"),
     ("model=lsmt", r"model=lsmt: no such choice; did you mean lstm? allowed: bigbird, full_attention, longformer, "),
@@ -56,7 +56,8 @@ TABLE = [
     ("data.segment_length=513", r"data.segment_length=513: the backbone sees at most 512 tokens; give 512 or less"),
     ("data.segment_length=12", r"data.segment_length=12: 10 memory and 3 special tokens leave no room for text; "),
     ("data.segment_length=20", r"data.segment_length: leaves room for 7 tokens of text, too small for the facts"),
-    ("model=full_attention hold=carried_states", r"hold=carried_states: this model keeps the whole text, so there is no "),
+    ("model=full_attention hold=carried_states", r"hold=carried_states: this model keeps the whole text and has no "),
+    ("task=language_modeling hold=carried_states", r"hold=carried_states: asks questions, which running text has not"),
     ("hold=carried_states curriculum.max_segments=1", r"curriculum.max_segments=1: leaves no memory to carry; "),
     ("model=full_attention data.segment_length=511", r"data.segment_length=511: too long for positions; "),
     (
@@ -76,6 +77,11 @@ TABLE = [
     ("backbone.heads=3", r"backbone.width=16: must be a multiple of backbone.heads=3"),
     ("backbone=tiny_longformer backbone.window=7", r"backbone.window=7: must be even and divide backbone.max_posit"),
     ("model=bigbird backbone.block_size=100", r"backbone.block_size=100: must divide backbone.max_positions=1024"),
+    ("model=transformer_xl model.cache_length=-1", r"model.cache_length=-1: must be greater than or equal to 0"),
+    ("model=transformer_xl model.cache_length=99999", r"model.cache_length=99999: must be less than or equal to 16384"),
+    ("model=transformer_xl model.memory_size=3", r"model.memory_size: no such setting"),
+    ("model=rmt_transformer_xl model.memory_size=20", r"data.segment_length=40: 20 memory tokens at each end leave no"),
+    ("model=transformer_xl model.heads=5", r"model.width=128: must be even and a multiple of model.heads=5"),
     # files
     ("task=babi", r"task.path: is missing; give task.path=…"),
     ("task=babi task.path=absent.txt", r"task.path=absent.txt: cannot be read as a bAbI file"),

@@ -12,6 +12,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from conftest import ROOT
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.errors import UserError
@@ -137,6 +138,19 @@ def test_hub_without_network_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"noise\.name=emozilla/quality: cannot be loaded") as caught:
         list(Hub("emozilla/quality", field="article").documents("train"))
     assert "\n" not in str(caught.value) and "noise=prose" in str(caught.value)
+
+
+def test_lines_of_the_hub_become_articles(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ["", " = Lobster =", " A lobster lives.", " = = Food = =", " It eats.", " = Crab =", " So does it."]
+    rows = [{"text": line} for line in lines]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows * 2)
+    begins = re.search(r"begins: '(.*)'", (ROOT / "conf" / "noise" / "wikitext.yaml").read_text())[1]
+    articles = Hub("some/wiki", "text", begins=begins)._texts()
+    assert [article.split() for article in articles] == [
+        ["=", "Lobster", "=", "A", "lobster", "lives.", "=", "=", "Food", "=", "=", "It", "eats."],
+        ["=", "Crab", "=", "So", "does", "it."],
+    ]
+    assert Hub("some/wiki", "text")._texts() == [line for line in lines if line]
 
 
 def test_cache_is_memory_mapped_and_keyed_by_content(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

@@ -174,6 +174,26 @@ def generalisation(rows: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def perplexity(history: Sequence[tuple[int, float]], test: float, title: str) -> Figure:
+    """How a language model learnt.
+
+    Args:
+        history: (step, perplexity) of every validation.
+        test: perplexity of the final test.
+        title: names the run.
+    """
+    figure = Figure(figsize=(5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    steps, values = [step for step, _ in history], [value for _, value in history]
+    axes.plot(steps, values, "o-", color="tab:blue", markersize=3.5, label="validation")
+    axes.axhline(test, color="tab:orange", linestyle="--", linewidth=1, label=f"test: {test:.2f}")
+    axes.set(xlabel="optimizer step", ylabel="perplexity", title=title)
+    axes.set_yscale("log")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def times(ratio: float) -> str:
     """How a ratio is written: ×295, ×1.4."""
     return f"×{ratio:,.{0 if ratio >= 10 else 1}f}"
@@ -198,3 +218,24 @@ def save(figure: Figure, path: Path) -> None:
         content = io.BytesIO()
         figure.savefig(content, format=kind, dpi=150, metadata=metadata)
         write_atomically(path.with_name(f"{path.name}.{kind}"), content.getvalue())
+
+
+def language_models(perplexity: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+    """Variants of a language model side by side, a dot for each seed and a line at their mean.
+
+    Args:
+        perplexity: of each seed, by text and variant.
+    """
+    variants = list(next(iter(perplexity.values())))
+    figure = Figure(figsize=(10, 0.8 + 0.36 * len(variants)), layout="constrained")
+    panels = figure.subplots(1, len(perplexity), squeeze=False)[0]
+    for axes, (text, found) in zip(panels, perplexity.items(), strict=True):
+        for place, variant in enumerate(variants):
+            values = found[variant]
+            axes.plot(values, [place] * len(values), "o", color="tab:blue", markersize=5, alpha=0.7)
+            axes.plot([sum(values) / len(values)], [place], "|", color="black", markersize=14)
+        axes.set(xlabel="test perplexity", title=text, yticks=range(len(variants)), ylim=(len(variants) - 0.5, -0.5))
+        axes.set_yticklabels(variants if axes.get_subplotspec().is_first_col() else [])
+        axes.grid(axis="y", color="0.93")
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 State = TypeVar("State")
+Piece = TypeVar("Piece")
 
 
 class Segment(NamedTuple):
@@ -28,8 +29,8 @@ class Segment(NamedTuple):
 
 
 def unroll(
-    step: Callable[[Segment, State], tuple[Tensor, State]],
-    segments: Iterable[Segment],
+    step: Callable[[Piece, State], tuple[Tensor, State]],
+    segments: Iterable[Piece],
     state: State,
     bptt_depth: int = -1,
     checkpointing: bool = False,
@@ -41,7 +42,7 @@ def unroll(
     Nothing is kept once it has been yielded, so without gradients any number of segments takes constant memory.
 
     Args:
-        step: the segment model, `(segment, state) -> (hidden, state)`.
+        step: the segment model, `(segment, state) -> (hidden, state)`, or any function of such a form.
         segments: any iterable; truncation needs one whose length is known.
         state: what the first segment is given.
         bptt_depth: number of borders; -1 for all of them.

@@ -85,6 +85,10 @@ class SegmentModel(nn.Module, ABC, Generic[State]):
     def readout(self, hidden: Tensor, segment: Segment) -> Tensor:
         """What a classifier reads after the last segment: (B, D)."""
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the token that comes next, if the model is causal: (B, S, D) of `step` -> (B, S, V)."""
+        raise NotImplementedError
+
     def forward(
         self, input_ids: Tensor | Iterable[Tensor], attention_mask: Tensor | None = None, state: State | None = None
     ) -> tuple[Tensor, State]:

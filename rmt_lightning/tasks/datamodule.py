@@ -21,6 +21,54 @@ from rmt_lightning.tasks.placement import Key, Placement, Sample
 Lengths = Literal["exact", "uniform"]
 
 
+class ShortEpochs(L.LightningDataModule):
+    """Training in short epochs, between which there is a validation and the length of inputs may change.
+
+    Batches are numbered from the start of the run. The number travels in checkpoints, so whatever interrupts training,
+    the next batch is the one that would have come next.
+
+    Args:
+        batch_size: samples of a training step, on each device.
+        num_workers: processes that make samples; 0 makes them in the main process.
+        steps_per_epoch: training steps between two validations.
+    """
+
+    def __init__(self, batch_size: int, num_workers: int, steps_per_epoch: int) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.steps_per_epoch = steps_per_epoch
+        self.consumed = 0
+
+    @property
+    def rank(self) -> int:
+        return self.trainer.global_rank if self.trainer else 0
+
+    @property
+    def world_size(self) -> int:
+        return self.trainer.world_size if self.trainer else 1
+
+    def steps_of_epoch(self) -> range:
+        """The numbers of the present epoch's batches; of an epoch that was interrupted, those that are left."""
+        return range(self.consumed, self.consumed - self.consumed % self.steps_per_epoch + self.steps_per_epoch)
+
+    def loader(self, dataset: Dataset[dict[str, Any]], **options: Any) -> DataLoader[dict[str, Tensor]]:
+        """A loader with the options that all have in common."""
+        return DataLoader(
+            dataset,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            **options,
+        )
+
+    def state_dict(self) -> dict[str, int]:
+        return {"consumed": self.consumed}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.consumed = state_dict["consumed"]
+
+
 class FactDataset(Dataset[dict[str, Any]]):
     """Samples by key. What a key means never changes, so copies of the data set in loader workers cannot be stale."""
 
@@ -56,10 +104,7 @@ class TrainingKeys(Sampler[list[Key]]):
 
     def __iter__(self) -> Iterator[list[Key]]:
         data = self.data
-        first = data.consumed
-        # A run that was interrupted within an epoch goes on with what is left of it.
-        last = first - first % data.steps_per_epoch + data.steps_per_epoch
-        for batch in range(first, last):
+        for batch in data.steps_of_epoch():
             num_segments = data.draw_length(batch)
             start = (batch * data.world_size + data.rank) * data.batch_size
             fresh = data.batch_size - data.carried
@@ -89,7 +134,7 @@ class ValidationKeys(Sampler[list[Key]]):
             yield from (keys[i : i + 2 * data.batch_size] for i in range(0, len(keys), 2 * data.batch_size))
 
 
-class FactDataModule(L.LightningDataModule):
+class FactDataModule(ShortEpochs):
     """Fact samples for training and validation.
 
     `num_segments` lives here and travels in checkpoints; the curriculum is the only one that changes it. It also says
@@ -115,26 +160,14 @@ class FactDataModule(L.LightningDataModule):
         steps_per_epoch: Annotated[int, Ge(1)] = 25,
         validation_samples: Annotated[int, Ge(1)] = 512,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, num_workers, steps_per_epoch)
         self.placement = placement
         self.segment_length = segment_length
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.steps_per_epoch = steps_per_epoch
         self.validation_samples = validation_samples
         self.lengths: Lengths = "uniform"
         self.num_segments = 1
         self.carried = 0
         self.fragments = 0.0
-        self.consumed = 0
-
-    @property
-    def rank(self) -> int:
-        return self.trainer.global_rank if self.trainer else 0
-
-    @property
-    def world_size(self) -> int:
-        return self.trainer.world_size if self.trainer else 1
 
     def draw_length(self, batch: int) -> int:
         """The number of segments of training batch number `batch`."""
@@ -144,19 +177,10 @@ class FactDataModule(L.LightningDataModule):
         return int(rng.integers(1, self.num_segments + 1))
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        return self._loader("train", TrainingKeys(self))
+        return self.loader(FactDataset(self.placement, "train"), batch_sampler=TrainingKeys(self))
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        return self._loader("validation", ValidationKeys(self))
-
-    def _loader(self, split: Split, keys: Sampler[list[Key]]) -> DataLoader[dict[str, Tensor]]:
-        return DataLoader(
-            FactDataset(self.placement, split),
-            batch_sampler=keys,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+        return self.loader(FactDataset(self.placement, "validation"), batch_sampler=ValidationKeys(self))
 
     def stream(self, split: Split, num_segments: int, numbers: range) -> tuple[Iterator[Tensor], Tensor, Tensor]:
         """Samples side by side, one segment at a time, for inputs too long to be held at once.
@@ -173,12 +197,12 @@ class FactDataModule(L.LightningDataModule):
         return _side_by_side([self.placement.sample(split, Key(num_segments, n, facts=False)) for n in numbers])
 
     def state_dict(self) -> dict[str, int]:
-        return {"num_segments": self.num_segments, "carried": self.carried, "consumed": self.consumed}
+        return {"num_segments": self.num_segments, "carried": self.carried, **super().state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        super().load_state_dict(state_dict)
         self.num_segments = state_dict["num_segments"]
         self.carried = state_dict["carried"]
-        self.consumed = state_dict["consumed"]
 
 
 def _side_by_side(samples: list[Sample]) -> Iterator[Tensor]:

@@ -151,27 +151,36 @@ class Hub:
         config: its configuration, if it has several.
         field: the column that holds the text.
         limit: how many documents to take at most.
+        begins: a regular expression that the first row of a document matches; None if every row is one.
     """
 
-    def __init__(self, name: str, field: str, config: str | None = None, limit: Annotated[int, Ge(3)] = 2000) -> None:
+    def __init__(
+        self,
+        name: str,
+        field: str,
+        config: str | None = None,
+        limit: Annotated[int, Ge(3)] = 2000,
+        begins: str | None = None,
+    ) -> None:
         self.name = name
         self.field = field
         self.config = config
         self.limit = limit
+        self.begins = begins
 
     def documents(self, split: Split) -> Iterator[list[str]]:
         yield from share(cut(self._texts(), len(SPLITS)), split)
 
     def fingerprint(self) -> str:
-        return f"hub-{self.name}-{self.config}-{self.field}-{self.limit}"
+        return f"hub-{self.name}-{self.config}-{self.field}-{self.limit}-{self.begins}"
 
     def _texts(self) -> list[str]:
         try:
             rows = _datasets().load_dataset(self.name, self.config, split="train", streaming=True)
             texts: dict[str, None] = {}
-            for row in rows:
+            for text in join((row[self.field] for row in rows), self.begins):
                 # Some sets repeat a document for each of its questions.
-                texts[row[self.field]] = None
+                texts[text] = None
                 if len(texts) == self.limit:
                     break
         except KeyError:
@@ -182,6 +191,17 @@ class Hub:
                 "connect to the network, or use noise=prose, or noise=files noise.path=…"
             ) from None
         return [text for text in texts if text and not text.isspace()]
+
+
+def join(rows: Iterable[str], begins: str | None) -> Iterator[str]:
+    """Put rows together to documents, each of which begins with a row that matches `begins`."""
+    document: list[str] = []
+    for row in rows:
+        if document and (begins is None or re.match(begins, row)):
+            yield "\n".join(document)
+            document = []
+        document.append(row)
+    yield "\n".join(document)
 
 
 def cut(texts: list[str], needed: int) -> list[list[str]]:
@@ -227,11 +247,13 @@ class Corpus:
         tokens: (N,) token ids of all documents, one after the other, without special tokens.
         sentence_starts: (K + 1,) positions in `tokens` at which a sentence begins, and N.
         document_starts: (D + 1,) indices into `sentence_starts` at which a document begins, and K.
+        document_bytes: (D,) lengths of the documents in UTF-8, sentences joined by a space.
     """
 
     tokens: np.ndarray
     sentence_starts: np.ndarray
     document_starts: np.ndarray
+    document_bytes: np.ndarray
 
     @classmethod
     def open(cls, folder: Path) -> Corpus:
@@ -251,7 +273,7 @@ def tokenise(noise: Noise, tokenizer: PreTrainedTokenizerBase, cache_dir: str | 
     Raises:
         UserError: if a split holds no text.
     """
-    key = hashlib.sha256(f"{noise.fingerprint()}|{_tokenizer_fingerprint(tokenizer)}|v1".encode()).hexdigest()[:32]
+    key = hashlib.sha256(f"{noise.fingerprint()}|{_tokenizer_fingerprint(tokenizer)}|v2".encode()).hexdigest()[:32]
     cache = Path(cache_dir).expanduser() / "noise"
     cache.mkdir(parents=True, exist_ok=True)
     folder = cache / key
@@ -288,6 +310,7 @@ def _write(documents: Iterable[list[str]], tokenizer: PreTrainedTokenizerBase, f
     pieces: list[np.ndarray] = []
     sentence_lengths: list[int] = []
     document_lengths: list[int] = []
+    document_bytes: list[int] = []
     for document in documents:
         ids = (
             [i for i in tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] if i]
@@ -298,10 +321,12 @@ def _write(documents: Iterable[list[str]], tokenizer: PreTrainedTokenizerBase, f
             pieces.append(np.fromiter((token for sentence in ids for token in sentence), dtype=dtype))
             sentence_lengths += map(len, ids)
             document_lengths.append(len(ids))
+            document_bytes.append(len(" ".join(document).encode()))
     folder.mkdir()
     np.save(folder / "tokens.npy", np.concatenate(pieces) if pieces else np.zeros(0, dtype))
     np.save(folder / "sentence_starts.npy", np.cumsum([0, *sentence_lengths], dtype=np.int64))
     np.save(folder / "document_starts.npy", np.cumsum([0, *document_lengths], dtype=np.int64))
+    np.save(folder / "document_bytes.npy", np.array(document_bytes, np.int64))
 
 
 class Reader:

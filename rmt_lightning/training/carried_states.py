@@ -12,14 +12,13 @@ from typing import Annotated, Any, cast
 import lightning as L
 import torch
 from annotated_types import Ge, Gt, Lt
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from rmt_lightning.errors import UserError
 from rmt_lightning.tasks.datamodule import data_of
 from rmt_lightning.training.classification import FactClassifier
-from rmt_lightning.training.curriculum import SegmentCurriculum
+from rmt_lightning.training.curriculum import Curriculum, SegmentCurriculum
 from rmt_lightning.training.optimization import WarmupDecay
 
 log = logging.getLogger(__name__)
@@ -42,7 +41,7 @@ class Losses:
     age: float
 
 
-class CarriedStates(Callback):
+class CarriedStates(Curriculum):
     """Carries memories over from step to step, so that they grow old at the price of short inputs.
 
     ```
@@ -105,6 +104,12 @@ class CarriedStates(Callback):
     @property
     def finished(self) -> bool:
         return bool(self.history) and self.history[-1].step - (self.first_step or 0) >= self.steps
+
+    def progress(self, trainer: L.Trainer) -> tuple[str, int, int]:
+        if self.first_step is None:
+            return self.curriculum.progress(trainer)
+        rate = f"{self.history[-1].lost} lost in {self.history[-1].segments:,} segments" if self.history else "–"
+        return f"holding · {rate}", trainer.global_step - self.first_step, self.steps
 
     # The phase begins when the curriculum ends, or when a run that has ended is resumed with it.
 

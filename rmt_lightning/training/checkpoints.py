@@ -19,7 +19,7 @@ from torch import nn
 from rmt_lightning.errors import UserError
 from rmt_lightning.run_folder import LAST, STAGES, write_atomically, write_csv
 from rmt_lightning.tasks.datamodule import data_of
-from rmt_lightning.training.curriculum import SegmentCurriculum
+from rmt_lightning.training.curriculum import Curriculum
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class RunCheckpoints(Callback):
         curriculum: tells which stages have been passed.
     """
 
-    def __init__(self, folder: Path, curriculum: SegmentCurriculum) -> None:
+    def __init__(self, folder: Path, curriculum: Curriculum) -> None:
         super().__init__()
         self.folder = folder
         self.curriculum = curriculum

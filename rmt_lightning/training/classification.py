@@ -5,11 +5,9 @@ Shapes: B batch, T segments, S text tokens of a segment, C answers, N longest nu
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -17,11 +15,8 @@ from torchmetrics import Metric
 from rmt_lightning.errors import UserError
 from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.tasks.datamodule import data_of
+from rmt_lightning.training.module import SegmentModule
 from rmt_lightning.training.optimization import WarmupDecay
-
-
-class Diverged(RuntimeError):
-    """The loss is no longer a number."""
 
 
 class SlicedAccuracy(Metric):
@@ -53,7 +48,7 @@ class SlicedAccuracy(Metric):
         return {name: right.sum() / seen.sum() for name, (right, seen) in slices.items() if seen.sum() > 0}
 
 
-class FactClassifier(L.LightningModule):
+class FactClassifier(SegmentModule):
     """A recurrent model and a linear head that reads the answer after the last segment.
 
     Args:
@@ -77,14 +72,10 @@ class FactClassifier(L.LightningModule):
     ) -> None:
         if model.bptt_depth == 0:
             raise UserError("model.bptt_depth=0: memory would never learn; give 1 or more, or -1 for all segments")
-        super().__init__()
-        self.model = model
+        super().__init__(model, optimization, seed)
         self.head = nn.Linear(model.width, len(answers))
         self.answers = tuple(answers)
-        self.optimization = optimization
-        self.seed = seed
         self.accuracy = SlicedAccuracy(max_segments)
-        self._clock = time.perf_counter()
 
     def forward(self, input_ids: Any, attention_mask: Tensor | None = None) -> Tensor:
         """Scores (B, C) of the answers; takes whatever the model takes."""
@@ -95,13 +86,6 @@ class FactClassifier(L.LightningModule):
         scores: Tensor = self.head(summary.to(self.head.weight.dtype))
         return scores
 
-    def on_train_epoch_start(self) -> None:
-        self._clock = time.perf_counter()
-
-    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        # Dropout is a function of (seed, step, rank), so that a resumed run draws what an uninterrupted one does.
-        torch.manual_seed((self.seed * 1_000_003 + self.global_step) * 1_009 + self.global_rank)
-
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """The loss, which answers are right (B,), and the state before the last segment, for those who carry it on.
 
@@ -111,20 +95,13 @@ class FactClassifier(L.LightningModule):
         for reading in self.model.read(batch["input_ids"], state=state):
             before, state = state, reading.state
         scores = self.score(self.model.readout(reading.hidden, reading.segment))
-        loss = nn.functional.cross_entropy(scores, batch["label"], ignore_index=-1)
-        if not torch.isfinite(loss):
-            raise Diverged(
-                f"the loss became {loss.item()} at step {self.global_step}; lower optim.lr or raise optim.warmup"
-            )
+        loss = self.checked(nn.functional.cross_entropy(scores, batch["label"], ignore_index=-1))
         self.log("train/loss", loss.detach())
         return {"loss": loss, "right": scores.argmax(dim=1) == batch["label"], "memory": before}
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
         samples, segments, _ = batch["input_ids"].shape
-        tokens = samples * segments * data_of(self.trainer).segment_length * self.trainer.world_size
-        now = time.perf_counter()
-        self.log("train/tokens_per_second", tokens / (now - self._clock))
-        self._clock = now
+        self.log_speed(samples * segments * data_of(self.trainer).segment_length)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         correct = self(batch["input_ids"]).argmax(dim=1) == batch["label"]

@@ -1,9 +1,11 @@
-"""Longer inputs as soon as the present ones are mastered."""
+"""How long a run trains, and on what: longer inputs as soon as the present ones are mastered, or a number of steps."""
 
 from __future__ import annotations
 
 import logging
 import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
@@ -36,7 +38,65 @@ class StageResult:
     converged: bool
 
 
-class SegmentCurriculum(Callback):
+class Curriculum(Callback, ABC):
+    """Decides when a run ends. What it needs for that travels in checkpoints.
+
+    Attributes:
+        results: what the stages have shown that are over; a curriculum need not have stages.
+    """
+
+    results: Sequence[StageResult] = ()
+
+    @property
+    @abstractmethod
+    def finished(self) -> bool:
+        """Whether the run has come to its end. One that has stopped short of it can be resumed."""
+
+    @abstractmethod
+    def progress(self, trainer: L.Trainer) -> tuple[str, int, int]:
+        """What is being done and how well it goes, in a few words; steps done, and steps there are to do."""
+
+    def passed(self, result: StageResult) -> bool:
+        """Whether a stage's result lets the run go on to the next one."""
+        return result.converged
+
+
+class FixedSteps(Curriculum):
+    """No curriculum: training ends with the first validation after a number of steps.
+
+    Args:
+        steps: optimizer steps.
+    """
+
+    def __init__(self, steps: Annotated[int, Ge(1)]) -> None:
+        super().__init__()
+        self.steps = steps
+        # (optimizer step, perplexity) of every validation
+        self.history: list[tuple[int, float]] = []
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.history) and self.history[-1][0] >= self.steps
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        perplexity, bits = (float(trainer.callback_metrics[f"val/{name}"]) for name in ("perplexity", "bits_per_byte"))
+        self.history.append((trainer.global_step, perplexity))
+        log.info("step %d: perplexity %.2f, %.4f bits per byte", trainer.global_step, perplexity, bits)
+        if self.finished:
+            trainer.should_stop = True
+
+    def progress(self, trainer: L.Trainer) -> tuple[str, int, int]:
+        perplexity = f"{self.history[-1][1]:.2f}" if self.history else "–"
+        return f"perplexity {perplexity}", trainer.global_step, self.steps
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = state_dict["history"]
+
+
+class SegmentCurriculum(Curriculum):
     """Adds a segment each time the run converges (RMT-2023, section 5: "curriculum").
 
     Converged means accuracy of at least `threshold` in `validations` validations in a row, or, if `patience` is given,
@@ -88,11 +148,10 @@ class SegmentCurriculum(Callback):
 
     @property
     def finished(self) -> bool:
-        """Whether the last stage is over. A run that has stopped short of it can be resumed with more steps."""
+        """Whether the last stage is over."""
         return any(result.stage >= self.max_segments and self.passed(result) for result in self.results)
 
     def passed(self, result: StageResult) -> bool:
-        """Whether a stage's result lets the run go on to the next one."""
         return result.converged or self.when_stuck == "continue"
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -144,6 +203,13 @@ class SegmentCurriculum(Callback):
             return
         data_of(trainer).num_segments = stage + 1
         self._restart_optimization(trainer)
+
+    def progress(self, trainer: L.Trainer) -> tuple[str, int, int]:
+        stage, metrics = data_of(trainer).num_segments, trainer.callback_metrics
+        segments = stage if self.lengths == "exact" else f"1–{stage}"
+        accuracy = f"{float(metrics['val/accuracy']):.3f}" if "val/accuracy" in metrics else "–"
+        shown = f"stage {stage}/{self.max_segments} · {segments} segments · accuracy {accuracy}"
+        return shown, trainer.global_step - self.first_step, at_stage(self.steps, stage)
 
     def _restart_optimization(self, trainer: L.Trainer) -> None:
         self._begin_stage(first_step=trainer.global_step)

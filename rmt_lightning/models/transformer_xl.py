@@ -1,0 +1,249 @@
+"""Transformer-XL, and the same with memory tokens.
+
+Transformer-XL: Dai et al. 2019, arXiv 1901.02860. RMT-2022: Bulatov, Kuratov, Burtsev, "Recurrent Memory Transformer",
+NeurIPS 2022, arXiv 2207.06881.
+
+Shapes: B batch, S text tokens of a segment, M memory tokens, C cached tokens, L layers, H heads, D width, V vocabulary,
+Q queries (M + S + M), K keys (M + C + S + M), R distances between a query and a key.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, NamedTuple
+
+import torch
+from annotated_types import Ge, Le, Lt
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from rmt_lightning.errors import UserError
+from rmt_lightning.models.recurrence import Segment
+from rmt_lightning.models.segment_model import SegmentModel
+
+
+class XLState(NamedTuple):
+    """What Transformer-XL carries from one segment to the next.
+
+    Attributes:
+        cache: (B, L, C, D) what each layer was given of the last C text tokens, the newest last; carries no gradient.
+        cached: (B,) how many of the C there have been so far; they are the last ones.
+        memory: (B, M, D); carries gradient.
+    """
+
+    cache: Tensor
+    cached: Tensor
+    memory: Tensor
+
+
+class Relations(NamedTuple):
+    """How queries stand to keys, the same for all layers.
+
+    Attributes:
+        u, v: (H, 1, D/H) trained queries of no token in particular, for content and for distance.
+        encoding: (R, D) the R of the paper, a row for each distance.
+        distance: (Q, K) rows of `encoding`.
+        visible: (B, 1, Q, K).
+    """
+
+    u: Tensor
+    v: Tensor
+    encoding: Tensor
+    distance: Tensor
+    visible: Tensor
+
+
+class TransformerXL(SegmentModel[XLState]):
+    """A causal transformer with relative positions, whose layers also see what they saw of earlier segments.
+
+    ```
+    read mem | cache | text | write mem      what a token sees: all to its left; memory tokens also see each other
+    └ mem_τ ┘                 └ mem_τ+1 ┘    the hidden states of the write memory are the next memory
+    ```
+
+    With a cache and no memory this is Transformer-XL (section 3.2), with memory and no cache the RMT of 2022
+    (section 3.2), with both the hybrid of that paper, and with neither segments know nothing of each other. Distances
+    between text tokens are the true ones, across segments too; memory stands before the cache and behind the text.
+    Sums are normalised behind each layer, as in both papers. Input and output embeddings are tied.
+
+    Args:
+        tokenizer: gives V.
+        segment_length: how many tokens a segment has, both blocks of memory included, the cache not.
+        width: D.
+        layers: L.
+        heads: H.
+        cache_length: C.
+        memory_size: M.
+        dropout: of embeddings and of what each layer adds.
+        bptt_depth: over how many borders between segments gradients flow back through memory; -1 for all of them. None
+            flow back through the cache.
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+
+    Raises:
+        UserError: if width does not suit heads, or segment_length leaves no room for text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        segment_length: Annotated[int, Ge(1)],
+        width: Annotated[int, Ge(2)] = 128,
+        layers: Annotated[int, Ge(1)] = 4,
+        heads: Annotated[int, Ge(1)] = 4,
+        cache_length: Annotated[int, Ge(0), Le(16_384)] = 64,
+        memory_size: Annotated[int, Ge(0)] = 0,
+        dropout: Annotated[float, Ge(0), Lt(1)] = 0.0,
+        bptt_depth: Annotated[int, Ge(-1)] = -1,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        if width % heads or width % 2:
+            raise UserError(f"model.width={width}: must be even and a multiple of model.heads={heads}")
+        text_length = segment_length - 2 * memory_size
+        if text_length < 1:
+            raise UserError(
+                f"data.segment_length={segment_length}: {memory_size} memory tokens at each end leave no room for "
+                f"text; give more than {2 * memory_size}"
+            )
+        super().__init__(text_length, width, bptt_depth, gradient_checkpointing)
+        self.cache_length = cache_length
+        self.embedding = nn.Embedding(len(tokenizer), width)
+        self.layers = nn.ModuleList(Layer(width, heads, dropout) for _ in range(layers))
+        self.u = nn.Parameter(torch.zeros(heads, 1, width // heads))
+        self.v = nn.Parameter(torch.zeros(heads, 1, width // heads))
+        self.dropout = nn.Dropout(dropout)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        # The first memory stands among word embeddings, so it starts at their scale.
+        self.memory = nn.Parameter(torch.randn(memory_size, width) * 0.02 * width**0.5)
+
+    @property
+    def memory_size(self) -> int:
+        return self.memory.shape[0]
+
+    def initial_state(self, batch_size: int) -> XLState:
+        """An empty cache, and the trained memory, the same for all."""
+        return XLState(
+            self.memory.new_zeros(batch_size, len(self.layers), self.cache_length, self.width),
+            torch.zeros(batch_size, dtype=torch.long, device=self.memory.device),
+            self.memory.expand(batch_size, -1, -1),
+        )
+
+    def step(self, segment: Segment, state: XLState) -> tuple[Tensor, XLState]:
+        """Read one segment (Transformer-XL, section 3.3; RMT-2022, section 3.2).
+
+        Args:
+            segment: at most `text_length` tokens a row. A row without text leaves its state as it is.
+            state: what the segment before has left.
+
+        Returns:
+            Hidden states of the text (B, S, D), and the next state.
+        """
+        ids, mask = segment
+        memory_size, text = self.memory_size, slice(self.memory_size, self.memory_size + ids.shape[1])
+        words = self.embedding(ids) * self.width**0.5
+        memory = state.memory.to(words.dtype)
+        hidden = self.dropout(torch.cat([memory, words, memory], dim=1))  # (B, Q, D)
+        relations = self._relations(segment, state.cached, words.dtype)
+        read = []
+        for layer, cache in zip(self.layers, state.cache.unbind(dim=1), strict=True):
+            read.append(hidden[:, text])
+            seen = torch.cat([hidden[:, :memory_size], cache, hidden[:, memory_size:]], dim=1)  # (B, K, D)
+            hidden = layer(hidden, seen, relations)
+        written = hidden[:, text.stop :].to(state.memory.dtype)
+        if mask is not None:
+            written = torch.where(mask.any(dim=1)[:, None, None], written, state.memory)
+        return hidden[:, text], XLState(*self._cache(torch.stack(read, dim=1), mask, state), written)
+
+    def _relations(self, segment: Segment, cached: Tensor, dtype: torch.dtype) -> Relations:
+        size, cache, length = self.memory_size, self.cache_length, segment.input_ids.shape[1]
+        # The first text token stands at 0; the write memory stands behind a full text, also if this one is shorter.
+        keys = torch.arange(-size - cache, length + size, device=cached.device)
+        keys[size + cache + length :] += self.text_length - length
+        queries = torch.cat([keys[:size], keys[size + cache :]])[:, None]
+        # Memory tokens see each other in both directions; text never sees a token at a negative distance.
+        nearest, farthest = min(0, 1 - size), cache + self.text_length + 2 * size
+        encoding = sinusoids(torch.arange(nearest, farthest, device=keys.device), self.width, dtype)
+        distance = (queries - keys - nearest).clamp(min=0)
+        # What stands to the left is seen; a block of memory counts as one place, so that its tokens see each other.
+        left = keys.clamp(-cache - 1, self.text_length) <= queries.clamp(-cache - 1, self.text_length)
+        exists = (keys < -cache) | (keys >= -cached[:, None])  # (B, K)
+        if segment.attention_mask is not None:
+            exists[:, size + cache : size + cache + length] = segment.attention_mask.bool()
+        return Relations(self.u, self.v, encoding, distance, (left & exists[:, None])[:, None])
+
+    def _cache(self, read: Tensor, mask: Tensor | None, state: XLState) -> tuple[Tensor, Tensor]:
+        """Keep the last C of what was cached and has been read, (B, L, S, D), without its padding."""
+        both = torch.cat([state.cache, read.detach().to(state.cache.dtype)], dim=2)
+        if mask is None:
+            return both[:, :, read.shape[2] :], (state.cached + read.shape[2]).clamp(max=self.cache_length)
+        length = mask.sum(dim=1)
+        last = length[:, None] + torch.arange(self.cache_length, device=length.device)  # (B, C)
+        index = last[:, None, :, None].expand(-1, both.shape[1], -1, both.shape[3])
+        return both.gather(2, index), (state.cached + length).clamp(max=self.cache_length)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the token that follows each one of the text: (B, S, D) -> (B, S, V)."""
+        return nn.functional.linear(hidden, self.embedding.weight)
+
+    def readout(self, hidden: Tensor, segment: Segment) -> Tensor:
+        """The hidden state of the last token of each row's text."""
+        if segment.attention_mask is None:
+            return hidden[:, -1]
+        last = (segment.attention_mask.sum(dim=1) - 1).clamp(min=0)
+        return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+    def trained_state(self) -> list[nn.Parameter]:
+        return [self.memory]
+
+
+class Layer(nn.Module):
+    """Relative attention and a feed-forward network, each added to what it was given and normalised.
+
+    Args:
+        width: D.
+        heads: H.
+        dropout: of what is added.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width, bias=False)
+        self.position = nn.Linear(width, width, bias=False)
+        self.output = nn.Linear(width, width, bias=False)
+        self.attention_norm = nn.LayerNorm(width)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(4 * width, width)
+        )
+        self.feed_forward_norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, hidden: Tensor, seen: Tensor, relations: Relations) -> Tensor:
+        """(B, Q, D) and what they may look at (B, K, D) -> (B, Q, D)."""
+        hidden = self.attention_norm(hidden + self.dropout(self._attend(hidden, seen, relations)))
+        return self.feed_forward_norm(hidden + self.dropout(self.feed_forward(hidden)))
+
+    def _attend(self, hidden: Tensor, seen: Tensor, relations: Relations) -> Tensor:
+        """The four terms of Transformer-XL, section 3.3; those with R once for each distance (appendix B)."""
+        u, v, encoding, distance, visible = relations
+        query = self._split(self.query(hidden))  # (B, H, Q, D/H)
+        key, value = self._split(self.key(seen)), self._split(self.value(seen))  # (B, H, K, D/H)
+        by_content = (query + u) @ key.mT  # (B, H, Q, K)
+        by_distance = (query + v) @ self._split(self.position(encoding)).mT  # (B, H, Q, R)
+        scores = by_content + by_distance.gather(-1, distance.expand(by_content.shape))
+        # Not minus infinity: padding may see nothing, and must not become NaN.
+        scores = (scores / query.shape[-1] ** 0.5).masked_fill(~visible, torch.finfo(scores.dtype).min)
+        return self.output((scores.softmax(dim=-1) @ value).transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        """(…, N, D) -> (…, H, N, D/H)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
+
+
+def sinusoids(distance: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """R of Transformer-XL: sines, then cosines (Vaswani et al. 2017, section 3.5): (R,) -> (R, D)."""
+    frequency = 10_000 ** (-torch.arange(0, width, 2, device=distance.device, dtype=dtype) / width)
+    angle = distance[:, None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)

@@ -1,0 +1,174 @@
+"""Language modelling: the loss of every segment, while the state is carried through the document.
+
+Shapes: B batch, T segments, S text tokens of a segment, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torchmetrics import Metric
+
+from rmt_lightning.errors import UserError
+from rmt_lightning.models.recurrence import Segment, unroll
+from rmt_lightning.models.segment_model import SegmentModel
+from rmt_lightning.tasks.datamodule import data_of
+from rmt_lightning.tasks.language import IGNORED, TextScore
+from rmt_lightning.training.module import SegmentModule
+from rmt_lightning.training.optimization import WarmupDecay
+
+
+class TextLoss(Metric):
+    """Sums up how well documents have been predicted, over ranks too."""
+
+    full_state_update = False
+    nats: Tensor
+    tokens: Tensor
+    bytes: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("nats", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("bytes", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, nats: Tensor, tokens: Tensor, bytes: Tensor) -> None:
+        """Count documents: each (B,)."""
+        self.nats += nats.sum()
+        self.tokens += tokens.sum()
+        self.bytes += bytes.sum()
+
+    def compute(self) -> dict[str, float]:
+        """Loss, perplexity and bits per byte, among others."""
+        return TextScore(self.nats.item(), int(self.tokens), int(self.bytes)).row()
+
+
+class Piece(NamedTuple):
+    """One segment of running text.
+
+    Attributes:
+        segment: what is read.
+        targets: (B, S) the tokens to predict; IGNORED where there is none.
+        starts: (B,) whether a document begins here.
+    """
+
+    segment: Segment
+    targets: Tensor
+    starts: Tensor
+
+
+class LanguageModeler(SegmentModule):
+    """Trains a causal segment model on running text (RMT-2022, section 4).
+
+    A training step reads the next T segments of every row and adds up the losses of all of them. The state goes on
+    into the next step without its gradient, and is the first one again where a document begins.
+
+    With `bptt_depth` k of the model, the T segments are read in windows of k + 1, and the state enters a window without
+    gradient. So the loss of a segment flows back over 0 to k borders, k / 2 on average; with k = 0 memory is passed on
+    and never trained to be of use later, and -1 makes one window of all T.
+
+    Args:
+        model: turns a segment into hidden states, and these into scores of the next token.
+        optimization: how to train.
+        seed: of dropout.
+
+    Raises:
+        UserError: if the model does not predict tokens.
+    """
+
+    def __init__(self, model: SegmentModel[Any], optimization: WarmupDecay, seed: int = 0) -> None:
+        if type(model).logits is SegmentModel.logits:
+            raise UserError(
+                f"task=language_modeling: a {type(model).__name__} does not predict the next token; choose a causal "
+                "model, such as model=transformer_xl"
+            )
+        super().__init__(model, optimization, seed)
+        self.score = TextLoss()
+        # What the last training step has left; and a checkpoint: the rows of all ranks, one after another.
+        self._state: Any = None
+        self._saved: list[Tensor] = []
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        if self._state is None:
+            self._state = self._resumed_state(len(batch["starts"]))
+        readings = list(self._read(batch, self._state))
+        self._state = _detached(readings[-1][1])
+        total = torch.stack([losses.sum() for losses, _ in readings]).sum()
+        self.log("train/loss", total.detach() / (batch["targets"] != IGNORED).sum())
+        # Every token weighs the same in every step and on every rank, however many of them are padding.
+        return self.checked(total / batch["targets"].numel())
+
+    def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.log_speed(len(batch["starts"]) * batch["starts"].shape[1] * data_of(self.trainer).segment_length)
+
+    def nats(self, batch: dict[str, Tensor]) -> Tensor:
+        """Negative log-likelihood of whole documents, (B,)."""
+        readings = self._read(batch, self.model.initial_state(len(batch["starts"])))
+        return torch.stack([losses.sum(dim=1) for losses, _ in readings]).sum(dim=0)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        tokens = (batch["targets"] != IGNORED).sum(dim=(1, 2))
+        self.score.update(self.nats(batch), tokens, batch["bytes"])
+
+    def on_validation_epoch_end(self) -> None:
+        score = self.score.compute()
+        self.score.reset()
+        self.log_dict({f"val/{name}": score[name] for name in ("loss", "perplexity", "bits_per_byte")})
+
+    def _read(self, batch: dict[str, Tensor], state: Any) -> Iterator[tuple[Tensor, Any]]:
+        """Yield the losses (B, S) of each segment and the state after it."""
+        parts = (batch[name].unbind(dim=1) for name in ("input_ids", "targets", "starts"))
+        pieces = (
+            Piece(Segment(ids, (targets != IGNORED).long()), targets, starts)
+            for ids, targets, starts in zip(*parts, strict=True)
+        )
+        depth, checkpointing = self.model.bptt_depth, self.model.gradient_checkpointing
+        size = batch["starts"].shape[1] if depth < 0 else depth + 1
+        while window := list(islice(pieces, size)):
+            readings = unroll(self._step, window, _detached(state), checkpointing=checkpointing)
+            for losses, state in readings:
+                yield losses, state
+
+    def _step(self, piece: Piece, state: Any) -> tuple[Tensor, Any]:
+        """Read one segment, from the first state where a document begins: its losses in nats (B, S), the next state."""
+
+        def begin(first: Tensor, carried: Tensor) -> Tensor:
+            return torch.where(piece.starts.view(-1, *[1] * (first.dim() - 1)), first, carried)
+
+        state = tree_map(begin, self.model.initial_state(len(piece.starts)), state)
+        hidden, state = self.model.step(piece.segment, state)
+        scores = self.model.logits(hidden).flatten(0, 1)
+        losses = nn.functional.cross_entropy(scores, piece.targets.flatten(), ignore_index=IGNORED, reduction="none")
+        return losses.view_as(piece.targets), state
+
+    def _resumed_state(self, batch_size: int) -> Any:
+        """The state of this rank's rows. A row that the checkpoint does not know begins with the first state."""
+        first, structure = tree_flatten(self.model.initial_state(batch_size))
+        offset = self.global_rank * batch_size
+        for number, saved in enumerate(self._saved):
+            mine = saved[offset : offset + batch_size].to(self.device)
+            if mine.shape[1:] == first[number].shape[1:]:
+                first[number] = torch.cat([mine, first[number][len(mine) :]])
+        return tree_unflatten(first, structure)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        leaves = tree_leaves(self._state)
+        if self.trainer.world_size > 1:
+            leaves = [leaf.flatten(0, 1) for leaf in cast(list[Tensor], self.all_gather(leaves))]
+        checkpoint["state"] = leaves
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._saved = checkpoint["state"]
+
+    def configure_optimizers(self) -> Any:
+        optimizer, schedule = self.optimization.build(self.parameters(), 1)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _detached(state: Any) -> Any:
+    return tree_map(Tensor.detach, state)
