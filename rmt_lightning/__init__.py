@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rmt_lightning.errors import UserError
-    from rmt_lightning.models.backbone import Encoder, Pretrained, TinyBert
+    from rmt_lightning.models.backbone import Decoder, Encoder, Pretrained, TinyBert, TinyGPT
     from rmt_lightning.models.recurrence import Segment, unroll
-    from rmt_lightning.models.rmt import RMTEncoder
+    from rmt_lightning.models.rmt import RMTDecoder, RMTEncoder
     from rmt_lightning.tasks.datamodule import FactDataModule
     from rmt_lightning.tasks.placement import Placement
     from rmt_lightning.training.classification import FactClassifier
@@ -17,30 +17,36 @@ if TYPE_CHECKING:
 
 # Where each public name lives. They are imported when first used: --help should not have to wait for torch.
 _HOMES = {
+    "Decoder": "models.backbone",
     "Encoder": "models.backbone",
     "FactClassifier": "training.classification",
     "FactDataModule": "tasks.datamodule",
     "Placement": "tasks.placement",
     "Pretrained": "models.backbone",
+    "RMTDecoder": "models.rmt",
     "RMTEncoder": "models.rmt",
     "Segment": "models.recurrence",
     "SegmentCurriculum": "training.curriculum",
     "TinyBert": "models.backbone",
+    "TinyGPT": "models.backbone",
     "UserError": "errors",
     "unroll": "models.recurrence",
 }
 
 __version__ = "0.1.0"
 __all__ = [
+    "Decoder",
     "Encoder",
     "FactClassifier",
     "FactDataModule",
     "Placement",
     "Pretrained",
+    "RMTDecoder",
     "RMTEncoder",
     "Segment",
     "SegmentCurriculum",
     "TinyBert",
+    "TinyGPT",
     "UserError",
     "unroll",
 ]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.errors import UserError
-from rmt_lightning.models.backbone import Backbone, Restored
+from rmt_lightning.models.backbone import Backbone, Restored, parts_for
 from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.run_folder import BACKBONE, TOKENIZER
 from rmt_lightning.tasks.datamodule import FactDataModule
@@ -77,12 +76,8 @@ def build(
 
 def _model(config: DictConfig, backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> SegmentModel[Any]:
     """Build the model, handing it of the backbone what its constructor asks for by name."""
-    offered: dict[str, Callable[[], Any]] = {
-        "encoder": lambda: backbone.encoder(tokenizer),
-        "tokenizer": lambda: tokenizer,
-    }
-    asked = inspect.signature(get_object(config._target_)).parameters
-    model: SegmentModel[Any] = instantiate(config, **{name: give() for name, give in offered.items() if name in asked})
+    parts = parts_for(get_object(config._target_), backbone, tokenizer)
+    model: SegmentModel[Any] = instantiate(config, _convert_="all", **parts)
     return model
 
 

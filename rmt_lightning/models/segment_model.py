@@ -101,14 +101,8 @@ class SegmentModel(nn.Module, ABC, Generic[State]):
             state = self.initial_state(batch_size)
         readings = unroll(self.step, to_read, state, self.bptt_depth, self.gradient_checkpointing)
         for segment, (hidden, after) in zip(segments, readings, strict=True):
-            yield segment, self._touch_state(hidden), after
-
-    def _touch_state(self, hidden: Tensor) -> Tensor:
-        """Truncation may leave a trained first state without gradient. DDP then computes wrong averages in silence."""
-        if hidden.requires_grad:
-            for parameter in self.trained_state():
-                hidden = hidden + 0 * parameter.sum()
-        return hidden
+            # Truncation may leave a trained first state without gradient.
+            yield segment, touch(hidden, self.trained_state()), after
 
     def trained_state(self) -> list[nn.Parameter]:
         """The parameters that only `initial_state` uses."""
@@ -133,3 +127,11 @@ class SegmentModel(nn.Module, ABC, Generic[State]):
             order = mask_s.argsort(dim=1, descending=True, stable=True)
             segments.append(Segment(ids_s.gather(1, order), mask_s.gather(1, order)))
         return segments
+
+
+def touch(hidden: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Give parameters that a loss may not need a gradient of zero: without one DDP averages wrongly in silence."""
+    if hidden.requires_grad:
+        for parameter in parameters:
+            hidden = hidden + 0 * parameter.sum()
+    return hidden
