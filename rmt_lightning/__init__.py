@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rmt_lightning.errors import UserError
     from rmt_lightning.models.backbone import Decoder, Encoder, Pretrained, TinyBert, TinyGPT
+    from rmt_lightning.models.generation import generate
     from rmt_lightning.models.recurrence import Segment, unroll
     from rmt_lightning.models.rmt import RMTDecoder, RMTEncoder
     from rmt_lightning.tasks.datamodule import FactDataModule
@@ -30,6 +31,7 @@ _HOMES = {
     "TinyBert": "models.backbone",
     "TinyGPT": "models.backbone",
     "UserError": "errors",
+    "generate": "models.generation",
     "unroll": "models.recurrence",
 }
 
@@ -48,6 +50,7 @@ __all__ = [
     "TinyBert",
     "TinyGPT",
     "UserError",
+    "generate",
     "unroll",
 ]
 
