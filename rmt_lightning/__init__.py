@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rmt_lightning.errors import UserError
+    from rmt_lightning.models.answerer import Answerer
     from rmt_lightning.models.backbone import Decoder, Encoder, Pretrained, TinyBert, TinyGPT
     from rmt_lightning.models.generation import generate
     from rmt_lightning.models.recurrence import Segment, unroll
     from rmt_lightning.models.rmt import RMTDecoder, RMTEncoder
+    from rmt_lightning.models.segment_model import SegmentModel
     from rmt_lightning.tasks.datamodule import FactDataModule
     from rmt_lightning.tasks.placement import Placement
     from rmt_lightning.training.classification import FactClassifier
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 # Where each public name lives. They are imported when first used: --help should not have to wait for torch.
 _HOMES = {
+    "Answerer": "models.answerer",
     "Decoder": "models.backbone",
     "Encoder": "models.backbone",
     "FactClassifier": "training.classification",
@@ -28,6 +31,7 @@ _HOMES = {
     "RMTEncoder": "models.rmt",
     "Segment": "models.recurrence",
     "SegmentCurriculum": "training.curriculum",
+    "SegmentModel": "models.segment_model",
     "TinyBert": "models.backbone",
     "TinyGPT": "models.backbone",
     "UserError": "errors",
@@ -37,6 +41,7 @@ _HOMES = {
 
 __version__ = "0.1.0"
 __all__ = [
+    "Answerer",
     "Decoder",
     "Encoder",
     "FactClassifier",
@@ -47,6 +52,7 @@ __all__ = [
     "RMTEncoder",
     "Segment",
     "SegmentCurriculum",
+    "SegmentModel",
     "TinyBert",
     "TinyGPT",
     "UserError",

@@ -12,13 +12,15 @@ from typing import Any
 import lightning as L
 from filelock import FileLock
 from hydra.utils import get_object, instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.errors import UserError
+from rmt_lightning.models.answerer import Answerer
 from rmt_lightning.models.backbone import Backbone, Restored, parts_for
 from rmt_lightning.models.segment_model import SegmentModel
-from rmt_lightning.run_folder import BACKBONE, TOKENIZER
+from rmt_lightning.run_folder import BACKBONE, CONFIG, TOKENIZER
 from rmt_lightning.tasks.datamodule import FactDataModule
 from rmt_lightning.tasks.facts import Task
 from rmt_lightning.tasks.noise import SPLITS, Noise, tokenise
@@ -79,6 +81,25 @@ def _model(config: DictConfig, backbone: Backbone, tokenizer: PreTrainedTokenize
     parts = parts_for(get_object(config._target_), backbone, tokenizer)
     model: SegmentModel[Any] = instantiate(config, _convert_="all", **parts)
     return model
+
+
+def open_trained(run: Path, checkpoint: Path) -> Answerer | SegmentModel[Any]:
+    """The model of one of a run's checkpoints, with its head if it was trained to choose between answers.
+
+    Raises:
+        UserError: if the checkpoint is damaged.
+    """
+    config = OmegaConf.load(run / CONFIG)
+    saved = read_checkpoint(checkpoint)
+    backbone = Restored(run / TOKENIZER, run / BACKBONE)
+    model = _model(config.model, backbone, backbone.tokenizer([]))
+    weights = {name: value for name, value in saved["state_dict"].items() if name.startswith(("model.", "head."))}
+    whole: nn.Module = nn.ModuleDict({"model": model})
+    if "head.weight" in weights:
+        whole = Answerer(model, nn.Linear(model.width, len(saved["answers"])), saved["answers"])
+    check_fits(whole, weights, checkpoint)
+    whole.load_state_dict(weights)
+    return whole if isinstance(whole, Answerer) else model
 
 
 def load(config: DictConfig, run: Path, checkpoint: Path) -> Parts:

@@ -342,7 +342,7 @@ class Pretrained:
             raise UserError(f"backbone.name={self.name}: no such folder; give a folder or a Hugging Face Hub id")
         hf_logging.disable_progress_bar()
         try:
-            return auto_class.from_pretrained(self.name, **options)
+            return auto_class.from_pretrained(self.name, trust_remote_code=False, **options)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
@@ -364,7 +364,9 @@ class Restored:
         self.config_folder = config_folder
 
     def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.tokenizer_folder)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            self.tokenizer_folder, trust_remote_code=False
+        )
         return tokenizer
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase) -> Encoder:
@@ -374,5 +376,5 @@ class Restored:
         return Decoder(AutoModelForCausalLM.from_config(self._config()), tokenizer)
 
     def _config(self) -> PreTrainedConfig:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(self.config_folder)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(self.config_folder, trust_remote_code=False)
         return config

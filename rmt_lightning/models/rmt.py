@@ -59,6 +59,7 @@ class MemoryModel(SegmentModel[Tensor]):
                 f"data.segment_length={segment_length}: {what} tokens leave no room for text; give more than {taken}"
             )
         super().__init__(segment_length - taken, backbone.width, bptt_depth, gradient_checkpointing)
+        self.tokenizer = backbone.tokenizer
         self.segment_length = segment_length
         # The first memory stands among word embeddings, so it starts at their scale.
         self.memory = nn.Parameter(torch.randn(memory_size, backbone.width) * backbone.embedding_scale)

@@ -12,16 +12,18 @@ from typing import Generic
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
+from rmt_lightning.models.pretrained import SavedModel
 from rmt_lightning.models.recurrence import Segment, State, unroll
 
 
-class SegmentModel(nn.Module, ABC, Generic[State]):
+class SegmentModel(nn.Module, SavedModel, ABC, Generic[State]):
     """A function `(segment, state) -> (hidden, state)` with a first state, and the ways to feed it a text.
 
     The state is a value, a tensor or a tree of tensors whose first dimension is the batch, never an attribute.
-    To add a model, write its `initial_state`, `step` and `readout`, and one yaml in conf/model/.
+    To add a model, write its `initial_state`, `step` and `readout`, and one yaml in conf/model/. Its constructor is
+    given what it asks for by name: `encoder`, `decoder`, `tokenizer`. So that the model can be saved, all else that the
+    constructor takes is plain values, `tokenizer` is kept, and `architecture` tells the config of what is inside.
 
     Args:
         text_length: S, how much of a segment is text.
@@ -38,11 +40,6 @@ class SegmentModel(nn.Module, ABC, Generic[State]):
         self.width = width
         self.bptt_depth = bptt_depth
         self.gradient_checkpointing = gradient_checkpointing
-
-    @property
-    def architecture(self) -> PretrainedConfig | None:
-        """The config of the Hugging Face model inside, if there is one: what its weights alone do not tell."""
-        return None
 
     @abstractmethod
     def initial_state(self, batch_size: int) -> State:
