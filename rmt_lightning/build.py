@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -14,15 +13,17 @@ from typing import Any
 import lightning as L
 from filelock import FileLock
 from hydra.utils import get_object, instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.analysis.extrapolation import LengthTest
 from rmt_lightning.analysis.perplexity import DocumentTest
 from rmt_lightning.errors import UserError
-from rmt_lightning.models.backbone import Backbone, Restored
+from rmt_lightning.models.answerer import Answerer
+from rmt_lightning.models.backbone import Backbone, Restored, parts_for
 from rmt_lightning.models.segment_model import SegmentModel
-from rmt_lightning.run_folder import BACKBONE, TOKENIZER
+from rmt_lightning.run_folder import BACKBONE, CONFIG, TOKENIZER
 from rmt_lightning.tasks.datamodule import FactDataModule
 from rmt_lightning.tasks.facts import Split, Task
 from rmt_lightning.tasks.language import DocumentDataModule, LanguageModeling, RunningText
@@ -156,13 +157,28 @@ def _check_noise(parts: Parts, max_segments: int) -> None:
 
 def _model(config: DictConfig, backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> SegmentModel[Any]:
     """Build the model, handing it of the backbone what its constructor asks for by name."""
-    offered: dict[str, Callable[[], Any]] = {
-        "encoder": lambda: backbone.encoder(tokenizer),
-        "tokenizer": lambda: tokenizer,
-    }
-    asked = inspect.signature(get_object(config._target_)).parameters
-    model: SegmentModel[Any] = instantiate(config, **{name: give() for name, give in offered.items() if name in asked})
+    parts = parts_for(get_object(config._target_), backbone, tokenizer)
+    model: SegmentModel[Any] = instantiate(config, _convert_="all", **parts)
     return model
+
+
+def open_trained(run: Path, checkpoint: Path) -> Answerer | SegmentModel[Any]:
+    """The model of one of a run's checkpoints, with its head if it was trained to choose between answers.
+
+    Raises:
+        UserError: if the checkpoint is damaged.
+    """
+    config = OmegaConf.load(run / CONFIG)
+    saved = read_checkpoint(checkpoint)
+    backbone = Restored(run / TOKENIZER, run / BACKBONE)
+    model = _model(config.model, backbone, backbone.tokenizer([]))
+    weights = {name: value for name, value in saved["state_dict"].items() if name.startswith(("model.", "head."))}
+    whole: nn.Module = nn.ModuleDict({"model": model})
+    if "head.weight" in weights:
+        whole = Answerer(model, nn.Linear(model.width, len(saved["answers"])), saved["answers"])
+    check_fits(whole, weights, checkpoint)
+    whole.load_state_dict(weights)
+    return whole if isinstance(whole, Answerer) else model
 
 
 def load(config: DictConfig, run: Path, checkpoint: Path) -> Parts:

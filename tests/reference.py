@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import BertModel
+from transformers import BertModel, PreTrainedModel
 
 
 def read_segment(bert: BertModel, cls: int, sep: int, text: list[int], memory: Tensor) -> tuple[Tensor, Tensor]:
-    """RMT-2023 (arXiv 2304.11062), section 3, one row.
+    """RMT-2023 (arXiv 2304.11062), section 3.
 
-    H⁰ = [CLS] ∘ mem ∘ [SEP] text [SEP]; mem_{τ+1} = the memory's rows of Transformer(H⁰).
+    One row: H⁰ = [CLS] ∘ mem ∘ [SEP] text [SEP]; mem_{τ+1} = the memory's rows of Transformer(H⁰).
     """
     words = bert.embeddings.word_embeddings.weight
     rows = [words[cls]]
@@ -40,6 +40,43 @@ def read_text(
         if number == cut_before:
             memory = memory.detach()
         output, memory = read_segment(bert, cls, sep, segment, memory)
+    return output, memory
+
+
+def read_causal_segment(gpt: PreTrainedModel, text: list[int], memory: Tensor, free: bool) -> tuple[Tensor, Tensor]:
+    """RMT-2022 (arXiv 2207.06881), section 3.1, one row.
+
+    H⁰ = mem ∘ text ∘ mem; mem_{τ+1} = the last rows of Transformer(H⁰).
+    """
+    words = gpt.get_input_embeddings().weight
+    rows = [memory[i] for i in range(len(memory))]
+    rows += [words[token] for token in text]
+    rows += [memory[i] for i in range(len(memory))]
+    block = ["read"] * len(memory) + ["text"] * len(text) + ["write"] * len(memory)
+    mask = torch.full((len(rows), len(rows)), torch.finfo(memory.dtype).min, dtype=memory.dtype)
+    for query in range(len(rows)):
+        for key in range(len(rows)):
+            if key <= query or (free and block[query] == block[key] != "text"):
+                mask[query, key] = 0.0
+    # Without free attention the backbone's own causal mask is all there is.
+    options = {"attention_mask": mask[None, None], "position_ids": torch.arange(len(rows))[None]} if free else {}
+    output = gpt.base_model(inputs_embeds=torch.stack(rows)[None], **options).last_hidden_state[0]
+    return output[len(memory) : len(memory) + len(text)], output[len(memory) + len(text) :]
+
+
+def read_causal_text(
+    gpt: PreTrainedModel,
+    text: list[int],
+    memory: Tensor,
+    text_length: int,
+    free: bool = True,
+    cut_before: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One row of any length, its segments counted from the beginning."""
+    for number, start in enumerate(range(0, len(text), text_length)):
+        if number == cut_before:
+            memory = memory.detach()
+        output, memory = read_causal_segment(gpt, text[start : start + text_length], memory, free)
     return output, memory
 
 

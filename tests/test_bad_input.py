@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from conftest import SMALL, Run
 from hydra.core.global_hydra import GlobalHydra
+from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning import train as front_door
+from rmt_lightning.models.backbone import TinyBert, TinyGPT
 
 TABLE = [
     # unknown keys
@@ -39,7 +41,7 @@ TABLE = [
     # unknown choices
     ("task=detekt", r"task=detekt: no such choice; did you mean detect? allowed: babi, carried, detect, lang"),
     ("noise=silence", "noise=silence: no such choice; allowed: files, pg19, prose, quality, wikitext\n"),
-    ("backbone=gpt2", "backbone=gpt2: no such choice; allowed: bert_base_cased, bigbird_roberta_base, longformer_base"),
+    ("backbone=gpt", "backbone=gpt: no such choice; did you mean gpt2? allowed: bert_base_cased, bigbird"),
     ("model=lsmt", r"model=lsmt: no such choice; did you mean lstm? allowed: bigbird, full_attention, longformer, "),
     ("experiment=paper_carried", r"experiment=paper_carried: no such choice; did you mean paper_"),
     ("logger=mlflow", r"logger=mlflow: no such choice; allowed: csv, tensorboard, wandb"),
@@ -55,6 +57,9 @@ TABLE = [
     ("model.bptt_depth=-2", r"model.bptt_depth=-2: must be greater than or equal to -1"),
     ("data.segment_length=513", r"data.segment_length=513: the backbone sees at most 512 tokens; give 512 or less"),
     ("data.segment_length=12", r"data.segment_length=12: 10 memory and 3 special tokens leave no room for text; "),
+    ("model=rmt_decoder backbone=tiny_gpt data.segment_length=20", r"data.segment_length=20: 10 read memory and"),
+    ("model=rmt_decoder backbone=tiny_gpt data.segment_length=600", r"data.segment_length=600: the backbone see"),
+    ("model.memory_attention=free", r"model.memory_attention: no such setting"),
     ("data.segment_length=20", r"data.segment_length: leaves room for 7 tokens of text, too small for the facts"),
     ("model=full_attention hold=carried_states", r"hold=carried_states: this model keeps the whole text and has no "),
     ("task=language_modeling hold=carried_states", r"hold=carried_states: asks questions, which running text has not"),
@@ -94,6 +99,10 @@ TABLE = [
     ("backbone=minilm backbone.name=/absent/model", r"backbone.name=/absent/model: no such folder"),
     ("backbone=minilm", r"backbone.name=sentence-transformers/all-MiniLM-L6-v2: cannot be loaded"),
     ("backbone=minilm backbone.name=notes", r"backbone.name=notes: cannot be loaded"),
+    ("model=rmt_decoder", r"backbone: RMTDecoder needs a causal language model; choose backbone=tiny_gpt or gpt2"),
+    ("backbone=tiny_gpt", r"backbone: RMTEncoder needs an encoder; choose backbone=tiny_bert, minilm or bert_base_cas"),
+    ("backbone=minilm backbone.name=bert model=rmt_decoder", r"backbone.name=bert: bert is an encoder; choose"),
+    ("backbone=gpt2 backbone.name=gpt", r"backbone: gpt2 has no tokens to begin and to end a segment; choose an enc"),
     ("noise=wikitext", r"noise.name=Salesforce/wikitext: cannot be loaded from the Hugging Face Hub"),
     # resuming
     ("resume=absent", r"resume=absent: no run there; give a run folder or one of its checkpoints/*.ckpt"),
@@ -122,9 +131,22 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     return folder / "run"
 
 
+@pytest.fixture(scope="module")
+def backbones(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two folders as they could come from the Hub: an encoder and a causal language model."""
+    folder = tmp_path_factory.mktemp("backbones")
+    size = {"width": 16, "layers": 1, "heads": 2}
+    texts = ["Mary went to the garden."]
+    (gpt_tokenizer := TinyGPT().tokenizer(texts)).save_pretrained(folder / "gpt")
+    TinyGPT(**size).decoder(gpt_tokenizer).model.save_pretrained(folder / "gpt")
+    tokenizer.save_pretrained(folder / "bert")
+    TinyBert(**size).encoder(tokenizer).model.save_pretrained(folder / "bert")
+    return folder
+
+
 @pytest.fixture
 def here(
-    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+    finished_run: Path, backbones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
 ) -> Iterator[Path]:
     """A folder with a finished run and some files that are of no use."""
     shutil.copytree(finished_run, tmp_path / "run")
@@ -135,6 +157,8 @@ def here(
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 10)
     (tmp_path / "short.txt").write_text("One sentence. Another one. A third one.")
     (tmp_path / "notes").mkdir()
+    for name in ("bert", "gpt"):
+        (tmp_path / name).symlink_to(backbones / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RMT_LIGHTNING_CACHE", environment["RMT_LIGHTNING_CACHE"])
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -1,13 +1,14 @@
-"""A Hugging Face encoder behind one small interface.
+"""A Hugging Face encoder or causal language model behind one small interface.
 
-Shapes: B batch, N tokens that the backbone sees, E width of the embeddings, D width of the hidden states.
+Shapes: B batch, N tokens that the backbone sees, E width of the embeddings, D width of the hidden states, V vocabulary.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Protocol, cast
@@ -20,10 +21,12 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoTokenizer,
     BertConfig,
     BigBirdConfig,
     BigBirdModel,
+    GPT2Config,
     LongformerConfig,
     LongformerModel,
     PreTrainedConfig,
@@ -31,6 +34,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging as hf_logging
 
 from rmt_lightning.errors import UserError
@@ -40,32 +44,19 @@ logging.getLogger(LongformerModel.__module__).setLevel(logging.ERROR)
 logging.getLogger(BigBirdModel.__module__).setLevel(logging.ERROR)
 
 
-class Encoder(nn.Module):
-    """What the recurrence needs of an encoder: embed token ids, turn embeddings into hidden states.
+class Transformer(nn.Module):
+    """What encoders and decoders have in common.
 
     Args:
-        model: any Hugging Face encoder that takes `inputs_embeds`.
-        tokenizer: tells which ids stand for [CLS], [SEP] and padding.
-
-    Raises:
-        UserError: if the tokenizer has no such tokens.
+        model: any Hugging Face model that takes `inputs_embeds`.
+        tokenizer: the one that goes with it.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
-        # A pooler would be computed for nothing, and DDP does not like parameters without gradient.
-        if getattr(model, "pooler", None) is not None:
-            model.register_module("pooler", None)
         # from_pretrained hands models over for inference, with dropout off.
         self.model = model.train()
-        cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
-        if cls is None or sep is None:
-            raise UserError(
-                f"backbone: {model.config.model_type} has no tokens to begin and to end a segment; choose an encoder "
-                "such as BERT, RoBERTa, DistilBERT, ELECTRA, MPNet or ModernBERT"
-            )
-        self.cls_token_id = int(cls)
-        self.sep_token_id = int(sep)
+        self.tokenizer = tokenizer
 
     @property
     def _words(self) -> nn.Embedding:
@@ -78,7 +69,7 @@ class Encoder(nn.Module):
 
     @property
     def embedding_width(self) -> int:
-        """E. ELECTRA's is smaller than D."""
+        """E. That of ELECTRA is smaller than D."""
         return int(self._words.weight.shape[1])
 
     @property
@@ -89,16 +80,46 @@ class Encoder(nn.Module):
     @property
     def max_positions(self) -> int:
         """How many tokens the backbone can see at once."""
-        positions = int(self.model.config.max_position_embeddings)
-        table = getattr(getattr(self.model, "embeddings", None), "position_embeddings", None)
-        # RoBERTa and MPNet keep the first rows of the table for padding.
-        padding = getattr(table, "padding_idx", None)
-        return positions if padding is None else positions - padding - 1
+        return int(self.model.config.max_position_embeddings)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Word embeddings, before positions are added: (B, N) -> (B, N, E)."""
         embedded: Tensor = self._words(input_ids)
         return embedded
+
+
+class Encoder(Transformer):
+    """What the recurrence needs of an encoder: embed token ids, turn embeddings into hidden states.
+
+    Args:
+        model: any Hugging Face encoder that takes `inputs_embeds`.
+        tokenizer: tells which ids stand for [CLS], [SEP] and padding.
+
+    Raises:
+        UserError: if the tokenizer has no such tokens.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        # A pooler would be computed for nothing, and DDP does not like parameters without gradient.
+        if getattr(model, "pooler", None) is not None:
+            model.register_module("pooler", None)
+        super().__init__(model, tokenizer)
+        cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
+        if cls is None or sep is None:
+            raise UserError(
+                f"backbone: {model.config.model_type} has no tokens to begin and to end a segment; choose an encoder "
+                "such as BERT, RoBERTa, DistilBERT, ELECTRA, MPNet or ModernBERT"
+            )
+        self.cls_token_id = int(cls)
+        self.sep_token_id = int(sep)
+
+    @property
+    def max_positions(self) -> int:
+        """How many tokens the backbone can see at once."""
+        table = getattr(getattr(self.model, "embeddings", None), "position_embeddings", None)
+        # RoBERTa and MPNet keep the first rows of the table for padding.
+        padding = getattr(table, "padding_idx", None)
+        return super().max_positions if padding is None else super().max_positions - padding - 1
 
     def forward(self, embeddings: Tensor, attention_mask: Tensor | None) -> Tensor:
         """(B, N, E), (B, N) with 1 for what may be seen -> (B, N, D)."""
@@ -127,6 +148,69 @@ class Encoder(nn.Module):
         cast(BigBirdModel, self.model).set_attention_type(config.attention_type if fits else "original_full")
 
 
+class Decoder(Transformer):
+    """What the recurrence needs of a causal language model: hidden states under a mask of its own, and next words.
+
+    Args:
+        model: any Hugging Face causal language model with scaled-dot-product attention, such as GPT-2, OPT, GPT-NeoX,
+            Llama or Qwen.
+        tokenizer: the one that goes with it.
+
+    Raises:
+        UserError: if the model cannot be told which tokens see which, or where they stand.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        kind, attention = model.config.model_type, model.config._attn_implementation
+        # Other kinds of attention may ignore a mask of four dimensions without a word.
+        if attention != "sdpa":
+            raise UserError(
+                f"backbone: {kind} comes with {attention} attention, and memory needs scaled-dot-product attention "
+                f"(sdpa); choose {_DECODERS}"
+            )
+        if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+            raise UserError(f"backbone: {kind} cannot be told the positions of tokens; choose {_DECODERS}")
+        super().__init__(model, tokenizer)
+
+    @property
+    def _to_words(self) -> nn.Linear:
+        return cast(nn.Linear, self.model.get_output_embeddings())
+
+    @property
+    def width(self) -> int:
+        """D, that of the states which words are read from. In the OPT of 350M it is smaller than the layers are."""
+        return self._to_words.in_features
+
+    @property
+    def untied(self) -> list[nn.Parameter]:
+        """The parameters that only `logits` uses: none if words are read off with the embeddings that write them."""
+        return [weight for weight in self._to_words.parameters() if weight is not self._words.weight]
+
+    def forward(self, embeddings: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+        """What the last layer makes of embeddings.
+
+        Args:
+            embeddings: (B, N, E).
+            attention_mask: (B or 1, 1, N, N), added to the attention scores: row q holds 0 for what q may see.
+            position_ids: (B or 1, N).
+
+        Returns:
+            (B, N, D).
+        """
+        hidden: Tensor = self.model.base_model(
+            inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        )[0]
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the words that may come next: (…, D) -> (…, V)."""
+        scores: Tensor = self._to_words(hidden)
+        return scores
+
+
+_DECODERS = "a causal language model such as GPT-2, OPT, GPT-NeoX, Llama or Qwen"
+
+
 class Backbone(Protocol):
     """How a backbone comes into being."""
 
@@ -136,12 +220,37 @@ class Backbone(Protocol):
     def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
         """The backbone's tokenizer; one that has none of its own learns it from `texts`."""
 
-    def encoder(self, tokenizer: PreTrainedTokenizerBase) -> Encoder:
-        """The encoder, with the weights that training starts from."""
+    # Beside it, at least one of the following, with the weights that training starts from:
+    #   encoder(tokenizer) -> Encoder
+    #   decoder(tokenizer) -> Decoder
 
 
-class TinyBert:
-    """A small BERT with random weights, for two cores and a few minutes. Its tokenizer is trained on the text at hand.
+_CHOICES = {
+    "encoder": "an encoder; choose backbone=tiny_bert, minilm or bert_base_cased",
+    "decoder": "a causal language model; choose backbone=tiny_gpt or gpt2",
+}
+
+
+def parts_for(
+    constructor: Callable[..., Any], backbone: Backbone, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """What a model's constructor asks for by name: an `encoder`, a `decoder`, the `tokenizer`.
+
+    Raises:
+        UserError: if the backbone is of the other kind.
+    """
+    asked = inspect.signature(constructor).parameters
+    parts: dict[str, Any] = {"tokenizer": tokenizer} if "tokenizer" in asked else {}
+    for kind, choice in _CHOICES.items():
+        if kind in asked:
+            if not hasattr(backbone, kind):
+                raise UserError(f"backbone: {constructor.__name__} needs {choice}")
+            parts[kind] = getattr(backbone, kind)(tokenizer)
+    return parts
+
+
+class Tiny:
+    """A small model with random weights, for two cores and a few minutes. Its tokenizer is trained on the text at hand.
 
     Args:
         width: D.
@@ -170,6 +279,27 @@ class TinyBert:
         self.vocabulary_size = vocabulary_size
         self.dropout = dropout
 
+    def _train_tokenizer(
+        self, texts: Iterable[str], normalizer: normalizers.Normalizer | None, special: dict[str, str]
+    ) -> PreTrainedTokenizerBase:
+        # Byte-level BPE knows every character, and comes out the same each time; the trainer of WordPiece does not.
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.normalizer = normalizer
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=self.vocabulary_size,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            special_tokens=list(special.values()),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+class TinyBert(Tiny):
+    """A small BERT; its arguments are those of `Tiny`."""
+
     def config(self) -> PreTrainedConfig:
         return BertConfig(**self._settings())
 
@@ -189,20 +319,8 @@ class TinyBert:
         }
 
     def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
-        # Byte-level BPE knows every character, and comes out the same each time; the trainer of WordPiece does not.
         special = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.normalizer = normalizers.Lowercase()
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-        tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=self.vocabulary_size,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            special_tokens=list(special.values()),
-            show_progress=False,
-        )
-        tokenizer.train_from_iterator(texts, trainer)
-        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+        return self._train_tokenizer(texts, normalizers.Lowercase(), special)
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase) -> Encoder:
         config = self.config()
@@ -283,8 +401,33 @@ class TinyBigBird(TinyBert):
         return BigBirdConfig(**self._settings(), block_size=self.block_size, num_random_blocks=self.random_blocks)
 
 
+class TinyGPT(Tiny):
+    """A small GPT-2; its arguments are those of `Tiny`. Its tokenizer keeps capitals, since it has to write."""
+
+    def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
+        return self._train_tokenizer(texts, None, {"pad_token": "[PAD]", "eos_token": "[EOS]"})
+
+    def config(self) -> PreTrainedConfig:
+        return GPT2Config(
+            vocab_size=self.vocabulary_size,
+            n_embd=self.width,
+            n_layer=self.layers,
+            n_head=self.heads,
+            n_positions=self.max_positions,
+            embd_pdrop=self.dropout,
+            attn_pdrop=self.dropout,
+            resid_pdrop=self.dropout,
+        )
+
+    def decoder(self, tokenizer: PreTrainedTokenizerBase) -> Decoder:
+        config = self.config()
+        config.vocab_size, config.pad_token_id = len(tokenizer), tokenizer.pad_token_id
+        config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
+        return Decoder(AutoModelForCausalLM.from_config(config), tokenizer)
+
+
 class Pretrained:
-    """An encoder with pretrained weights.
+    """An encoder or causal language model with pretrained weights.
 
     Args:
         name: an id on the Hugging Face Hub, or a folder with config, weights and tokenizer.
@@ -308,18 +451,25 @@ class Pretrained:
         # from_pretrained would keep the checkpoint's precision; training needs full precision weights.
         return Encoder(self._load(AutoModel, dtype=torch.float32), tokenizer)
 
+    def decoder(self, tokenizer: PreTrainedTokenizerBase) -> Decoder:
+        kind = self._load(AutoConfig).model_type
+        # transformers would run BERT as a decoder that it was never trained to be.
+        if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+            raise UserError(f"backbone.name={self.name}: {kind} is an encoder; choose {_DECODERS}")
+        return Decoder(self._load(AutoModelForCausalLM, dtype=torch.float32), tokenizer)
+
     def _load(self, auto_class: Any, **options: Any) -> Any:
         if os.sep in self.name and self.name.count("/") != 1 and not Path(self.name).is_dir():
             raise UserError(f"backbone.name={self.name}: no such folder; give a folder or a Hugging Face Hub id")
         hf_logging.disable_progress_bar()
         try:
-            return auto_class.from_pretrained(self.name, **options)
+            return auto_class.from_pretrained(self.name, trust_remote_code=False, **options)
         except (OSError, ValueError, StrictDataclassError) as error:
             # The Hub's checks of a config tell what is wrong in their last line.
             reason = str(error).splitlines()[-1 if isinstance(error, StrictDataclassError) else 0].strip()
             raise UserError(
                 f"backbone.name={self.name}: cannot be loaded ({reason}); give a folder that holds a model, or a "
-                "Hugging Face Hub id while the network is there, or use backbone=tiny_bert"
+                "Hugging Face Hub id while the network is there, or use backbone=tiny_bert or tiny_gpt"
             ) from None
 
 
@@ -340,8 +490,13 @@ class Restored:
         return config
 
     def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.tokenizer_folder)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            self.tokenizer_folder, trust_remote_code=False
+        )
         return tokenizer
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase) -> Encoder:
         return Encoder(AutoModel.from_config(self.config()), tokenizer)
+
+    def decoder(self, tokenizer: PreTrainedTokenizerBase) -> Decoder:
+        return Decoder(AutoModelForCausalLM.from_config(self.config()), tokenizer)

@@ -1,6 +1,6 @@
 """The only loop over segments. Truncation, checkpointing and streaming live here.
 
-Shapes: B batch, T segments, S text tokens of a segment.
+Shapes: B batch, T segments, S text tokens of a segment, D width of the hidden states.
 """
 
 from __future__ import annotations
@@ -26,6 +26,13 @@ class Segment(NamedTuple):
 
     input_ids: Tensor
     attention_mask: Tensor | None = None
+
+    def last_token(self, hidden: Tensor) -> Tensor:
+        """What stands at the last token of each row: (B, S, D) -> (B, D)."""
+        if self.attention_mask is None:
+            return hidden[:, -1]
+        last = (self.attention_mask.sum(dim=1) - 1).clamp(min=0)
+        return hidden[torch.arange(len(hidden), device=hidden.device), last]
 
 
 def unroll(

@@ -1,13 +1,16 @@
 """The Recurrent Memory Transformer: one segment and a memory in, hidden states and the next memory out.
 
-RMT-2023: Bulatov, Kuratov, Burtsev, "Scaling Transformer to 1M tokens and beyond with RMT", arXiv 2304.11062.
+RMT-2022: Bulatov, Kuratov, Burtsev, "Recurrent Memory Transformer", NeurIPS 2022, arXiv 2207.06881 (decoders).
+RMT-2023: Bulatov, Kuratov, Burtsev, "Scaling Transformer to 1M tokens and beyond with RMT", arXiv 2304.11062
+(encoders).
 
-Shapes: B batch, T segments, S text tokens of a segment, M memory tokens, D width of the hidden states.
+Shapes: B batch, S text tokens of a segment, M memory tokens, N tokens that the backbone sees, E width of the
+embeddings, D width of the hidden states, V vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from annotated_types import Ge
@@ -15,12 +18,83 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from rmt_lightning.errors import UserError
-from rmt_lightning.models.backbone import Encoder
+from rmt_lightning.models.backbone import Decoder, Encoder, Transformer
 from rmt_lightning.models.recurrence import Segment
-from rmt_lightning.models.segment_model import SegmentModel
+from rmt_lightning.models.segment_model import SegmentModel, touch
 
 
-class RMTEncoder(SegmentModel[Tensor]):
+class MemoryModel(SegmentModel[Tensor]):
+    """A transformer whose state is its memory: M hidden states that stand among the embeddings of the next segment.
+
+    Args:
+        backbone: what reads segments.
+        segment_length: how many tokens the backbone sees of each segment.
+        memory_size: M.
+        beside_text: how many of those tokens are no text, by what they are.
+        bptt_depth: over how many borders between segments gradients flow back; -1 for all of them.
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+
+    Raises:
+        UserError: if segment_length exceeds the backbone's positions or leaves no room for text.
+    """
+
+    def __init__(
+        self,
+        backbone: Transformer,
+        segment_length: int,
+        memory_size: int,
+        beside_text: dict[str, int],
+        bptt_depth: int,
+        gradient_checkpointing: bool,
+    ) -> None:
+        if segment_length > backbone.max_positions:
+            raise UserError(
+                f"data.segment_length={segment_length}: the backbone sees at most {backbone.max_positions} tokens; "
+                f"give {backbone.max_positions} or less"
+            )
+        taken = sum(beside_text.values())
+        if segment_length <= taken:
+            what = " and ".join(f"{number} {kind}" for kind, number in beside_text.items())
+            raise UserError(
+                f"data.segment_length={segment_length}: {what} tokens leave no room for text; give more than {taken}"
+            )
+        super().__init__(segment_length - taken, backbone.width, bptt_depth, gradient_checkpointing)
+        self.tokenizer = backbone.tokenizer
+        self.segment_length = segment_length
+        # The first memory stands among word embeddings, so it starts at their scale.
+        self.memory = nn.Parameter(torch.randn(memory_size, backbone.width) * backbone.embedding_scale)
+        self.to_embedding: nn.Module = nn.Identity()
+        if backbone.embedding_width != backbone.width:
+            self.to_embedding = nn.Linear(backbone.width, backbone.embedding_width)
+
+    @property
+    def memory_size(self) -> int:
+        return self.memory.shape[0]
+
+    def initial_state(self, batch_size: int) -> Tensor:
+        """The memory before the first segment, (B, M, D): the trained vectors, the same for all."""
+        return self.memory.expand(batch_size, -1, -1)
+
+    def _embed(self, memory: Tensor, words: Tensor) -> Tensor:
+        """The memory as the backbone reads it, beside words (B, S, E): (B, M, D) -> (B, M, E)."""
+        # Under autocast hidden states are bf16 while embeddings stay fp32; the memory follows the embeddings.
+        embedded: Tensor = self.to_embedding(memory)
+        return embedded.to(words.dtype)
+
+    @staticmethod
+    def _next(written: Tensor, memory: Tensor, segment: Segment) -> Tensor:
+        """The memory after a segment: what was written, except in rows that hold no text."""
+        written = written.to(memory.dtype)
+        if segment.attention_mask is None:
+            return written
+        has_text = segment.attention_mask.any(dim=1)
+        return torch.where(has_text[:, None, None], written, memory)
+
+    def trained_state(self) -> list[nn.Parameter]:
+        return [self.memory]
+
+
+class RMTEncoder(MemoryModel):
     """An encoder with memory tokens (RMT-2023, section 3).
 
     ```
@@ -54,37 +128,13 @@ class RMTEncoder(SegmentModel[Tensor]):
         bptt_depth: Annotated[int, Ge(-1)] = -1,
         gradient_checkpointing: bool = False,
     ) -> None:
-        if segment_length > encoder.max_positions:
-            raise UserError(
-                f"data.segment_length={segment_length}: the backbone sees at most {encoder.max_positions} tokens; "
-                f"give {encoder.max_positions} or less"
-            )
-        text_length = segment_length - memory_size - self.NUM_SPECIAL_TOKENS
-        if text_length < 1:
-            raise UserError(
-                f"data.segment_length={segment_length}: {memory_size} memory and {self.NUM_SPECIAL_TOKENS} special "
-                f"tokens leave no room for text; give more than {memory_size + self.NUM_SPECIAL_TOKENS}"
-            )
-        super().__init__(text_length, encoder.width, bptt_depth, gradient_checkpointing)
+        beside_text = {"memory": memory_size, "special": self.NUM_SPECIAL_TOKENS}
+        super().__init__(encoder, segment_length, memory_size, beside_text, bptt_depth, gradient_checkpointing)
         self.encoder = encoder
-        self.segment_length = segment_length
-        # The first memory stands among word embeddings, so it starts at their scale.
-        self.memory = nn.Parameter(torch.randn(memory_size, encoder.width) * encoder.embedding_scale)
-        self.to_embedding: nn.Module = nn.Identity()
-        if encoder.embedding_width != encoder.width:
-            self.to_embedding = nn.Linear(encoder.width, encoder.embedding_width)
 
     @property
     def architecture(self) -> PretrainedConfig:
         return self.encoder.model.config
-
-    @property
-    def memory_size(self) -> int:
-        return self.memory.shape[0]
-
-    def initial_state(self, batch_size: int) -> Tensor:
-        """The memory before the first segment, (B, M, D): the trained vectors, the same for all."""
-        return self.memory.expand(batch_size, -1, -1)
 
     def step(self, segment: Segment, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Read one segment: `mem_τ+1` are the rows of `Transformer([mem_τ ∘ H_τ])` at the memory's places (section 3).
@@ -99,17 +149,11 @@ class RMTEncoder(SegmentModel[Tensor]):
         text, mask = self._append_separator(segment)
         special = text.new_tensor([[self.encoder.cls_token_id, self.encoder.sep_token_id]]).expand(len(text), -1)
         cls, sep = self.encoder.embed(special).split(1, dim=1)
-        # Under autocast hidden states are bf16 while embeddings stay fp32; the memory follows the embeddings.
-        read = self.to_embedding(memory).to(cls.dtype)
-        embeddings = torch.cat([cls, read, sep, self.encoder.embed(text)], dim=1)
+        embeddings = torch.cat([cls, self._embed(memory, cls), sep, self.encoder.embed(text)], dim=1)
         if mask is not None:
             mask = nn.functional.pad(mask, (2 + self.memory_size, 0), value=1)
         hidden = self.encoder(embeddings, mask)
-        written = hidden[:, 1 : 1 + self.memory_size].to(memory.dtype)
-        if segment.attention_mask is not None:
-            has_text = segment.attention_mask.any(dim=1)
-            written = torch.where(has_text[:, None, None], written, memory)
-        return hidden, written
+        return hidden, self._next(hidden[:, 1 : 1 + self.memory_size], memory, segment)
 
     def _append_separator(self, segment: Segment) -> tuple[Tensor, Tensor | None]:
         """Put [SEP] behind each row's text: (B, S) -> ids and mask (B, S + 1)."""
@@ -124,5 +168,100 @@ class RMTEncoder(SegmentModel[Tensor]):
         """The hidden state of [CLS]."""
         return hidden[:, 0]
 
-    def trained_state(self) -> list[nn.Parameter]:
-        return [self.memory]
+
+class RMTDecoder(MemoryModel):
+    """A causal language model with memory tokens (RMT-2022, section 3.1).
+
+    Causal text cannot look ahead, so memory stands at both ends, and both are filled from the same state.
+
+    ```
+    mem … mem text … text mem … mem      what the backbone sees of segment τ
+    └ mem_τ ┘             └ mem_τ ┘
+    mem … mem text … text mem … mem      the hidden states of its last layer
+                          └ mem_τ+1
+    ```
+
+    The state is the memory, (B, M, D). The answer is read at the last token of the text.
+
+    Args:
+        decoder: the backbone.
+        segment_length: how many tokens the backbone sees of each segment, both memories included.
+        memory_size: M. Without memory (0) segments know nothing of each other.
+        memory_attention: whether the tokens of a memory see each other freely, or only those before them ("causal").
+            Either way text sees all of the read memory, and the write memory sees all that stands before it.
+        bptt_depth: over how many borders between segments gradients flow back; -1 for all of them.
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+
+    Raises:
+        UserError: if segment_length exceeds the backbone's positions or leaves no room for text.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        segment_length: Annotated[int, Ge(1)],
+        memory_size: Annotated[int, Ge(0)] = 10,
+        memory_attention: Literal["free", "causal"] = "free",
+        bptt_depth: Annotated[int, Ge(-1)] = -1,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        beside_text = {"read memory": memory_size, "write memory": memory_size}
+        super().__init__(decoder, segment_length, memory_size, beside_text, bptt_depth, gradient_checkpointing)
+        self.decoder = decoder
+        self.memory_attention = memory_attention
+
+    @property
+    def architecture(self) -> PretrainedConfig:
+        return self.decoder.model.config
+
+    def step(self, segment: Segment, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Read one segment: `mem_τ+1` are the last rows of `Transformer([mem_τ ∘ H_τ ∘ mem_τ])` (section 3.1).
+
+        Args:
+            segment: at most `text_length` tokens a row. A row without text leaves its memory as it is.
+            memory: (B, M, D).
+
+        Returns:
+            Hidden states of the text (B, S, D), and the next memory (B, M, D).
+        """
+        words = self.decoder.embed(segment.input_ids)
+        read = self._embed(memory, words)
+        hidden = self.decoder(
+            torch.cat([read, words, read], dim=1), self._attention_mask(segment, words.dtype), self._positions(segment)
+        )
+        _, text, written = hidden.split([self.memory_size, words.shape[1], self.memory_size], dim=1)
+        return text, self._next(written, memory, segment)
+
+    def _attention_mask(self, segment: Segment, dtype: torch.dtype) -> Tensor:
+        """(B or 1, 1, N, N), to be added to the scores: what reads what, from 0 … N - 1 to 0 … N - 1."""
+        ids, text_mask = segment
+        end_of_text = self.memory_size + ids.shape[1]
+        length = end_of_text + self.memory_size
+        visible = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
+        if self.memory_attention == "free":
+            visible[: self.memory_size, : self.memory_size] = True
+            visible[end_of_text:, end_of_text:] = True
+        visible = visible[None]
+        if text_mask is not None:
+            seen = nn.functional.pad(text_mask, (self.memory_size, self.memory_size), value=1).bool()
+            # Padding sees itself: a softmax over nothing would be no number.
+            visible = visible & seen[:, None] | torch.eye(length, dtype=torch.bool, device=ids.device)
+        mask = torch.zeros(visible.shape, dtype=dtype, device=ids.device)
+        return mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None]
+
+    def _positions(self, segment: Segment) -> Tensor:
+        """(B or 1, N): the write memory stands right behind the text, wherever the padding is."""
+        ids, text_mask = segment
+        before = torch.arange(self.memory_size + ids.shape[1], device=ids.device)[None]
+        length = before.new_tensor([[ids.shape[1]]]) if text_mask is None else text_mask.sum(dim=1, keepdim=True)
+        behind = self.memory_size + length + torch.arange(self.memory_size, device=ids.device)
+        return torch.cat([before.expand(len(behind), -1), behind], dim=1)
+
+    def readout(self, hidden: Tensor, segment: Segment) -> Tensor:
+        """The hidden state of the last token of each row's text."""
+        # A classifier has no use for the weights that only words are read off with.
+        return touch(segment.last_token(hidden), self.decoder.untied)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the word that comes next, also over the border of a segment: (…, D) -> (…, V)."""
+        return self.decoder.logits(hidden)

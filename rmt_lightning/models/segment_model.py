@@ -12,9 +12,9 @@ from typing import Generic, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
 from rmt_lightning.errors import UserError
+from rmt_lightning.models.pretrained import SavedModel
 from rmt_lightning.models.recurrence import Segment, State, unroll
 
 
@@ -26,11 +26,13 @@ class Reading(NamedTuple, Generic[State]):
     state: State
 
 
-class SegmentModel(nn.Module, ABC, Generic[State]):
+class SegmentModel(nn.Module, SavedModel, ABC, Generic[State]):
     """A function `(segment, state) -> (hidden, state)` with a first state, and the ways to feed it a text.
 
     The state is a value, a tensor or a tree of tensors whose first dimension is the batch, never an attribute.
-    To add a model, write its `initial_state`, `step` and `readout`, and one yaml in conf/model/.
+    To add a model, write its `initial_state`, `step` and `readout`, and one yaml in conf/model/. Its constructor is
+    given what it asks for by name: `encoder`, `decoder`, `tokenizer`. So that the model can be saved, all else that the
+    constructor takes is plain values, `tokenizer` is kept, and `architecture` tells the config of what is inside.
 
     Args:
         text_length: S, how much of a segment is text.
@@ -47,11 +49,6 @@ class SegmentModel(nn.Module, ABC, Generic[State]):
         self.width = width
         self.bptt_depth = bptt_depth
         self.gradient_checkpointing = gradient_checkpointing
-
-    @property
-    def architecture(self) -> PretrainedConfig | None:
-        """The config of the Hugging Face model inside, if there is one: what its weights alone do not tell."""
-        return None
 
     @property
     def max_segments(self) -> int | None:
@@ -126,7 +123,8 @@ class SegmentModel(nn.Module, ABC, Generic[State]):
             state = self.initial_state(batch_size)
         steps = unroll(self.step, to_read, state, self.bptt_depth, self.gradient_checkpointing)
         for segment, (hidden, after) in zip(segments, steps, strict=True):
-            yield Reading(segment, self._touch_state(hidden), after)
+            # Truncation may leave a trained first state without gradient.
+            yield Reading(segment, touch(hidden, self.trained_state()), after)
 
     def _segments(
         self, input_ids: Tensor | Iterable[Tensor], attention_mask: Tensor | None
@@ -139,13 +137,6 @@ class SegmentModel(nn.Module, ABC, Generic[State]):
         if input_ids.dim() == 2:
             return len(input_ids), self.cut(input_ids, attention_mask)
         return len(input_ids), [Segment(ids) for ids in input_ids.unbind(dim=1)]
-
-    def _touch_state(self, hidden: Tensor) -> Tensor:
-        """Truncation may leave a trained first state without gradient. DDP then computes wrong averages in silence."""
-        if hidden.requires_grad:
-            for parameter in self.trained_state():
-                hidden = hidden + 0 * parameter.sum()
-        return hidden
 
     def trained_state(self) -> list[nn.Parameter]:
         """The parameters that only `initial_state` uses."""
@@ -170,3 +161,11 @@ class SegmentModel(nn.Module, ABC, Generic[State]):
             order = mask_s.argsort(dim=1, descending=True, stable=True)
             segments.append(Segment(ids_s.gather(1, order), mask_s.gather(1, order)))
         return segments
+
+
+def touch(hidden: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Give parameters that a loss may not need a gradient of zero: without one DDP averages wrongly in silence."""
+    if hidden.requires_grad:
+        for parameter in parameters:
+            hidden = hidden + 0 * parameter.sum()
+    return hidden

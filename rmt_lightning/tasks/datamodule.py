@@ -86,6 +86,7 @@ class FactDataset(Dataset[dict[str, Any]]):
             "question": torch.from_numpy(question),
             "label": sample.answer,
             "distance": sample.distance,
+            "first_told": sample.first_told,
             "told": sample.told,
         }
 

@@ -48,13 +48,15 @@ class Sample:
         question: token ids with which the last segment ends; none in mere noise.
         answer: the class; -1 in mere noise.
         distance: segments between the first fact that is needed and the question; 0 if they share one.
-        told: the last segment with a fact.
+        first_told: the first segment with a fact.
+        told: the last one.
     """
 
     segments: Iterator[np.ndarray]
     question: np.ndarray
     answer: int
     distance: int
+    first_told: int
     told: int
 
 
@@ -101,7 +103,7 @@ class Placement:
             noise = self._fill(Reader(self.corpora[split], rng), rng, [], [], nothing, key.num_segments)
             if key.fragments:
                 noise = (self._scatter_fragments(ids, rng, split, key.fragments) for ids in noise)
-            return Sample(noise, nothing, answer=-1, distance=0, told=0)
+            return Sample(noise, nothing, answer=-1, distance=0, first_told=0, told=0)
         for _ in range(_ATTEMPTS):
             example = self.task.draw(rng, split)
             facts = [self._ids(fact) for fact in example.facts]
@@ -116,7 +118,8 @@ class Placement:
             )
         segments = self._fill(Reader(self.corpora[split], rng), rng, facts, homes, question, key.num_segments)
         first_needed = min(homes[fact] for fact in example.support)
-        return Sample(segments, question, example.answer, key.num_segments - 1 - first_needed, told=max(homes))
+        distance = key.num_segments - 1 - first_needed
+        return Sample(segments, question, example.answer, distance, first_told=min(homes), told=max(homes))
 
     def _ids(self, sentence: str) -> np.ndarray:
         if sentence not in self._token_ids:

@@ -87,17 +87,18 @@ class FactClassifier(SegmentModule):
         return scores
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """The loss, which answers are right (B,), and the state before the last segment, for those who carry it on.
+        """The loss, which answers are right (B,), and the state before each segment, for those who carry states on.
 
         A batch may bring the state to start from. Samples with the label -1 ask nothing.
         """
         state = batch["state"] if "state" in batch else self.model.initial_state(len(batch["label"]))
+        states = [state]
         for reading in self.model.read(batch["input_ids"], state=state):
-            before, state = state, reading.state
+            states.append(reading.state)
         scores = self.score(self.model.readout(reading.hidden, reading.segment))
         loss = self.checked(nn.functional.cross_entropy(scores, batch["label"], ignore_index=-1))
         self.log("train/loss", loss.detach())
-        return {"loss": loss, "right": scores.argmax(dim=1) == batch["label"], "memory": before}
+        return {"loss": loss, "right": scores.argmax(dim=1) == batch["label"], "states": states[:-1]}
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
         samples, segments, _ = batch["input_ids"].shape

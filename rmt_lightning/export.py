@@ -1,0 +1,56 @@
+"""Front door: `python -m rmt_lightning.export checkpoint=<run folder or checkpoint> folder=<where to>`.
+
+The folder is what `from_pretrained` opens: config.json, model.safetensors, tokenizer/, backbone/ and, for a model that
+was trained to choose between answers, head.safetensors.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from rmt_lightning.config import check, front_door
+from rmt_lightning.errors import UserError
+from rmt_lightning.run_folder import locate_checkpoint
+
+
+@dataclass(frozen=True)
+class Root:
+    """The settings of conf/export.yaml."""
+
+    checkpoint: str
+    folder: str
+
+
+def main(config: DictConfig) -> None:
+    check(config, Root)
+    folder = Path(config.folder)
+    if folder.exists():
+        raise UserError(f"folder={config.folder}: is there already; choose another")
+    run, checkpoint = locate_checkpoint(config.checkpoint)
+    export(run, checkpoint, folder)
+
+
+def export(run: Path, checkpoint: Path, folder: Path) -> None:
+    """Write the folder, whole or not at all."""
+    from rmt_lightning.build import open_trained
+
+    trained = open_trained(run, checkpoint)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        trained.save_pretrained(partial)
+        os.rename(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(f'written; open it with rmt_lightning.{type(trained).__name__}.from_pretrained("{folder}")')
+
+
+run = front_door(main, "export")
+
+if __name__ == "__main__":
+    run()

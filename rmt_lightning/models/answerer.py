@@ -1,0 +1,81 @@
+"""Asking a trained model.
+
+Shapes: B batch, N tokens of a text, C answers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from huggingface_hub import ModelHubMixin
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from rmt_lightning.errors import UserError
+from rmt_lightning.models.pretrained import fetch
+from rmt_lightning.models.segment_model import SegmentModel
+
+HEAD = "head.safetensors"
+
+
+class Answerer(nn.Module, ModelHubMixin, library_name="rmt_lightning"):
+    """A recurrent model and the linear head that was trained to read answers off it: texts in, answers out.
+
+    It is saved beside its model, in the same folder: head.safetensors holds the head and the answers.
+
+    Args:
+        model: the recurrent model.
+        head: from what the model reads off its last segment to scores.
+        answers: the C answers that scores stand for.
+    """
+
+    def __init__(self, model: SegmentModel[Any], head: nn.Linear, answers: Sequence[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.head = head
+        self.answers = tuple(answers)
+
+    def forward(self, texts: Sequence[str]) -> list[str]:
+        """The answers to questions, each at the end of a text of any length."""
+        return [self.answers[best] for best in self.scores(texts).argmax(dim=1).tolist()]
+
+    @torch.no_grad()
+    def scores(self, texts: Sequence[str]) -> Tensor:
+        """(B, C), larger for likelier answers."""
+        assert self.model.tokenizer is not None
+        rows = self.model.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        ids = [torch.tensor(row, dtype=torch.long, device=self.head.weight.device) for row in rows]
+        mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+        return self.head(self.model.encode(pad_sequence(ids, batch_first=True), mask))
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        self.model.save_pretrained(save_directory)
+        weights = {name: value.contiguous() for name, value in self.head.state_dict().items()}
+        save_file(weights, save_directory / HEAD, metadata={"answers": json.dumps(self.answers)})
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
+        """Open a model that was saved with its answers.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or an id on the Hugging Face Hub.
+            options: of `huggingface_hub.snapshot_download`: revision, token, cache_dir …
+
+        Raises:
+            UserError: if there is no such folder or id, or it holds no answers.
+        """
+        folder = fetch(pretrained_model_name_or_path, **options)
+        model: SegmentModel[Any] = SegmentModel.from_pretrained(folder)
+        if not (folder / HEAD).exists():
+            raise UserError(f"{folder}: holds a {type(model).__name__} that was not trained to choose between answers")
+        with safe_open(folder / HEAD, framework="pt") as file:
+            answers = json.loads(file.metadata()["answers"])
+            head = nn.Linear(model.width, len(answers))
+            head.load_state_dict({name: file.get_tensor(name) for name in ("weight", "bias")})
+        return cls(model, head, answers).eval()

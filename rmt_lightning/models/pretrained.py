@@ -1,0 +1,125 @@
+"""Models in and out of folders and the Hugging Face Hub. Nothing that is read is ever executed.
+
+A folder holds config.json (the class and the arguments of its constructor), model.safetensors (the weights), tokenizer/
+and, if there is a Hugging Face model inside, backbone/ (its config).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Self, cast
+
+from huggingface_hub import ModelHubMixin, snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from rmt_lightning.errors import UserError
+from rmt_lightning.models.backbone import Restored, parts_for
+from rmt_lightning.run_folder import BACKBONE, TOKENIZER
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+_CARD = """---
+{{ card_data }}
+---
+
+A recurrent memory model, trained with rmt_lightning.
+
+```python
+from rmt_lightning import SegmentModel
+
+model = SegmentModel.from_pretrained("…")  # this folder, or its id on the Hugging Face Hub
+```
+"""
+
+
+class SavedModel(ModelHubMixin, library_name="rmt_lightning", model_card_template=_CARD):
+    """Gives a module `save_pretrained(folder)`, `push_to_hub(id)` and `from_pretrained(folder or id)`.
+
+    The mixin of huggingface_hub notes the arguments that the module is built with.
+    """
+
+    # Of the backbone, or of the model itself.
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def architecture(self) -> PreTrainedConfig | None:
+        """The config of the Hugging Face model inside, if there is one: what its weights alone do not tell."""
+        return None
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        assert isinstance(self, nn.Module)
+        arguments = cast(dict[str, Any], self._hub_mixin_config or {})
+        settings = {"model": f"{type(self).__module__}.{type(self).__qualname__}", **arguments}
+        (save_directory / CONFIG).write_text(json.dumps(settings, indent=2))
+        for name, part in ((TOKENIZER, self.tokenizer), (BACKBONE, self.architecture)):
+            if part is not None:
+                part.save_pretrained(save_directory / name)
+        save_model(self, str(save_directory / WEIGHTS))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
+        """Open what `save_pretrained` or `push_to_hub` has left, ready for use (`eval` mode).
+
+        Args:
+            pretrained_model_name_or_path: a folder, or an id on the Hugging Face Hub.
+            options: of `huggingface_hub.snapshot_download`: revision, token, cache_dir …
+
+        Raises:
+            UserError: if there is no such folder or id, or it holds another model than this class.
+        """
+        folder = fetch(pretrained_model_name_or_path, **options)
+        try:
+            settings = json.loads((folder / CONFIG).read_text())
+            named = cls._named(settings.pop("model"), folder)
+            saved = Restored(folder / TOKENIZER, folder / BACKBONE)
+            tokenizer = saved.tokenizer([])
+            model = named(**parts_for(named, saved, tokenizer), **settings)
+            load_model(model, folder / WEIGHTS)
+        except UserError:
+            raise
+        except (OSError, ImportError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{folder}: holds no whole model ({type(error).__name__}: {reason}); give what save_pretrained or "
+                "python -m rmt_lightning.export has left"
+            ) from None
+        model.eval()
+        return model
+
+    @classmethod
+    def _named(cls, path: str, folder: Path) -> Any:
+        """The class that a config names: one of this package, or one that the program has imported itself."""
+        module, _, name = path.rpartition(".")
+        if module.startswith("rmt_lightning."):
+            import_module(module)
+        named = getattr(sys.modules.get(module), name, None)
+        if named is None:
+            raise UserError(f"{folder}: holds a model of class {path}; import {module} before opening it")
+        if not (isinstance(named, type) and issubclass(named, cls)):
+            raise UserError(f"{folder}: holds a {name} and no {cls.__name__}; open it with {name}.from_pretrained")
+        return named
+
+
+def fetch(name_or_path: str | Path, **options: Any) -> Path:
+    """The folder of that name, or a copy of what the Hugging Face Hub has under it.
+
+    Raises:
+        UserError: if there is neither.
+    """
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    try:
+        return Path(
+            snapshot_download(str(name_or_path), allow_patterns=["*.json", "*.txt", "*.safetensors"], **options)
+        )
+    except Exception as error:  # the Hub's client raises a different class for each way of being out of reach
+        raise UserError(
+            f"{name_or_path}: no such folder, and cannot be loaded from the Hugging Face Hub "
+            f"({type(error).__name__}); give a folder, or the id of a model while the network is there"
+        ) from None
