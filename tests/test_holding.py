@@ -30,29 +30,32 @@ HELD = ("hydra.run.dir=run", "hold=carried_states", "hold.steps=6", "hold.pool=8
 
 
 class Phase:
-    """The phase without a trainer: batches of 2 fresh samples and 3 carried ones, driven by hand."""
+    """The phase without a trainer: batches of 4 samples with facts and 3 carried ones, driven by hand."""
 
     def __init__(self, placement: Placement, model: RMTEncoder, **options: Any) -> None:
         self.placement = placement
         optimization = WarmupDecay(steps=10, lr=1e-3)
         self.classifier = FactClassifier(model, placement.task.answers, optimization, max_segments=3)
-        data = FactDataModule(placement, segment_length=37, batch_size=5)
+        data = FactDataModule(placement, segment_length=37, batch_size=7)
         data.carried = 3
         self.trainer: Any = SimpleNamespace(datamodule=data, global_step=0, global_rank=0)
-        self.carried = CarriedStates(SegmentCurriculum(3, 10), steps=10, lr=1e-3, **{"pool": 4, **options})
+        self.carried = CarriedStates(SegmentCurriculum(3, 10), steps=10, lr=1e-3, **{"pool": 6, **options})
 
-    def step(self, right: list[bool], num_segments: int = 3) -> tuple[dict[str, Any], torch.Tensor]:
-        """One step whose answers are `right`, wherever something is asked. Returns the batch and the memory before."""
-        number = 5 * self.trainer.global_step
-        keys = [Key(num_segments, number + row, facts=row < 2) for row in range(5)]
+    def step(self, right: list[bool], num_segments: int = 3) -> tuple[dict[str, Any], list[torch.Tensor]]:
+        """One step whose answers are `right`, wherever something is asked. Returns the batch, and states made up."""
+        number = 7 * self.trainer.global_step
+        keys = [Key(num_segments, number + row, facts=row < 4) for row in range(7)]
         samples = [FactDataset(self.placement, "train")[key] for key in keys]
         batch = {name: torch.stack([torch.as_tensor(s[name]) for s in samples]) for name in samples[0]}
         self.carried.on_train_batch_start(self.trainer, self.classifier, batch, 0)
-        memory = torch.randn(5, *self.classifier.model.initial_state(1).shape[1:])
-        outputs = {"right": torch.tensor(right) & (batch["label"] >= 0), "memory": memory}
+        states = [torch.randn(7, *self.classifier.model.initial_state(1).shape[1:]) for _ in range(num_segments)]
+        outputs = {"right": torch.tensor(right) & (batch["label"] >= 0), "states": states}
         self.carried.on_train_batch_end(self.trainer, self.classifier, outputs, batch, 0)
         self.trainer.global_step += 1
-        return batch, memory
+        return batch, states
+
+
+ALL = [True] * 7
 
 
 @pytest.fixture
@@ -61,65 +64,93 @@ def phase(placement: Placement, make_model: Callable[..., RMTEncoder]) -> Callab
 
 
 def until_full(phase: Phase) -> None:
-    phase.step([True] * 5)
-    while (phase.carried.age < 0).any():
-        phase.step([True] * 5)
+    phase.step(ALL)
+    while (phase.carried.old.age < 0).any() or (phase.carried.blank.age < 0).any():
+        phase.step(ALL)
 
 
 def test_an_empty_pool_asks_nothing(phase: Callable[..., Phase]) -> None:
-    batch, _ = phase().step([True] * 5)
-    assert (batch["label"][:2] >= 0).all()
-    assert (batch["label"][2:] == -1).all()
+    batch, _ = phase().step(ALL)
+    assert (batch["label"][:4] >= 0).all()
+    assert (batch["label"][4:] == -1).all()
 
 
 def test_fresh_memories_are_taken_in_as_they_were_before_the_question(phase: Callable[..., Phase]) -> None:
     p = phase()
-    taken: list[int] = []
-    while not taken:
-        batch, memory = p.step([True] * 5)
-        taken = [row for row in range(2) if batch["told"][row] < 2]
-    held = p.carried.age >= 0
+    batch, states = p.step(ALL)
+    taken = [row for row in range(4) if batch["told"][row] < 2]
+    assert taken, "the seed gives no sample whose fact is told before the last segment"
+    held = p.carried.old.age >= 0
     assert held.sum() == len(taken)
-    torch.testing.assert_close(p.carried.memory[held], memory[taken])
-    assert torch.equal(p.carried.label[held], batch["label"][taken])
-    assert (p.carried.age[held] == 2).all()
+    memory, question, label = p.carried.old.content
+    torch.testing.assert_close(memory[held], states[-1][taken])
+    assert torch.equal(question[held], batch["question"][taken])
+    assert torch.equal(label[held], batch["label"][taken])
+    assert torch.equal(p.carried.old.age[held], 2 - batch["told"][taken])
+
+
+def test_memories_of_nothing_are_taken_in_as_they_were_before_the_fact(phase: Callable[..., Phase]) -> None:
+    p = phase()
+    batch, states = p.step(ALL)
+    taken = [row for row in range(4) if batch["first_told"][row] > 0]
+    assert taken, "the seed gives no sample whose fact is told behind the first segment"
+    held = p.carried.blank.age >= 0
+    expected = torch.stack([states[batch["first_told"][row]][row] for row in taken])
+    torch.testing.assert_close(p.carried.blank.content[held], expected)
+    assert torch.equal(p.carried.blank.age[held], batch["first_told"][taken])
 
 
 def test_a_fact_told_beside_the_question_is_not_in_the_memory_before_it(phase: Callable[..., Phase]) -> None:
     p = phase()
     for _ in range(5):
-        p.step([True] * 5, num_segments=1)
-    assert (p.carried.age < 0).all()
+        p.step(ALL, num_segments=1)
+    assert (p.carried.old.age < 0).all()
+    assert (p.carried.blank.age < 0).all()
 
 
 def test_old_memories_are_asked_behind_noise_and_go_back_or_get_lost(phase: Callable[..., Phase]) -> None:
     p = phase()
     until_full(p)
-    before, ages, read = p.carried.memory.clone(), p.carried.age.clone(), p.carried.segments
-    number = 5 * p.trainer.global_step
-    noise = FactDataset(p.placement, "train")[Key(3, number + 2, facts=False)]["input_ids"]
-    batch, memory = p.step([False, False, True, False, True])
-    held = p.carried._held
+    before, ages, read = p.carried.old.content[0].clone(), p.carried.old.age.clone(), p.carried.counts["segments"]
+    number = 7 * p.trainer.global_step
+    noise = FactDataset(p.placement, "train")[Key(3, number + 4, facts=False)]["input_ids"]
+    batch, states = p.step([False, False, False, False, True, False, True])
+    held = p.carried._drawn_old
     assert len(held) == 3
     # What was read: the memory from the pool, noise, and its question at the end, which hides as much of the noise.
-    torch.testing.assert_close(batch["state"][2:], before[held])
-    question = p.carried.question[held[0]]
-    assert torch.equal(batch["question"][2], question)
-    assert torch.equal(batch["input_ids"][2, -1], torch.where(question >= 0, question, noise[-1]))
-    assert torch.equal(batch["input_ids"][2, :-1], noise[:-1])
-    assert torch.equal(batch["label"][2:], p.carried.label[held])
+    torch.testing.assert_close(batch["state"][4:], before[held])
+    memory, questions, labels = p.carried.old.content
+    question = questions[held[0]]
+    assert torch.equal(batch["question"][4], question)
+    assert torch.equal(batch["input_ids"][4, -1], torch.where(question >= 0, question, noise[-1]))
+    assert torch.equal(batch["input_ids"][4, :-1], noise[:-1])
+    assert torch.equal(batch["label"][4:], labels[held])
     # What became of them.
-    assert p.carried.age[held].tolist() == [ages[held[0]] + 2, -1, ages[held[2]] + 2]
-    torch.testing.assert_close(p.carried.memory[held[[0, 2]]], memory[[2, 4]])
-    assert (p.carried.lost, p.carried.segments - read) == (1, 9)
+    assert p.carried.old.age[held].tolist() == [ages[held[0]] + 2, -1, ages[held[2]] + 2]
+    torch.testing.assert_close(memory[held[[0, 2]]], states[-1][[4, 6]])
+    assert (p.carried.counts["lost"], p.carried.counts["segments"] - read) == (1, 9)
 
 
-def test_fresh_rows_start_from_the_trained_memory_and_teach_it(phase: Callable[..., Phase]) -> None:
+def test_old_memories_of_nothing_are_told_facts(phase: Callable[..., Phase]) -> None:
     p = phase()
     until_full(p)
-    batch, _ = p.step([True] * 5)
+    before, ages, told = p.carried.blank.content.clone(), p.carried.blank.age.clone(), p.carried.counts["told"]
+    batch, states = p.step([True, False, False, False, False, False, False])
+    drawn = p.carried._drawn_blank
+    assert len(drawn) == 2
+    torch.testing.assert_close(batch["state"][:2], before[drawn])
+    first = batch["first_told"]
+    assert p.carried.blank.age[drawn].tolist() == [ages[drawn[0]] + first[0], -1]
+    torch.testing.assert_close(p.carried.blank.content[drawn[0]], states[first[0]][0])
+    assert (p.carried.counts["missed"], p.carried.counts["told"] - told) == (1, 2)
+
+
+def test_the_other_samples_start_from_the_trained_memory_and_teach_it(phase: Callable[..., Phase]) -> None:
+    p = phase()
+    until_full(p)
+    batch, _ = p.step(ALL)
     own = p.classifier.model.memory
-    torch.testing.assert_close(batch["state"][:2], own.expand(2, -1, -1))
+    torch.testing.assert_close(batch["state"][2:4], own.expand(2, -1, -1))
     (gradient,) = torch.autograd.grad(batch["state"].sum(), own)
     assert (gradient == 2).all()
 
@@ -128,20 +159,20 @@ def test_memories_retire_after_their_lifetime(phase: Callable[..., Phase]) -> No
     p = phase(lifetime=20, pool=64)
     ages = []
     for _ in range(400):
-        p.step([True] * 5)
-        ages.append(p.carried.age[p.carried.age >= 0].float().mean().item())
-    # Of the 400 * 3 * 2 segments by which memories have grown older, one in 20 has ended one.
+        p.step(ALL)
+        ages.append(p.carried.old.age[p.carried.old.age >= 0].float().mean().item())
+    # Of the segments by which memories grow older, one in 20 ends one.
     assert 10 < sum(ages[200:]) / 200 < 40
 
 
 def test_jitter_disturbs_old_memories_alone(phase: Callable[..., Phase]) -> None:
     p = phase(jitter=0.5, pool=64)
     until_full(p)
-    before = p.carried.memory.clone()
-    batch, _ = p.step([True] * 5)
-    noise = batch["state"][2:] - before[p.carried._held]
+    before = p.carried.old.content[0].clone()
+    batch, _ = p.step(ALL)
+    noise = batch["state"][4:] - before[p.carried._drawn_old]
     assert 0.3 < noise.std() < 0.7
-    torch.testing.assert_close(batch["state"][:2], p.classifier.model.memory.expand(2, -1, -1))
+    torch.testing.assert_close(batch["state"][2:4], p.classifier.model.memory.expand(2, -1, -1))
 
 
 def test_one_segment_leaves_nothing_to_carry() -> None:

@@ -6,14 +6,14 @@ Shapes: B batch, T segments, S text tokens of a segment, P memories in the pool.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, cast
 
 import lightning as L
 import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from rmt_lightning.errors import UserError
 from rmt_lightning.tasks.datamodule import data_of
@@ -33,28 +33,72 @@ class Losses:
         segments: how many segments were read by memories from the pool.
         lost: how many of these memories then gave a wrong answer.
         age: mean age of the memories in the pool, in segments.
+        told: how many facts were told to old memories that knew of none.
+        missed: how many of these facts were not known when they were asked for.
     """
 
     step: int
     segments: int
     lost: int
     age: float
+    told: int
+    missed: int
+
+
+class Pool:
+    """Memories on their way, each with whatever else is known of it. Places are kept; age -1 marks a free one.
+
+    Args:
+        size: P.
+        like: what is to be kept, for some batch: a tree of tensors (B, …).
+    """
+
+    def __init__(self, size: int, like: Any) -> None:
+        self.content = tree_map(lambda part: part.detach().new_zeros(size, *part.shape[1:]), like)
+        self.age = torch.full((size,), -1, device=tree_leaves(like)[0].device)
+
+    @classmethod
+    def restored(cls, content: Any, age: Tensor) -> Pool:
+        pool = cls(0, content)
+        pool.content, pool.age = content, age
+        return pool
+
+    def draw(self, count: int, random: torch.Generator) -> Tensor:
+        """The places of at most `count` memories."""
+        order = torch.randperm(len(self.age), generator=random).to(self.age.device)
+        return order[self.age[order] >= 0][:count]
+
+    def take(self, places: Tensor) -> Any:
+        return tree_map(lambda part: part[places], self.content)
+
+    def put_back(self, places: Tensor, content: Any, age: Tensor, kept: Tensor) -> None:
+        """Give places what is in them now, or free those that are not kept."""
+        tree_map(lambda part, new: part.__setitem__(places, new.to(part)), self.content, content)
+        self.age[places] = torch.where(kept, age, -1)
+
+    def admit(self, content: Any, age: Tensor, wanted: Tensor) -> None:
+        """Let in what is wanted, as far as there is room."""
+        free = torch.nonzero(self.age < 0).flatten()
+        rows = torch.nonzero(wanted).flatten()[: len(free)]
+        self.put_back(free[: len(rows)], tree_map(lambda part: part[rows], content), age[rows], wanted[rows])
 
 
 class CarriedStates(Curriculum):
     """Carries memories over from step to step, so that they grow old at the price of short inputs.
 
     ```
-    fresh    fact noise … noise question        as in the curriculum, 1 … n segments
-    carried  [old memory] noise … noise question
+    fresh    [first memory] noise … fact … noise question        as in the curriculum, 1 … n segments
+    blank    [old memory, of nothing] noise … fact … noise question
+    carried  [old memory, of a fact] noise … noise question
     ```
 
     In a share of each batch, noise is read by memories from a pool, and the question of their facts asked behind it. A
     memory goes back as it was before the segment with the question if the answer was right, and is lost if it was
-    wrong. Fresh memories take the free places. So ages grow without limit, while a step costs what it did in the
-    curriculum, and gradients still flow through up to n segments. Training on states that are passed on is enough for
-    recurrent models to go far beyond their training length (Buitrago Ruiz and Gu 2025, arXiv 2507.02782); keeping only
-    memories that still answer, and asking them, is what is added here.
+    wrong. Fresh memories take the free places. Half of the other samples begin with an old memory that has read noise
+    alone, for a fact may be told late. So ages grow without limit, while a step costs what it did in the curriculum,
+    and gradients still flow through up to n segments. Training on states that are passed on is enough for recurrent
+    models to go far beyond their training length (Buitrago Ruiz and Gu 2025, arXiv 2507.02782); keeping only memories
+    that still answer, and asking them, is what is added here.
 
     Args:
         curriculum: what comes before.
@@ -62,7 +106,7 @@ class CarriedStates(Curriculum):
         lr: highest learning rate; it rises over the first 20 steps and falls linearly to 0.
         weight_decay: of all weights.
         share: part of each batch that is carried on.
-        pool: P, on each device.
+        pool: P, how many memories of facts are kept on each device, and as many of nothing.
         lifetime: after how many segments, on average, a memory that holds makes room for a fresh one.
         jitter: standard deviation of the noise that is added to memories from the pool, so that the model learns to
             pull them back to where they belong.
@@ -79,7 +123,7 @@ class CarriedStates(Curriculum):
         steps: Annotated[int, Ge(1)],
         lr: Annotated[float, Gt(0)],
         weight_decay: Annotated[float, Ge(0)] = 1e-3,
-        share: Annotated[float, Gt(0), Lt(1)] = 0.75,
+        share: Annotated[float, Gt(0), Lt(1)] = 0.5,
         pool: Annotated[int, Ge(1)] = 256,
         lifetime: Annotated[int, Ge(1)] = 1000,
         jitter: Annotated[float, Ge(0)] = 0.0,
@@ -98,8 +142,7 @@ class CarriedStates(Curriculum):
         self.fragments = fragments
         self.first_step: int | None = None
         self.history: list[Losses] = []
-        self.segments = 0
-        self.lost = 0
+        self.counts = dict.fromkeys(_COUNTS, 0)
 
     @property
     def finished(self) -> bool:
@@ -154,47 +197,48 @@ class CarriedStates(Curriculum):
             self._begin(trainer)
             self._restart_optimization(trainer)
             return
-        counts = torch.tensor([self.segments, self.lost], device=pl_module.device)
-        segments, lost = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
-        age = float(self.age[self.age >= 0].float().mean())
-        self.history.append(Losses(trainer.global_step, segments, lost, age))
-        self.segments = self.lost = 0
+        counts = torch.tensor(list(self.counts.values()), device=pl_module.device)
+        summed = dict(zip(_COUNTS, trainer.strategy.reduce(counts, reduce_op="sum").tolist(), strict=True))
+        age = self.old.age
+        losses = Losses(step=trainer.global_step, age=float(age[age >= 0].float().mean()), **summed)
+        self.history.append(losses)
+        self.counts = dict.fromkeys(_COUNTS, 0)
         log.info(
-            "holding: step %d of %d, %d memories lost in %d segments, mean age %.0f segments",
-            trainer.global_step - self.first_step, self.steps, lost, segments, age,
+            "holding: step %d of %d, lost %d memories in %d segments, missed %d of %d late facts, mean age %.0f",
+            losses.step - self.first_step, self.steps, losses.lost, losses.segments, losses.missed, losses.told,
+            losses.age,
         )  # fmt: skip
         trainer.should_stop = self.finished
 
-    # The pool: a memory, its question, its answer and its age; age -1 is a free place.
+    # Rows of a batch: blank, fresh, carried, and the noise that finds no memory while the pool is filling.
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: dict[str, Tensor], batch_idx: int
     ) -> None:
-        """Give memories from the pool to the noise at the end of the batch, and ask their questions behind it."""
+        """Give old memories to the batch, and ask the questions of those that know a fact."""
         carried = data_of(trainer).carried
         if not carried:
             return
-        fresh = len(batch["label"]) - carried
         classifier = cast(FactClassifier, pl_module)
-        initial = classifier.model.initial_state(len(batch["label"]))
-        if not hasattr(self, "age"):
-            self._make_room(initial, batch["question"])
+        samples = len(batch["label"])
+        initial = classifier.model.initial_state(samples)
+        if not hasattr(self, "old"):
+            self.old = Pool(self.size, (initial, batch["question"], batch["label"]))
+            self.blank = Pool(self.size, initial)
         self._random = torch.Generator().manual_seed(_mix(classifier.seed, trainer.global_step, trainer.global_rank))
-        order = torch.randperm(self.size, generator=self._random).to(self.age.device)
-        self._held = order[self.age[order] >= 0][:carried]
-        rows = slice(fresh, fresh + len(self._held))
-        batch["question"][rows] = self.question[self._held]
-        batch["label"][rows] = self.label[self._held]
+        first = samples - carried
+        self._drawn_blank = self.blank.draw(first // 2, self._random)
+        self._drawn_old = self.old.draw(carried, self._random)
+        rows = slice(first, first + len(self._drawn_old))
+        memory, batch["question"][rows], batch["label"][rows] = self.old.take(self._drawn_old)
         last, question = batch["input_ids"][:, -1], batch["question"]
         batch["input_ids"][:, -1] = torch.where(question >= 0, question, last)
-        old = tree_map(self._disturbed, tree_map(lambda memories: memories[self._held], self.memory))
-        batch["state"] = tree_map(lambda new, old: torch.cat([new[: rows.start], old, new[rows.stop :]]), initial, old)
-
-    def _make_room(self, state: Any, question: Tensor) -> None:
-        self.memory = tree_map(lambda part: part.detach().new_zeros(self.size, *part.shape[1:]), state)
-        self.question = question.new_zeros(self.size, question.shape[1])
-        self.label = question.new_zeros(self.size)
-        self.age = question.new_full((self.size,), -1)
+        batch["state"] = tree_map(
+            lambda new, blank, old: torch.cat(
+                [self._disturbed(blank), new[len(blank) : first], self._disturbed(old), new[rows.stop :]]
+            ),
+            initial, self.blank.take(self._drawn_blank), memory,
+        )  # fmt: skip
 
     def _disturbed(self, memories: Tensor) -> Tensor:
         noise = torch.randn(memories.shape, generator=self._random).to(memories)
@@ -204,57 +248,74 @@ class CarriedStates(Curriculum):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Tensor], batch_idx: int
     ) -> None:
-        """Put back the memories whose answers were right, and take in fresh ones."""
+        """Put back the memories whose answers were right, and take in new ones."""
         carried = data_of(trainer).carried
         if not carried:
             return
         samples, num_segments, _ = batch["input_ids"].shape
-        fresh, held = samples - carried, self._held
-        right, memory = outputs["right"], outputs["memory"]
-        kept = right[fresh : fresh + len(held)]
-        self.segments += num_segments * len(held)
-        self.lost += int((~kept).sum())
-        retired = torch.rand(len(held), generator=self._random).to(self.age.device) < (num_segments - 1) / self.lifetime
-        self.age[held] = torch.where(kept & ~retired, self.age[held] + num_segments - 1, -1)
-        self._store(held, memory, torch.arange(fresh, fresh + len(held), device=right.device))
+        first, num_blank, num_old = samples - carried, len(self._drawn_blank), len(self._drawn_old)
+        right, told, states = outputs["right"], batch["told"], outputs["states"]
+
+        # Memories of facts, as they were before the question.
+        rows = slice(first, first + num_old)
+        content = (states[-1], batch["question"], batch["label"])
+        kept = right[rows] & ~self._retired(num_old, num_segments - 1)
+        age = self.old.age[self._drawn_old] + num_segments - 1
+        self.old.put_back(self._drawn_old, _rows(content, rows), age, kept)
         # What was told in the segment with the question is not in the memory before it.
-        told = (batch["told"][:fresh] < num_segments - 1) & right[:fresh]
-        free = torch.nonzero(self.age < 0).flatten()
-        rows = torch.nonzero(told).flatten()[: len(free)]
-        free = free[: len(rows)]
-        self._store(free, memory, rows)
-        self.question[free], self.label[free] = batch["question"][rows], batch["label"][rows]
-        self.age[free] = num_segments - 1
+        wanted = right & (told < num_segments - 1)
+        self.old.admit(_rows(content, slice(first)), (num_segments - 1 - told)[:first], wanted[:first])
 
-    def _store(self, places: Tensor, memory: Any, rows: Tensor) -> None:
-        def store(pool: Tensor, states: Tensor) -> None:
-            pool[places] = states[rows].to(pool)
+        # Memories of nothing, as they were before the segment with the first fact.
+        early = batch["first_told"]
+        before = tree_map(lambda *parts: torch.stack(parts)[early, torch.arange(samples, device=early.device)], *states)
+        rows = slice(num_blank)
+        kept = right[rows] & ~self._retired(num_blank, early[rows])
+        self.blank.put_back(
+            self._drawn_blank, _rows(before, rows), self.blank.age[self._drawn_blank] + early[rows], kept
+        )
+        rows = slice(num_blank, first)
+        self.blank.admit(_rows(before, rows), early[rows], right[rows] & (early[rows] > 0))
 
-        tree_map(store, self.memory, memory)
+        self.counts["segments"] += num_segments * num_old
+        self.counts["lost"] += num_old - int(right[first : first + num_old].sum())
+        self.counts["told"] += num_blank
+        self.counts["missed"] += num_blank - int(right[:num_blank].sum())
+
+    def _retired(self, count: int, segments: Tensor | int) -> Tensor:
+        """Which of some memories that have read some more segments make room now."""
+        return torch.rand(count, generator=self._random).to(self.old.age.device) < segments / self.lifetime
 
     # Checkpoints hold the pools of all ranks, so that a resumed run goes on as an uninterrupted one does.
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        if hasattr(self, "age"):
-            pool = (self.memory, self.question, self.label, self.age)
-            checkpoint["pool"] = tree_map(
-                lambda part: trainer.strategy.all_gather(part).reshape(-1, *part.shape).cpu(), pool
+        if hasattr(self, "old"):
+            checkpoint["pools"] = tree_map(
+                lambda part: trainer.strategy.all_gather(part).reshape(-1, *part.shape).cpu(),
+                [(pool.content, pool.age) for pool in (self.old, self.blank)],
             )
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        if "pool" in checkpoint:
-            self.memory, self.question, self.label, self.age = tree_map(
-                lambda parts: parts[trainer.global_rank % len(parts)].to(pl_module.device), checkpoint["pool"]
+        if "pools" in checkpoint:
+            own = tree_map(
+                lambda parts: parts[trainer.global_rank % len(parts)].to(pl_module.device), checkpoint["pools"]
             )
+            self.old, self.blank = (Pool.restored(content, age) for content, age in own)
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("first_step", "segments", "lost")
-        history = [vars(losses) for losses in self.history]
-        return {name: getattr(self, name) for name in names} | {"history": history}
+        history = [asdict(losses) for losses in self.history]
+        return {"first_step": self.first_step, "counts": self.counts, "history": history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.first_step, self.segments, self.lost = (state_dict[name] for name in ("first_step", "segments", "lost"))
+        self.first_step, self.counts = state_dict["first_step"], state_dict["counts"]
         self.history = [Losses(**losses) for losses in state_dict["history"]]
+
+
+_COUNTS = ("segments", "lost", "told", "missed")
+
+
+def _rows(tree: Any, rows: slice) -> Any:
+    return tree_map(lambda part: part[rows], tree)
 
 
 def _mix(seed: int, step: int, rank: int) -> int:
