@@ -1,0 +1,68 @@
+"""What it costs to read 1 … 128 segments all at once, and one after the other with a memory.
+
+python experiments/attention_cost/run.py
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections import defaultdict
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from rmt_lightning import FullAttention, RMTEncoder, TinyBert
+from rmt_lightning.analysis import figures
+from rmt_lightning.models.segment_model import SegmentModel
+from rmt_lightning.results import write_csv
+from rmt_lightning.tasks.facts import Detect
+
+HERE = Path(__file__).parent
+TEXT = 51  # tokens of text in a segment; RMT adds 10 memory and 3 special tokens
+SEGMENTS = (1, 2, 4, 8, 16, 32, 64, 128)
+MODELS = ("RMT", "full attention, fused", "full attention, written out")
+
+
+def build(name: str) -> SegmentModel:
+    backbone = TinyBert(max_positions=TEXT * max(SEGMENTS) + 2)
+    encoder = backbone.encoder(backbone.tokenizer(Detect().sentences()))
+    if name == "RMT":
+        return RMTEncoder(encoder, segment_length=TEXT + 13, memory_size=10)
+    if name.endswith("written out"):
+        encoder.model.set_attn_implementation("eager")
+    return FullAttention(encoder, segment_length=TEXT)
+
+
+@torch.inference_mode()
+def measure(name: str, segments: int) -> dict[str, object]:
+    """Seconds of CPU time, the best of three, and peak memory beyond that of the program and the weights."""
+    torch.set_num_threads(1)
+    model = build(name).eval()
+    text = torch.randint(3, 300, (1, segments, TEXT))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds = []
+    for _ in range(3):
+        began = time.process_time()
+        model.encode(iter(text.unbind(dim=1)))
+        seconds.append(time.process_time() - began)
+    added = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return {"model": name, "segments": segments, "seconds": round(min(seconds), 4), "megabytes": round(added / 1e3, 1)}
+
+
+def main() -> None:
+    # A process for each measurement, for a process never gives its peak back.
+    with get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        rows = pool.starmap(measure, [(name, segments) for name in MODELS for segments in SEGMENTS], chunksize=1)
+    write_csv(HERE / "results.csv", rows)
+    measured = defaultdict(list)
+    for row in rows:
+        measured[row["model"]].append((row["segments"], row["seconds"], row["megabytes"]))
+    figure = figures.cost(measured)
+    for kind in ("png", "pdf"):
+        figure.savefig(HERE / f"figure.{kind}", dpi=150)
+
+
+if __name__ == "__main__":
+    main()
