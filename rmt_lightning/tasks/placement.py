@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import chain
+from typing import Literal, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -30,19 +31,43 @@ class Key(NamedTuple):
     number: int
 
 
+class Piece(NamedTuple):
+    """Neighbouring tokens of a segment that come from one sentence or from the noise.
+
+    Attributes:
+        source: index of the fact, "noise" or "question".
+        ids: (n,) token ids, perhaps none.
+    """
+
+    source: int | Literal["noise", "question"]
+    ids: np.ndarray
+
+
 @dataclass(frozen=True)
 class Sample:
     """One input of T segments, not yet read.
 
     Attributes:
-        segments: yields T arrays (S,) of token ids; can be read once.
-        answer: the class.
+        example: what is stated, asked and answered.
+        homes: the segment in which each fact stands.
         distance: segments between the first fact that is needed and the question; 0 if they share one.
+        pieces: yields what each of the T segments is woven of; can be read once.
     """
 
-    segments: Iterator[np.ndarray]
-    answer: int
+    example: Example
+    homes: tuple[int, ...]
     distance: int
+    pieces: Iterator[list[Piece]]
+
+    @property
+    def answer(self) -> int:
+        """The class."""
+        return self.example.answer
+
+    @property
+    def segments(self) -> Iterator[np.ndarray]:
+        """Yields the pieces of each segment as one array (S,) of token ids; they can be read once."""
+        return (np.concatenate([piece.ids for piece in pieces]) for pieces in self.pieces)
 
 
 class Placement:
@@ -96,9 +121,9 @@ class Placement:
                 f"the question of task={self.task.name} ({self._size(example)} tokens); raise it, or lower "
                 "model.memory_size"
             )
-        segments = self._fill(Reader(self.corpora[split], rng), rng, facts, homes, question, key.num_segments)
+        pieces = self._fill(Reader(self.corpora[split], rng), rng, facts, homes, question, key.num_segments)
         first_needed = min(homes[fact] for fact in example.support)
-        return Sample(segments, example.answer, distance=key.num_segments - 1 - first_needed)
+        return Sample(example, tuple(homes), key.num_segments - 1 - first_needed, pieces)
 
     def _ids(self, sentence: str) -> np.ndarray:
         if sentence not in self._token_ids:
@@ -149,15 +174,16 @@ class Placement:
         homes: list[int],
         question: np.ndarray,
         num_segments: int,
-    ) -> Iterator[np.ndarray]:
-        """Yield the T segments, each (S,), reading no more noise than the next one needs."""
+    ) -> Iterator[list[Piece]]:
+        """Yield what each of the T segments, S tokens long, is woven of; read no more noise than the next one needs."""
         for segment in range(num_segments):
-            here = [ids for ids, home in zip(facts, homes, strict=True) if home == segment]
-            end = question if segment == num_segments - 1 else question[:0]
-            length = self.text_length - len(end) - sum(map(len, here))
+            stated = zip(facts, homes, strict=True)
+            here = [Piece(fact, ids) for fact, (ids, home) in enumerate(stated) if home == segment]
+            end = [Piece("question", question)] if segment == num_segments - 1 else []
+            length = self.text_length - sum(len(piece.ids) for piece in (*here, *end))
             spans = reader.spans(length)
             if not here:
-                yield np.concatenate([reader.tokens(spans), end])
+                yield [Piece("noise", reader.tokens(spans)), *end]
                 continue
             gaps = reader.gaps(spans)
             if len(gaps) == 0:
@@ -168,6 +194,5 @@ class Placement:
             if self.task.where == "start":
                 gaps = np.zeros(1, np.int64)
             places = np.sort(rng.choice(gaps, size=len(here)))
-            text = np.split(reader.tokens(spans), places)
-            woven = [piece for pair in zip(text, here, strict=False) for piece in pair]
-            yield np.concatenate([*woven, text[-1], end])
+            text = [Piece("noise", ids) for ids in np.split(reader.tokens(spans), places)]
+            yield [*chain.from_iterable(zip(text, here, strict=False)), text[-1], *end]
