@@ -7,7 +7,6 @@ question, evaluation.json both and the settings. They are written after each len
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import resource
@@ -17,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from rmt_lightning.config import check, front_door, trained_config
+from rmt_lightning.config import check, front_door, provenance, trained_config
 from rmt_lightning.errors import UserError
-from rmt_lightning.run_folder import locate_checkpoint, write_atomically
+from rmt_lightning.run_folder import findings, locate_checkpoint, write_atomically
 
 # What follows takes seconds to import; --help and spelling mistakes should not have to wait for it.
 if TYPE_CHECKING:
@@ -55,23 +54,15 @@ def evaluate(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: 
     """Test each length that has not been tested yet; print and write what has been found."""
     from rich import get_console
 
-    from rmt_lightning.build import load
+    from rmt_lightning.build import find_device, load
     from rmt_lightning.console import start_logging
     from rmt_lightning.results import length_table
 
     start_logging(None, first_process=True)
-    device, hardware = _device(config.device)
+    device, hardware = find_device(config.device)
     parts = load(run_config, run, checkpoint)
-    settings = {
-        "checkpoint": checkpoint.name,
-        "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
-        "task": OmegaConf.to_container(run_config.task),
-        "noise": OmegaConf.to_container(run_config.noise),
-        "samples": config.samples,
-        "device": hardware,
-    }
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    folder = run / "evaluations" / f"{checkpoint.stem}-{parts.data.placement.task.name}-{key}"
+    settings = provenance(run_config, checkpoint) | {"samples": config.samples, "device": hardware}
+    folder = findings(run, "evaluations", f"{checkpoint.stem}-{parts.data.placement.task.name}", settings)
     done = _read(folder)
     for num_segments in config.segments:
         if str(num_segments) not in done:
@@ -84,17 +75,6 @@ def evaluate(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: 
 
 
 _FILES = ("evaluation.csv", "distances.csv", "evaluation.json")
-
-
-def _device(name: str) -> tuple[torch.device, str]:
-    """The device that is meant, and what it is called in results."""
-    import torch
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda: torch finds no GPU; give cpu or auto")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu"), "cpu"
-    return torch.device("cuda"), torch.cuda.get_device_name()
 
 
 def _test(parts: Parts, num_segments: int, config: DictConfig, device: torch.device) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from matplotlib.figure import Figure
 from rich import get_console
 from rich.progress import track
 from rich.table import Table
@@ -86,3 +87,17 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, text.getvalue().encode())
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a csv file."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_figure(stem: Path, figure: Figure) -> None:
+    """Write a figure as <stem>.png and <stem>.pdf, each whole or not at all."""
+    for kind in ("png", "pdf"):
+        picture = io.BytesIO()
+        figure.savefig(picture, format=kind, dpi=150)
+        write_atomically(stem.with_name(f"{stem.name}.{kind}"), picture.getbuffer())

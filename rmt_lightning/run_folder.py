@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from rmt_lightning.errors import UserError
 
@@ -38,6 +41,12 @@ def locate_checkpoint(path: str) -> tuple[Path, Path]:
     if checkpoint is None:
         raise UserError(f"checkpoint={path}: the run has not written a checkpoint yet; train it first")
     return run, checkpoint
+
+
+def findings(run: Path, kind: str, name: str, settings: dict[str, Any]) -> Path:
+    """Where results that were found with these settings belong: <run>/<kind>/<name>-<key of the settings>."""
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    return run / kind / f"{name}-{key}"
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -13,20 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL
 from hydra.core.global_hydra import GlobalHydra
 
 from rmt_lightning import evaluate as front_door
 from rmt_lightning.tasks.facts import Babi
-
-
-@pytest.fixture(scope="module")
-def finished_run(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    folder = tmp_path_factory.mktemp("finished")
-    environment = os.environ | {"RMT_LIGHTNING_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "rmt_lightning.train", *SMALL, "hydra.run.dir=run", "data.segment_length=48"]
-    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, timeout=240)
-    return folder / "run"
 
 
 @pytest.fixture
