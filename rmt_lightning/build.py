@@ -8,9 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
+import torch
 from filelock import FileLock
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -207,6 +208,19 @@ def load(config: DictConfig, run: Path, checkpoint: Path) -> Parts:
     check_fits(parts.classifier, saved["state_dict"], checkpoint)
     parts.classifier.load_state_dict(saved["state_dict"])
     return parts
+
+
+def find_device(name: Literal["auto", "cpu", "cuda"]) -> tuple[torch.device, str]:
+    """The device that is meant, and what it is called in results.
+
+    Raises:
+        UserError: if a GPU is asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda: torch finds no GPU; give cpu or auto")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu"), "cpu"
+    return torch.device("cuda"), torch.cuda.get_device_name()
 
 
 def save_architecture(parts: Parts | TextParts, folder: Path) -> None:

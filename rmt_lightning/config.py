@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import hashlib
 import inspect
 import os
 import re
@@ -106,6 +107,16 @@ def trained_config(run: Path, asked: DictConfig) -> DictConfig:
             config[group] = asked[group]
     config.cache_dir = asked.cache_dir
     return config
+
+
+def provenance(config: DictConfig, checkpoint: Path) -> dict[str, Any]:
+    """What results depend on besides the settings of a front door: the checkpoint's content, the task and the noise."""
+    return {
+        "checkpoint": checkpoint.name,
+        "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+        "task": OmegaConf.to_container(config.task),
+        "noise": OmegaConf.to_container(config.noise),
+    }
 
 
 def front_door(main: Callable[[DictConfig], None], config_name: str) -> Callable[[], None]:

@@ -9,7 +9,6 @@ stage's checkpoint is tested so, and stages-<task>-<key>/ holds them side by sid
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -20,11 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from rmt_lightning.config import check, front_door, trained_config
+from rmt_lightning.config import check, front_door, provenance, trained_config
 from rmt_lightning.errors import UserError
-from rmt_lightning.run_folder import CHECKPOINTS, locate_checkpoint, write_atomically, write_csv
+from rmt_lightning.run_folder import CHECKPOINTS, findings, locate_checkpoint, write_atomically, write_csv
 
 # What follows takes seconds to import; --help and spelling mistakes should not have to wait for it.
 if TYPE_CHECKING:
@@ -92,24 +91,16 @@ def evaluate(
     """Test each length that has not been tested yet; print what has been found, and return it and where it stands."""
     from rich import get_console
 
-    from rmt_lightning.build import load
+    from rmt_lightning.build import find_device, load
     from rmt_lightning.console import start_logging
     from rmt_lightning.results import length_table
 
     start_logging(None, first_process=True)
-    device, hardware = _device(config.device)
+    device, hardware = find_device(config.device)
     parts = load(run_config, run, checkpoint)
     fitting = parts.classifier.model.fitting("segments", config.segments)
-    settings = {
-        "checkpoint": checkpoint.name,
-        "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
-        "task": OmegaConf.to_container(run_config.task),
-        "noise": OmegaConf.to_container(run_config.noise),
-        "samples": config.samples,
-        "device": hardware,
-    }
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    folder = run / "evaluations" / f"{checkpoint.stem}-{parts.data.placement.task.name}-{key}"
+    settings = provenance(run_config, checkpoint) | {"samples": config.samples, "device": hardware}
+    folder = findings(run, "evaluations", f"{checkpoint.stem}-{parts.data.placement.task.name}", settings)
     done = _read(folder)
     lengths = done["lengths"]
     followed = f"{config.follow} every {config.every}"
@@ -130,17 +121,6 @@ def evaluate(
 
 
 _FILES = ("evaluation.csv", "distances.csv", "retention.csv", "evaluation.json")
-
-
-def _device(name: str) -> tuple[torch.device, str]:
-    """The device that is meant, and what it is called in results."""
-    import torch
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda: torch finds no GPU; give cpu or auto")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu"), "cpu"
-    return torch.device("cuda"), torch.cuda.get_device_name()
 
 
 def _test(parts: Parts, num_segments: int, config: DictConfig, device: torch.device) -> dict[str, Any]:

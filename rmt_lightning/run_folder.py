@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,6 +49,12 @@ def locate_checkpoint(path: str) -> tuple[Path, Path]:
     return run, checkpoint
 
 
+def findings(run: Path, kind: str, name: str, settings: dict[str, Any]) -> Path:
+    """Where results that were found with these settings belong: <run>/<kind>/<name>-<key of the settings>."""
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    return run / kind / f"{name}-{key}"
+
+
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write a file beside its place and move it there once it is on the disk.
 
@@ -73,3 +81,9 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, text.getvalue().encode())
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a csv file."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))

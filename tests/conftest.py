@@ -89,6 +89,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("noise-cache")
 
 
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """The folder of a run that was trained to three segments, to be copied."""
+    folder = tmp_path_factory.mktemp("finished")
+    environment = os.environ | {"RMT_LIGHTNING_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "rmt_lightning.train", *SMALL, "hydra.run.dir=run", "data.segment_length=48"]
+    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, timeout=240)
+    return folder / "run"
+
+
 @pytest.fixture
 def environment(cache: Path) -> dict[str, str]:
     """What a stranger's shell would have: no key, no terminal, a cache of its own."""
@@ -108,13 +118,3 @@ def train(environment: dict[str, str], tmp_path: Path) -> Run:
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
 
     return run
-
-
-@pytest.fixture(scope="session")
-def finished_run(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    """A run to be copied, not changed."""
-    folder = tmp_path_factory.mktemp("finished")
-    environment = os.environ | {"RMT_LIGHTNING_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "rmt_lightning.train", *SMALL, "hydra.run.dir=run", "data.segment_length=48"]
-    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, timeout=240)
-    return folder / "run"

@@ -82,6 +82,24 @@ def test_distance_counts_borders_from_the_first_needed_fact(
         assert placement.sample("train", Key(4, number)).distance == 3 - home
 
 
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_pieces_tell_where_facts_stand(task: Task, corpora: Corpora, tokenizer: PreTrainedTokenizerBase) -> None:
+    placement = Placement(task, corpora, tokenizer, text_length=45, seed=3)
+    for number in range(20):
+        key = Key(3, number)
+        sample = placement.sample("train", key)
+        woven = list(sample.pieces)
+        joined = [[token for piece in pieces for token in piece.ids.tolist()] for pieces in woven]
+        assert joined == segments_of(placement, key)
+        said = {piece.source: (home, piece.ids) for home, pieces in enumerate(woven) for piece in pieces}
+        wanted = {fact: (home, sample.example.facts[fact]) for fact, home in enumerate(sample.homes)}
+        wanted |= {"question": (2, sample.example.question)}
+        assert said.keys() - {"noise"} == wanted.keys()
+        for source, (home, sentence) in wanted.items():
+            ids = tokenizer(sentence, add_special_tokens=False)["input_ids"]
+            assert (said[source][0], said[source][1].tolist()) == (home, ids)
+
+
 def test_order_of_facts_is_kept(corpora: Corpora, tokenizer: PreTrainedTokenizerBase) -> None:
     placement = Placement(Carried(), corpora, tokenizer, text_length=45, seed=5)
     for number in range(60):

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "analysis": {"analysis", "tasks", "models"},
 }
 # The front doors and what they share; nothing else knows Hydra.
-DOORS = {"train.py", "evaluate.py", "export.py", "flops.py", "config.py", "build.py"}
+DOORS = {"train.py", "evaluate.py", "attend.py", "export.py", "flops.py", "config.py", "build.py"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -86,8 +86,8 @@ class FactDataset(Dataset[dict[str, Any]]):
             "question": torch.from_numpy(question),
             "label": sample.answer,
             "distance": sample.distance,
-            "first_told": sample.first_told,
-            "told": sample.told,
+            "first_told": min(sample.homes, default=0),
+            "told": max(sample.homes, default=0),
         }
 
 

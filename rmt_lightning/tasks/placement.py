@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import chain
+from typing import Literal, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -39,25 +40,45 @@ class Key(NamedTuple):
     fragments: float = 0.0
 
 
+class Piece(NamedTuple):
+    """Neighbouring tokens of a segment that come from one sentence or from the noise.
+
+    Attributes:
+        source: index of the fact, "noise" or "question".
+        ids: (n,) token ids, perhaps none.
+    """
+
+    source: int | Literal["noise", "question"]
+    ids: np.ndarray
+
+
 @dataclass(frozen=True)
 class Sample:
     """One input of T segments, not yet read.
 
     Attributes:
-        segments: yields T arrays (S,) of token ids; can be read once.
+        example: what is stated, asked and answered; None if the sample is mere noise.
         question: token ids with which the last segment ends; none in mere noise.
-        answer: the class; -1 in mere noise.
+        homes: the segment in which each fact stands.
         distance: segments between the first fact that is needed and the question; 0 if they share one.
-        first_told: the first segment with a fact.
-        told: the last one.
+        pieces: yields what each of the T segments is woven of; can be read once.
     """
 
-    segments: Iterator[np.ndarray]
+    example: Example | None
     question: np.ndarray
-    answer: int
+    homes: tuple[int, ...]
     distance: int
-    first_told: int
-    told: int
+    pieces: Iterator[list[Piece]]
+
+    @property
+    def answer(self) -> int:
+        """The class; -1 in mere noise."""
+        return self.example.answer if self.example else -1
+
+    @property
+    def segments(self) -> Iterator[np.ndarray]:
+        """Yields the pieces of each segment as one array (S,) of token ids; they can be read once."""
+        return (np.concatenate([piece.ids for piece in pieces]) for pieces in self.pieces)
 
 
 class Placement:
@@ -99,11 +120,8 @@ class Placement:
         counter = [0, 0, key.num_segments, key.number]
         rng = np.random.Generator(np.random.Philox(key=[self.seed, SPLITS.index(split)], counter=counter))
         if not key.facts:
-            nothing = np.zeros(0, np.int64)
-            noise = self._fill(Reader(self.corpora[split], rng), rng, [], [], nothing, key.num_segments)
-            if key.fragments:
-                noise = (self._scatter_fragments(ids, rng, split, key.fragments) for ids in noise)
-            return Sample(noise, nothing, answer=-1, distance=0, first_told=0, told=0)
+            noise = self._noise(Reader(self.corpora[split], rng), rng, split, key)
+            return Sample(None, np.zeros(0, np.int64), homes=(), distance=0, pieces=noise)
         for _ in range(_ATTEMPTS):
             example = self.task.draw(rng, split)
             facts = [self._ids(fact) for fact in example.facts]
@@ -116,10 +134,9 @@ class Placement:
                 f"data.segment_length: leaves room for {self.text_length} tokens of text, too small for the facts and "
                 f"the question of task={self.task.name} ({self._size(example)} tokens); raise it"
             )
-        segments = self._fill(Reader(self.corpora[split], rng), rng, facts, homes, question, key.num_segments)
+        pieces = self._fill(Reader(self.corpora[split], rng), rng, facts, homes, question, key.num_segments)
         first_needed = min(homes[fact] for fact in example.support)
-        distance = key.num_segments - 1 - first_needed
-        return Sample(segments, question, example.answer, distance, first_told=min(homes), told=max(homes))
+        return Sample(example, question, tuple(homes), key.num_segments - 1 - first_needed, pieces)
 
     def _ids(self, sentence: str) -> np.ndarray:
         if sentence not in self._token_ids:
@@ -162,6 +179,12 @@ class Placement:
             homes.append(segment)
         return homes
 
+    def _noise(self, reader: Reader, rng: np.random.Generator, split: Split, key: Key) -> Iterator[list[Piece]]:
+        """Yield segments of mere noise, perhaps with fragments of facts."""
+        for _ in range(key.num_segments):
+            ids = reader.tokens(reader.spans(self.text_length))
+            yield [Piece("noise", self._scatter_fragments(ids, rng, split, key.fragments))]
+
     def _scatter_fragments(self, ids: np.ndarray, rng: np.random.Generator, split: Split, mean: float) -> np.ndarray:
         """Overwrite noise (S,) with pieces of facts, never a whole one: text that looks like a fact and is none."""
         for _ in range(rng.poisson(mean)):
@@ -181,15 +204,16 @@ class Placement:
         homes: list[int],
         question: np.ndarray,
         num_segments: int,
-    ) -> Iterator[np.ndarray]:
-        """Yield the T segments, each (S,), reading no more noise than the next one needs."""
+    ) -> Iterator[list[Piece]]:
+        """Yield what each of the T segments, S tokens long, is woven of; read no more noise than the next one needs."""
         for segment in range(num_segments):
-            here = [ids for ids, home in zip(facts, homes, strict=True) if home == segment]
-            end = question if segment == num_segments - 1 else question[:0]
-            length = self.text_length - len(end) - sum(map(len, here))
+            stated = zip(facts, homes, strict=True)
+            here = [Piece(fact, ids) for fact, (ids, home) in enumerate(stated) if home == segment]
+            end = [Piece("question", question)] if segment == num_segments - 1 else []
+            length = self.text_length - sum(len(piece.ids) for piece in (*here, *end))
             spans = reader.spans(length)
             if not here:
-                yield np.concatenate([reader.tokens(spans), end])
+                yield [Piece("noise", reader.tokens(spans)), *end]
                 continue
             gaps = reader.gaps(spans)
             if len(gaps) == 0:
@@ -200,6 +224,5 @@ class Placement:
             if self.task.where == "start":
                 gaps = np.zeros(1, np.int64)
             places = np.sort(rng.choice(gaps, size=len(here)))
-            text = np.split(reader.tokens(spans), places)
-            woven = [piece for pair in zip(text, here, strict=False) for piece in pair]
-            yield np.concatenate([*woven, text[-1], end])
+            text = [Piece("noise", ids) for ids in np.split(reader.tokens(spans), places)]
+            yield [*chain.from_iterable(zip(text, here, strict=False)), text[-1], *end]
