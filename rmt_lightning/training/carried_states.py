@@ -241,8 +241,9 @@ class CarriedStates(Curriculum):
         )  # fmt: skip
 
     def _disturbed(self, memories: Tensor) -> Tensor:
-        noise = torch.randn(memories.shape, generator=self._random).to(memories)
-        return memories + self.jitter * noise
+        if not self.jitter or not memories.is_floating_point():
+            return memories
+        return memories + self.jitter * torch.randn(memories.shape, generator=self._random).to(memories)
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -291,7 +292,7 @@ class CarriedStates(Curriculum):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if hasattr(self, "old"):
             checkpoint["pools"] = tree_map(
-                lambda part: trainer.strategy.all_gather(part).reshape(-1, *part.shape).cpu(),
+                lambda part: trainer.strategy.all_gather(part).view(trainer.world_size, *part.shape).cpu(),
                 [(pool.content, pool.age) for pool in (self.old, self.blank)],
             )
 
