@@ -199,8 +199,8 @@ class CarriedStates(Curriculum):
             return
         counts = torch.tensor(list(self.counts.values()), device=pl_module.device)
         summed = dict(zip(_COUNTS, trainer.strategy.reduce(counts, reduce_op="sum").tolist(), strict=True))
-        age = self.old.age
-        losses = Losses(step=trainer.global_step, age=float(age[age >= 0].float().mean()), **summed)
+        ages = self.old.age[self.old.age >= 0].float()
+        losses = Losses(step=trainer.global_step, age=float(ages.mean()) if len(ages) else 0.0, **summed)
         self.history.append(losses)
         self.counts = dict.fromkeys(_COUNTS, 0)
         log.info(
