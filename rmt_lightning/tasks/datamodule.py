@@ -203,7 +203,8 @@ class FactDataModule(ShortEpochs):
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         super().load_state_dict(state_dict)
         self.num_segments = state_dict["num_segments"]
-        self.carried = state_dict["carried"]
+        # Checkpoints from before there were carried states have none.
+        self.carried = state_dict.get("carried", 0)
 
 
 def _side_by_side(samples: list[Sample]) -> Iterator[Tensor]:
