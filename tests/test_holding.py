@@ -39,7 +39,7 @@ class Phase:
         data = FactDataModule(placement, segment_length=37, batch_size=7)
         data.carried = 3
         self.trainer: Any = SimpleNamespace(datamodule=data, global_step=0, global_rank=0)
-        self.carried = CarriedStates(SegmentCurriculum(3, 10), steps=10, lr=1e-3, **{"pool": 6, **options})
+        self.carried = CarriedStates(SegmentCurriculum(3, 10), steps=10, lr=1e-3, **{"pool": 32, **options})
 
     def step(self, right: list[bool], num_segments: int = 3) -> tuple[dict[str, Any], list[torch.Tensor]]:
         """One step whose answers are `right`, wherever something is asked. Returns the batch, and states made up."""

@@ -19,8 +19,7 @@ from pathlib import Path
 from statistics import mean
 
 from rmt_lightning.analysis import figures
-from rmt_lightning.results import write_csv
-from rmt_lightning.run_folder import write_atomically
+from rmt_lightning.run_folder import write_atomically, write_csv
 
 HERE = Path(__file__).parent
 TEXT_LENGTH, MEMORY = 32, 5

@@ -22,8 +22,7 @@ from torch.utils._pytree import tree_leaves
 from rmt_lightning.analysis import figures
 from rmt_lightning.analysis.extrapolation import LengthResult
 from rmt_lightning.build import load
-from rmt_lightning.results import write_csv
-from rmt_lightning.run_folder import CHECKPOINTS, CONFIG, LAST
+from rmt_lightning.run_folder import CHECKPOINTS, CONFIG, LAST, write_csv
 
 HERE = Path(__file__).parent
 TRAINED_TO = 7

@@ -106,7 +106,7 @@ class CarriedStates(Curriculum):
         lr: highest learning rate; it rises over the first 20 steps and falls linearly to 0.
         weight_decay: of all weights.
         share: part of each batch that is carried on.
-        pool: P, how many memories of facts are kept on each device, and as many of nothing.
+        pool: P, how many memories of facts are kept on each device; beside them an eighth as many of nothing.
         lifetime: after how many segments, on average, a memory that holds makes room for a fresh one.
         jitter: standard deviation of the noise that is added to memories from the pool, so that the model learns to
             pull them back to where they belong.
@@ -224,7 +224,8 @@ class CarriedStates(Curriculum):
         initial = classifier.model.initial_state(samples)
         if not hasattr(self, "old"):
             self.old = Pool(self.size, (initial, batch["question"], batch["label"]))
-            self.blank = Pool(self.size, initial)
+            # Those of nothing are much alike; fewer of them grow older.
+            self.blank = Pool(max(1, self.size // 8), initial)
         self._random = torch.Generator().manual_seed(_mix(classifier.seed, trainer.global_step, trainer.global_rank))
         first = samples - carried
         self._drawn_blank = self.blank.draw(first // 2, self._random)
