@@ -26,7 +26,7 @@ from rmt_lightning.tasks.facts import Task
 from rmt_lightning.tasks.noise import SPLITS, Noise, tokenise
 from rmt_lightning.tasks.placement import Key, Placement
 from rmt_lightning.training.checkpoints import check_fits, read_checkpoint
-from rmt_lightning.training.classification import FactClassifier
+from rmt_lightning.training.classification import FactModule
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Parts:
 
     tokenizer: PreTrainedTokenizerBase
     data: FactDataModule
-    classifier: FactClassifier
+    classifier: FactModule
 
 
 def build(
@@ -66,7 +66,7 @@ def build(
     return Parts(
         tokenizer,
         instantiate(config.data, placement=placement),
-        FactClassifier(
+        instantiate(config.answer, _partial_=True)(
             model,
             answers or task.answers,
             instantiate(config.optim, _convert_="all"),

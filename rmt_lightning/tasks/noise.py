@@ -251,7 +251,7 @@ def tokenise(noise: Noise, tokenizer: PreTrainedTokenizerBase, cache_dir: str | 
     Raises:
         UserError: if a split holds no text.
     """
-    key = hashlib.sha256(f"{noise.fingerprint()}|{_tokenizer_fingerprint(tokenizer)}|v1".encode()).hexdigest()[:32]
+    key = hashlib.sha256(f"{noise.fingerprint()}|{_tokenizer_fingerprint(tokenizer)}|v2".encode()).hexdigest()[:32]
     cache = Path(cache_dir).expanduser() / "noise"
     cache.mkdir(parents=True, exist_ok=True)
     folder = cache / key
@@ -269,6 +269,18 @@ def tokenise(noise: Noise, tokenizer: PreTrainedTokenizerBase, cache_dir: str | 
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     return {split: Corpus.open(folder / split) for split in SPLITS}
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, sentences: list[str]) -> list[list[int]]:
+    """The tokens of sentences that stand in running text, without special tokens.
+
+    Some tokenizers take the space before a word for a part of it; the others do not see it.
+    """
+    if not sentences:
+        return []
+    texts = [f" {sentence}" for sentence in sentences]
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 def _digest(file: Path) -> bytes:
@@ -289,11 +301,7 @@ def _write(documents: Iterable[list[str]], tokenizer: PreTrainedTokenizerBase, f
     sentence_lengths: list[int] = []
     document_lengths: list[int] = []
     for document in documents:
-        ids = (
-            [i for i in tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] if i]
-            if document
-            else []
-        )
+        ids = [i for i in token_ids(tokenizer, document) if i]
         if ids:
             pieces.append(np.fromiter((token for sentence in ids for token in sentence), dtype=dtype))
             sentence_lengths += map(len, ids)

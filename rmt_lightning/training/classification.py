@@ -1,4 +1,4 @@
-"""The fact tasks as classification of the last segment.
+"""The fact tasks as classification of the last segment, and what all ways to answer have in common.
 
 Shapes: B batch, T segments, S text tokens of a segment, C answers, N longest number of segments.
 """
@@ -6,6 +6,7 @@ Shapes: B batch, T segments, S text tokens of a segment, C answers, N longest nu
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,12 +54,12 @@ class SlicedAccuracy(Metric):
         return {name: right.sum() / seen.sum() for name, (right, seen) in slices.items() if seen.sum() > 0}
 
 
-class FactClassifier(L.LightningModule):
-    """A recurrent model and a linear head that reads the answer after the last segment.
+class FactModule(L.LightningModule, ABC):
+    """A recurrent model that learns to answer.
 
     Args:
-        model: turns segments into the hidden states of the last one.
-        answers: the C classes, which are saved in checkpoints.
+        model: reads segments.
+        answers: the C of them, which are saved in checkpoints.
         optimization: how to train.
         max_segments: N, the longest input in training and validation.
         seed: of dropout.
@@ -79,16 +80,19 @@ class FactClassifier(L.LightningModule):
             raise UserError("model.bptt_depth=0: memory would never learn; give 1 or more, or -1 for all segments")
         super().__init__()
         self.model = model
-        self.head = nn.Linear(model.width, len(answers))
         self.answers = tuple(answers)
         self.optimization = optimization
         self.seed = seed
         self.accuracy = SlicedAccuracy(max_segments)
         self._clock = time.perf_counter()
 
+    @abstractmethod
     def forward(self, input_ids: Any, attention_mask: Tensor | None = None) -> Tensor:
-        """Scores (B, C) of the answers; takes whatever the model takes."""
-        return self.head(self.model.encode(input_ids, attention_mask).to(self.head.weight.dtype))
+        """Scores (B, C or more), the largest of which stands for what is answered; takes whatever the model takes."""
+
+    @abstractmethod
+    def loss(self, input_ids: Tensor, label: Tensor) -> Tensor:
+        """What training lowers: (B, T, S), (B,) -> ()."""
 
     def on_train_epoch_start(self) -> None:
         self._clock = time.perf_counter()
@@ -98,7 +102,7 @@ class FactClassifier(L.LightningModule):
         torch.manual_seed((self.seed * 1_000_003 + self.global_step) * 1_009 + self.global_rank)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = nn.functional.cross_entropy(self(batch["input_ids"]), batch["label"])
+        loss = self.loss(batch["input_ids"], batch["label"])
         if not torch.isfinite(loss):
             raise Diverged(
                 f"the loss became {loss.item()} at step {self.global_step}; lower optim.lr or raise optim.warmup"
@@ -131,3 +135,25 @@ class FactClassifier(L.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer, schedule = self.optimization.build(self.parameters(), data_of(self.trainer).num_segments)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class FactClassifier(FactModule):
+    """A linear head reads the answer after the last segment. The arguments are those of `FactModule`."""
+
+    def __init__(
+        self,
+        model: SegmentModel[Any],
+        answers: Sequence[str],
+        optimization: WarmupDecay,
+        max_segments: int,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, answers, optimization, max_segments, seed)
+        self.head = nn.Linear(model.width, len(answers))
+
+    def forward(self, input_ids: Any, attention_mask: Tensor | None = None) -> Tensor:
+        """Scores (B, C) of the answers; takes whatever the model takes."""
+        return self.head(self.model.encode(input_ids, attention_mask).to(self.head.weight.dtype))
+
+    def loss(self, input_ids: Tensor, label: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(self(input_ids), label)
