@@ -31,7 +31,7 @@ from rmt_lightning.tasks.language import DocumentDataModule, LanguageModeling, R
 from rmt_lightning.tasks.noise import SPLITS, Corpus, Noise, tokenise
 from rmt_lightning.tasks.placement import Key, Placement
 from rmt_lightning.training.checkpoints import check_fits, read_checkpoint
-from rmt_lightning.training.classification import FactClassifier
+from rmt_lightning.training.classification import FactModule
 from rmt_lightning.training.curriculum import FixedSteps, SegmentCurriculum
 from rmt_lightning.training.language_modeling import LanguageModeler
 
@@ -42,10 +42,10 @@ class Parts:
 
     tokenizer: PreTrainedTokenizerBase
     data: FactDataModule
-    classifier: FactClassifier
+    classifier: FactModule
 
     @property
-    def module(self) -> FactClassifier:
+    def module(self) -> FactModule:
         """What is trained."""
         return self.classifier
 
@@ -104,7 +104,7 @@ def build(
     return Parts(
         tokenizer,
         instantiate(config.data, placement=placement),
-        FactClassifier(
+        instantiate(config.answer, _partial_=True)(
             model,
             answers or task.answers,
             instantiate(config.optim, _convert_="all"),

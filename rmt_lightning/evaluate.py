@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     from rmt_lightning.analysis.extrapolation import LengthResult
     from rmt_lightning.build import Parts
+    from rmt_lightning.tasks.datamodule import FactDataModule
+    from rmt_lightning.training.classification import FactClassifier
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ def evaluate(
     from rmt_lightning.build import find_device, load
     from rmt_lightning.console import start_logging
     from rmt_lightning.results import length_table
+    from rmt_lightning.training.classification import FactClassifier
 
     start_logging(None, first_process=True)
     device, hardware = find_device(config.device)
@@ -104,15 +107,18 @@ def evaluate(
     done = _read(folder)
     lengths = done["lengths"]
     followed = f"{config.follow} every {config.every}"
-    if config.follow and followed not in done["retention"]:
-        done["retention"][followed] = _follow(parts, config, device)
+    # Only a head can be asked on the way, and a model that keeps the whole text has nothing to lose.
+    classifier = parts.classifier if isinstance(parts.classifier, FactClassifier) else None
+    follows = config.follow > 0 and classifier is not None and classifier.model.max_segments is None
+    if follows and classifier and followed not in done["retention"]:
+        done["retention"][followed] = _follow(classifier, parts.data, config, device)
         _write(folder, settings, done)
     for num_segments in fitting:
         if str(num_segments) not in lengths:
             lengths[str(num_segments)] = _test(parts, num_segments, config, device)
             _write(folder, settings, done)
     console = get_console()
-    if config.follow:
+    if follows:
         console.print(_rate_in_words(done["retention"][followed]), highlight=False)
     found = [_result(lengths[str(num_segments)]) for num_segments in fitting]
     console.print(length_table(found, config.segments, parts.classifier.model))
@@ -171,15 +177,17 @@ def _test_in_batches(
         )
 
 
-def _follow(parts: Parts, config: DictConfig, device: torch.device) -> dict[str, Any]:
+def _follow(
+    classifier: FactClassifier, data: FactDataModule, config: DictConfig, device: torch.device
+) -> dict[str, Any]:
     """Measure the rate at which memory is lost, and put what was found into a row."""
     from rmt_lightning.analysis.retention import follow
 
-    classifier = parts.classifier.to(device).eval()
+    classifier = classifier.to(device).eval()
     streams = 64 if config.batch_size == "auto" else config.batch_size
     with _bar(f"following {streams} memories", config.follow, streams) as advance, _autocast(device):
         found = follow(
-            classifier.model, classifier.score, parts.data, config.follow, config.every, streams, device,
+            classifier.model, classifier.score, data, config.follow, config.every, streams, device,
             classifier.answers, advance,
         )  # fmt: skip
     return {"streams": found.streams, "written": found.written, **found.row(), "right": found.right}

@@ -59,6 +59,7 @@ TABLE = [
     ("data.segment_length=12", r"data.segment_length=12: 10 memory and 3 special tokens leave no room for text; "),
     ("model=rmt_decoder backbone=tiny_gpt data.segment_length=20", r"data.segment_length=20: 10 read memory and"),
     ("model=rmt_decoder backbone=tiny_gpt data.segment_length=600", r"data.segment_length=600: the backbone see"),
+    ("model=rmt_decoder model.memory_attention=no", r"model.memory_attention=no: must be 'free' or 'causal'"),
     ("model.memory_attention=free", r"model.memory_attention: no such setting"),
     ("data.segment_length=20", r"data.segment_length: leaves room for 7 tokens of text, too small for the facts"),
     ("model=full_attention hold=carried_states", r"hold=carried_states: this model keeps the whole text and has no "),
@@ -103,6 +104,8 @@ TABLE = [
     ("backbone=tiny_gpt", r"backbone: RMTEncoder needs an encoder; choose backbone=tiny_bert, minilm or bert_base_cas"),
     ("backbone=minilm backbone.name=bert model=rmt_decoder", r"backbone.name=bert: bert is an encoder; choose"),
     ("backbone=gpt2 backbone.name=gpt", r"backbone: gpt2 has no tokens to begin and to end a segment; choose an enc"),
+    ("answer=generate", r"answer=generate: RMTEncoder cannot write; choose model=rmt_decoder"),
+    ("answer=guess", r"answer=guess: no such choice; allowed: classify, generate"),
     ("noise=wikitext", r"noise.name=Salesforce/wikitext: cannot be loaded from the Hugging Face Hub"),
     # resuming
     ("resume=absent", r"resume=absent: no run there; give a run folder or one of its checkpoints/*.ckpt"),

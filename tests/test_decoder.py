@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from transformers import (
 )
 
 from rmt_lightning.errors import UserError
-from rmt_lightning.models.backbone import Decoder, TinyGPT
+from rmt_lightning.models.backbone import Decoder, Pretrained, Restored, TinyGPT
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.rmt import RMTDecoder
 
@@ -226,6 +227,21 @@ def test_bfloat16_autocast(make_decoder: Make) -> None:
     hidden.sum().backward()
     assert memory.dtype == torch.float32 and hidden.isfinite().all()
     assert model.memory.grad is not None and model.memory.grad.isfinite().all()
+
+
+def test_saved_and_restored(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    decoder = TinyGPT(width=16, layers=1, heads=2).decoder(tokenizer)
+    decoder.model.half().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = Pretrained(str(tmp_path)).decoder(tokenizer)
+    assert all(module.training for module in loaded.modules()) and loaded.untied == []
+    for name, value in loaded.state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, decoder.state_dict()[name].float())
+    restored = Restored(tmp_path, tmp_path).decoder(tokenizer)
+    assert {k: v.shape for k, v in restored.state_dict().items()} == {
+        k: v.shape for k, v in loaded.state_dict().items()
+    }
 
 
 def test_what_cannot_serve_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -15,12 +15,14 @@ import torch
 from conftest import Run
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
+from test_configs import BUILT, compose
 from test_readme import BLOCKS
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning import export as front_door
-from rmt_lightning.build import load
+from rmt_lightning.build import build, load
+from rmt_lightning.config import CONF
 from rmt_lightning.errors import UserError
 from rmt_lightning.models.answerer import Answerer
 from rmt_lightning.models.backbone import TinyBert, TinyGPT
@@ -81,6 +83,19 @@ def test_there_and_back(kind: type[SegmentModel[Any]], tokenizer: PreTrainedToke
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "folder" / name).read_bytes()
 
 
+@pytest.mark.parametrize("choice", sorted(path.stem for path in (CONF / "model").glob("*.yaml")))
+def test_every_model_of_the_package(choice: str, cache: Path, tmp_path: Path) -> None:
+    GlobalHydra.instance().clear()
+    backbone = "tiny_gpt" if choice == "rmt_decoder" else "tiny_bert"
+    model = build(
+        compose(f"model={choice}", f"backbone={backbone}", *BUILT, f"cache_dir={cache}")
+    ).classifier.model.eval()
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(5, 250, (2, 3, model.text_length))
+    with torch.no_grad():
+        assert torch.equal(type(model).from_pretrained(tmp_path).encode(ids), model.encode(ids))
+
+
 def test_questions(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     model = make(RMTEncoder, tokenizer)
     answerer = Answerer(model, nn.Linear(16, 3), ["here", "there", "nowhere"]).eval()
@@ -114,7 +129,7 @@ def test_what_cannot_be_opened(
 
     cases = [
         (RMTDecoder, "whole", r"whole: holds a RMTEncoder and no RMTDecoder; open it with RMTEncoder.from_pretrained"),
-        (Answerer, "whole", r"whole: holds a RMTEncoder that was not trained to choose between answers"),
+        (Answerer, "whole", r"whole: holds a RMTEncoder that was not trained to choose answers"),
         (RMTEncoder, "absent/folder", r"absent/folder: no such folder, and cannot be loaded from the Hugging Face Hub"),
         (RMTEncoder, "/absent/folder/too", r"/absent/folder/too: no such folder, and cannot be loaded from the Hugg"),
         (RMTEncoder, lambda: broken(model="os.system"), r"broken: holds a system and no RMTEncoder"),
@@ -133,6 +148,9 @@ def test_what_cannot_be_opened(
     Path(broken(), "model.safetensors").write_bytes(pickle.dumps({"weights": 1}))
     with pytest.raises(UserError, match=r"holds no whole model .SafetensorError"):
         RMTEncoder.from_pretrained("broken")
+    Path(broken(), "head.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"holds no whole model .SafetensorError"):
+        Answerer.from_pretrained("broken")
 
 
 class FakeHub:

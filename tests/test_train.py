@@ -155,9 +155,13 @@ def test_loader_workers_change_nothing(train: Run, tmp_path: Path) -> None:
     assert all(torch.equal(plain[name], parallel[name]) for name in plain)
 
 
-def test_two_processes(train: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "model",
+    [("model=rmt_encoder",), ("model=rmt_decoder", "model.memory_size=5", "backbone=tiny_gpt", "answer=generate")],
+)
+def test_two_processes(model: tuple[str, ...], train: Run, tmp_path: Path) -> None:
     """DDP: the same samples as one process with the whole batch, the curriculum in step, one set of files."""
-    settings = ("curriculum.lengths=exact", "model.bptt_depth=1", "backbone.dropout=0")
+    settings = (*model, "curriculum.lengths=exact", "model.bptt_depth=1", "backbone.dropout=0")
     alone = train(*settings, "hydra.run.dir=alone", "data.batch_size=8")
     both = train(*settings, "trainer.accelerator=cpu", "trainer.devices=2", "hydra.run.dir=both")
     assert alone.returncode == 0 and both.returncode == 0, alone.stderr + both.stderr

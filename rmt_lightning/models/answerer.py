@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from rmt_lightning.errors import UserError
-from rmt_lightning.models.pretrained import fetch
+from rmt_lightning.models.pretrained import opened
 from rmt_lightning.models.segment_model import SegmentModel
 
 HEAD = "head.safetensors"
@@ -70,12 +70,12 @@ class Answerer(nn.Module, ModelHubMixin, library_name="rmt_lightning"):
         Raises:
             UserError: if there is no such folder or id, or it holds no answers.
         """
-        folder = fetch(pretrained_model_name_or_path, **options)
-        model: SegmentModel[Any] = SegmentModel.from_pretrained(folder)
-        if not (folder / HEAD).exists():
-            raise UserError(f"{folder}: holds a {type(model).__name__} that was not trained to choose between answers")
-        with safe_open(folder / HEAD, framework="pt") as file:
-            answers = json.loads(file.metadata()["answers"])
-            head = nn.Linear(model.width, len(answers))
-            head.load_state_dict({name: file.get_tensor(name) for name in ("weight", "bias")})
-        return cls(model, head, answers).eval()
+        with opened(pretrained_model_name_or_path, **options) as folder:
+            model: SegmentModel[Any] = SegmentModel.from_pretrained(folder)
+            if not (folder / HEAD).exists():
+                raise UserError(f"{folder}: holds a {type(model).__name__} that was not trained to choose answers")
+            with safe_open(folder / HEAD, framework="pt") as file:
+                answers = json.loads(file.metadata()["answers"])
+                head = nn.Linear(model.width, len(answers))
+                head.load_state_dict({name: file.get_tensor(name) for name in ("weight", "bias")})
+            return cls(model, head, answers).eval()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Self, cast
@@ -73,24 +75,15 @@ class SavedModel(ModelHubMixin, library_name="rmt_lightning", model_card_templat
         Raises:
             UserError: if there is no such folder or id, or it holds another model than this class.
         """
-        folder = fetch(pretrained_model_name_or_path, **options)
-        try:
+        with opened(pretrained_model_name_or_path, **options) as folder:
             settings = json.loads((folder / CONFIG).read_text())
             named = cls._named(settings.pop("model"), folder)
             saved = Restored(folder / TOKENIZER, folder / BACKBONE)
             tokenizer = saved.tokenizer([])
             model = named(**parts_for(named, saved, tokenizer), **settings)
             load_model(model, folder / WEIGHTS)
-        except UserError:
-            raise
-        except (OSError, ImportError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"{folder}: holds no whole model ({type(error).__name__}: {reason}); give what save_pretrained or "
-                "python -m rmt_lightning.export has left"
-            ) from None
-        model.eval()
-        return model
+            model.eval()
+            return model
 
     @classmethod
     def _named(cls, path: str, folder: Path) -> Any:
@@ -106,20 +99,33 @@ class SavedModel(ModelHubMixin, library_name="rmt_lightning", model_card_templat
         return named
 
 
-def fetch(name_or_path: str | Path, **options: Any) -> Path:
+@contextmanager
+def opened(name_or_path: str | Path, **options: Any) -> Iterator[Path]:
     """The folder of that name, or a copy of what the Hugging Face Hub has under it.
 
     Raises:
-        UserError: if there is neither.
+        UserError: if there is neither, or what is in it cannot be read.
     """
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path)
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        folder = _download(str(name_or_path), **options)
     try:
-        return Path(
-            snapshot_download(str(name_or_path), allow_patterns=["*.json", "*.txt", "*.safetensors"], **options)
-        )
+        yield folder
+    except UserError:
+        raise
+    except (OSError, ImportError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{folder}: holds no whole model ({type(error).__name__}: {reason}); give what save_pretrained or "
+            "python -m rmt_lightning.export has left"
+        ) from None
+
+
+def _download(name: str, **options: Any) -> Path:
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.safetensors"], **options))
     except Exception as error:  # the Hub's client raises a different class for each way of being out of reach
         raise UserError(
-            f"{name_or_path}: no such folder, and cannot be loaded from the Hugging Face Hub "
-            f"({type(error).__name__}); give a folder, or the id of a model while the network is there"
+            f"{name}: no such folder, and cannot be loaded from the Hugging Face Hub ({type(error).__name__}); "
+            "give a folder, or the id of a model while the network is there"
         ) from None

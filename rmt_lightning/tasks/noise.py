@@ -293,6 +293,18 @@ def tokenise(noise: Noise, tokenizer: PreTrainedTokenizerBase, cache_dir: str | 
     return {split: Corpus.open(folder / split) for split in SPLITS}
 
 
+def token_ids(tokenizer: PreTrainedTokenizerBase, sentences: list[str]) -> list[list[int]]:
+    """The tokens of sentences that stand in running text, without special tokens.
+
+    Some tokenizers take the space before a word for a part of it; the others do not see it.
+    """
+    if not sentences:
+        return []
+    texts = [f" {sentence}" for sentence in sentences]
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
 def _digest(file: Path) -> bytes:
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").digest()
@@ -312,11 +324,7 @@ def _write(documents: Iterable[list[str]], tokenizer: PreTrainedTokenizerBase, f
     document_lengths: list[int] = []
     document_bytes: list[int] = []
     for document in documents:
-        ids = (
-            [i for i in tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] if i]
-            if document
-            else []
-        )
+        ids = [i for i in token_ids(tokenizer, document) if i]
         if ids:
             pieces.append(np.fromiter((token for sentence in ids for token in sentence), dtype=dtype))
             sentence_lengths += map(len, ids)

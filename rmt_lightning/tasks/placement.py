@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.errors import UserError
 from rmt_lightning.tasks.facts import Example, Split, Task
-from rmt_lightning.tasks.noise import SPLITS, Corpus, Reader
+from rmt_lightning.tasks.noise import SPLITS, Corpus, Reader, token_ids
 
 # How often an example that needs more room than the sample has is drawn anew before giving up.
 _ATTEMPTS = 200
@@ -140,8 +140,7 @@ class Placement:
 
     def _ids(self, sentence: str) -> np.ndarray:
         if sentence not in self._token_ids:
-            ids = self.tokenizer(sentence, add_special_tokens=False)["input_ids"]
-            self._token_ids[sentence] = np.array(ids, dtype=np.int64)
+            self._token_ids[sentence] = np.array(token_ids(self.tokenizer, [sentence])[0], dtype=np.int64)
         return self._token_ids[sentence]
 
     def _size(self, example: Example) -> int:

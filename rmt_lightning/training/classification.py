@@ -1,10 +1,11 @@
-"""The fact tasks as classification of the last segment.
+"""The fact tasks as classification of the last segment, and what all ways to answer have in common.
 
 Shapes: B batch, T segments, S text tokens of a segment, C answers, N longest number of segments.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from rmt_lightning.errors import UserError
-from rmt_lightning.models.segment_model import SegmentModel
+from rmt_lightning.models.segment_model import Reading, SegmentModel
 from rmt_lightning.tasks.datamodule import data_of
 from rmt_lightning.training.module import SegmentModule
 from rmt_lightning.training.optimization import WarmupDecay
@@ -48,12 +49,12 @@ class SlicedAccuracy(Metric):
         return {name: right.sum() / seen.sum() for name, (right, seen) in slices.items() if seen.sum() > 0}
 
 
-class FactClassifier(SegmentModule):
-    """A recurrent model and a linear head that reads the answer after the last segment.
+class FactModule(SegmentModule, ABC):
+    """A recurrent model that learns to answer.
 
     Args:
-        model: turns segments into the hidden states of the last one.
-        answers: the C classes, which are saved in checkpoints.
+        model: reads segments.
+        answers: the C of them, which are saved in checkpoints.
         optimization: how to train.
         max_segments: N, the longest input in training and validation.
         seed: of dropout.
@@ -73,32 +74,30 @@ class FactClassifier(SegmentModule):
         if model.bptt_depth == 0:
             raise UserError("model.bptt_depth=0: memory would never learn; give 1 or more, or -1 for all segments")
         super().__init__(model, optimization, seed)
-        self.head = nn.Linear(model.width, len(answers))
         self.answers = tuple(answers)
         self.accuracy = SlicedAccuracy(max_segments)
 
+    @abstractmethod
     def forward(self, input_ids: Any, attention_mask: Tensor | None = None) -> Tensor:
-        """Scores (B, C) of the answers; takes whatever the model takes."""
-        return self.score(self.model.encode(input_ids, attention_mask))
+        """Scores (B, C or more), the largest of which stands for what is answered; takes whatever the model takes."""
 
-    def score(self, summary: Tensor) -> Tensor:
-        """Scores (B, C) from what the model has read, (B, D)."""
-        scores: Tensor = self.head(summary.to(self.head.weight.dtype))
-        return scores
+    @abstractmethod
+    def answer(self, end: Reading[Any], label: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss and which answers are right (B,), from what is known at the end; the label -1 asks nothing."""
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """The loss, which answers are right (B,), and the state before each segment, for those who carry states on.
 
-        A batch may bring the state to start from. Samples with the label -1 ask nothing.
+        A batch may bring the state to start from.
         """
         state = batch["state"] if "state" in batch else self.model.initial_state(len(batch["label"]))
         states = [state]
         for reading in self.model.read(batch["input_ids"], state=state):
             states.append(reading.state)
-        scores = self.score(self.model.readout(reading.hidden, reading.segment))
-        loss = self.checked(nn.functional.cross_entropy(scores, batch["label"], ignore_index=-1))
+        loss, right = self.answer(reading, batch["label"])
+        self.checked(loss)
         self.log("train/loss", loss.detach())
-        return {"loss": loss, "right": scores.argmax(dim=1) == batch["label"], "states": states[:-1]}
+        return {"loss": loss, "right": right, "states": states[:-1]}
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
         samples, segments, _ = batch["input_ids"].shape
@@ -122,3 +121,31 @@ class FactClassifier(SegmentModule):
     def configure_optimizers(self) -> Any:
         optimizer, schedule = self.optimization.build(self.parameters(), data_of(self.trainer).num_segments)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class FactClassifier(FactModule):
+    """A linear head reads the answer after the last segment. The arguments are those of `FactModule`."""
+
+    def __init__(
+        self,
+        model: SegmentModel[Any],
+        answers: Sequence[str],
+        optimization: WarmupDecay,
+        max_segments: int,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, answers, optimization, max_segments, seed)
+        self.head = nn.Linear(model.width, len(answers))
+
+    def forward(self, input_ids: Any, attention_mask: Tensor | None = None) -> Tensor:
+        """Scores (B, C) of the answers; takes whatever the model takes."""
+        return self.score(self.model.encode(input_ids, attention_mask))
+
+    def score(self, summary: Tensor) -> Tensor:
+        """Scores (B, C) from what the model has read, (B, D)."""
+        scores: Tensor = self.head(summary.to(self.head.weight.dtype))
+        return scores
+
+    def answer(self, end: Reading[Any], label: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.score(self.model.readout(end.hidden, end.segment))
+        return nn.functional.cross_entropy(scores, label, ignore_index=-1), scores.argmax(dim=1) == label
