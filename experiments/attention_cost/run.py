@@ -37,18 +37,23 @@ def build(name: str) -> SegmentModel:
 
 @torch.inference_mode()
 def measure(name: str, segments: int) -> dict[str, object]:
-    """Seconds of CPU time, the best of three, and peak memory beyond that of the program and the weights."""
+    """Seconds of CPU time, the best of three, and peak memory of the first beyond that of the program and the weights."""
     torch.set_num_threads(1)
     model = build(name).eval()
     text = torch.randint(3, 300, (1, segments, TEXT))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seconds = []
+    seconds, peaks = [], [peak()]
     for _ in range(3):
         began = time.process_time()
         model.encode(iter(text.unbind(dim=1)))
         seconds.append(time.process_time() - began)
-    added = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return {"model": name, "segments": segments, "seconds": round(min(seconds), 4), "megabytes": round(added / 1e3, 1)}
+        peaks.append(peak())
+    megabytes = peaks[1] - peaks[0]
+    return {"model": name, "segments": segments, "seconds": round(min(seconds), 4), "megabytes": round(megabytes, 1)}
+
+
+def peak() -> float:
+    """Largest resident memory of this process so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
 def main() -> None:
