@@ -57,7 +57,14 @@ def test_the_loss_is_that_of_the_words(learner: FactGenerator) -> None:
         told, _ = read_causal_segment(gpt, words[:-1], memory, free=True)
         for before, word in zip([hidden[-1], *told], words, strict=True):
             losses.append(-gpt.lm_head(before).log_softmax(-1)[word])
-    torch.testing.assert_close(learner.loss(ids, labels), torch.stack(losses).mean())
+    (*_, end) = model.read(ids)
+    loss, _ = learner.answer(end, labels)
+    torch.testing.assert_close(loss, torch.stack(losses).mean())
+    # Where nothing is asked, nothing is learnt.
+    extended = Reading(Segment(end.segment.input_ids[[0, 1, 2, 0]]), end.hidden[[0, 1, 2, 0]], end.state[[0, 1, 2, 0]])
+    again, right = learner.answer(extended, torch.tensor([2, 0, 1, -1]))
+    torch.testing.assert_close(again, loss)
+    assert not right[3]
 
 
 def test_right_is_what_is_written_word_for_word(learner: FactGenerator) -> None:

@@ -63,7 +63,6 @@ TABLE = [
     ("model.memory_attention=free", r"model.memory_attention: no such setting"),
     ("data.segment_length=20", r"data.segment_length: leaves room for 7 tokens of text, too small for the facts"),
     ("model=full_attention hold=carried_states", r"hold=carried_states: this model keeps the whole text and has no "),
-    ("task=language_modeling hold=carried_states", r"hold=carried_states: asks questions, which running text has not"),
     ("hold=carried_states curriculum.max_segments=1", r"curriculum.max_segments=1: leaves no memory to carry; "),
     ("model=full_attention data.segment_length=511", r"data.segment_length=511: too long for positions; "),
     (

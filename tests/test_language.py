@@ -295,6 +295,10 @@ def test_a_run_its_files_and_that_it_goes_on_exactly(
         ("task=language_modeling curriculum=segments", r"curriculum: a SegmentCurriculum does not go with task=langua"),
         ("task=language_modeling test=lengths", r"test: a LengthTest does not go with task=language_modeling, which"),
         ("data=documents", r"data: a DocumentDataModule does not go with task=detect, which needs a FactDataModule; "),
+        (
+            "task=language_modeling hold=carried_states",
+            r"hold=carried_states: asks questions, which running text has not",
+        ),
         ("task=language_modeling data.num_segments=0", r"data\.num_segments=0: must be greater than or equal to 1"),
         ("task=language_modeling curriculum.max_segments=3", r"curriculum\.max_segments: no such setting"),
         ("task=language_modeling noise=files noise.path=absent.txt", r"noise\.path=absent\.txt: no \.txt"),

@@ -417,6 +417,8 @@ class TinyGPT(Tiny):
             embd_pdrop=self.dropout,
             attn_pdrop=self.dropout,
             resid_pdrop=self.dropout,
+            bos_token_id=None,
+            eos_token_id=None,
         )
 
     def decoder(self, tokenizer: PreTrainedTokenizerBase) -> Decoder:

@@ -51,6 +51,7 @@ class FullAttention(SegmentModel[Segment]):
                 f"{self.max_tokens} tokens of text; give {self.max_tokens} or less"
             )
         super().__init__(segment_length, encoder.width)
+        self.tokenizer = encoder.tokenizer
         self.encoder = encoder
 
     @property

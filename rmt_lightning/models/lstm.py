@@ -53,6 +53,7 @@ class LSTM(SegmentModel[LSTMState]):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__(segment_length, width, bptt_depth, gradient_checkpointing)
+        self.tokenizer = tokenizer
         self.words = nn.Embedding(len(tokenizer), width)
         self.lstm = nn.LSTM(width, width, layers, batch_first=True)
 

@@ -66,6 +66,7 @@ class MemoryNetwork(SegmentModel[Sentences]):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__(segment_length, width, bptt_depth, gradient_checkpointing)
+        self.tokenizer = tokenizer
         self.hops = hops
         self.slots = slots
         tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))

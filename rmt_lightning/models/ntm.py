@@ -68,6 +68,7 @@ class NeuralTuringMachine(SegmentModel[Machine]):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__(segment_length, width + heads * slot_width, bptt_depth, gradient_checkpointing)
+        self.tokenizer = tokenizer
         self.slots = slots
         self.slot_width = slot_width
         self.heads = heads

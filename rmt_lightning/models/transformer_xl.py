@@ -104,6 +104,7 @@ class TransformerXL(SegmentModel[XLState]):
                 f"text; give more than {2 * memory_size}"
             )
         super().__init__(text_length, width, bptt_depth, gradient_checkpointing)
+        self.tokenizer = tokenizer
         self.cache_length = cache_length
         self.embedding = nn.Embedding(len(tokenizer), width)
         self.layers = nn.ModuleList(Layer(width, heads, dropout) for _ in range(layers))

@@ -42,7 +42,7 @@ class FactGenerator(FactModule):
         seed: int = 0,
     ) -> None:
         tokenizer = model.tokenizer
-        if tokenizer is None or not hasattr(model, "logits"):
+        if tokenizer is None or type(model).logits is SegmentModel.logits:
             raise UserError(f"answer=generate: {type(model).__name__} cannot write; choose model=rmt_decoder")
         if tokenizer.eos_token_id is None:
             raise UserError("answer=generate: the backbone's tokenizer has no end token; choose answer=classify")
