@@ -74,7 +74,7 @@ def test_the_maps_are_those_of_the_fast_attention(make_model: Make) -> None:
     assert [tuple(of_segment.shape) for of_segment in weights] == [(2, 2, 2, 20, 20)] * 3
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in ("longformer", "bigbird")])
 def test_every_backbone_shows_its_attention_and_is_left_as_it_was(
     name: str, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -98,6 +98,16 @@ def test_every_backbone_shows_its_attention_and_is_left_as_it_was(
     # [CLS], 4 memory tokens, [SEP], 9 tokens, [SEP]; the rest is padding.
     assert weights[0][:, 0, :, :16, 16:].abs().max() == 0
     assert weights[0][:, 0, :, :16, :16].min() > 0 or name == "modernbert"  # whose layers look at a window
+
+
+@pytest.mark.parametrize("name", ["longformer", "bigbird"])
+def test_sparse_attention_is_refused(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    encoder = Encoder(AutoModel.from_config(CONFIGS[name][0]), tokenizer)
+    with (
+        pytest.raises(UserError, match=r"^backbone: the sparse attention of \w+ keeps no whole maps"),
+        recorded(encoder),
+    ):
+        pass
 
 
 def test_select() -> None:
@@ -369,7 +379,7 @@ def test_another_head_is_drawn_beside_it_and_the_curve_is_not_read_again(
         ("streams=0", "streams=0: must be greater than or equal to 1"),
         ("heads=1", "heads: no such setting; did you mean head?"),
         ("checkpoint=absent", "checkpoint=absent: no run there; give a run folder or one of its checkpoints/*.ckpt"),
-        ("checkpoint=run/checkpoints/none.ckpt", "checkpoint=run/checkpoints/none.ckpt: the model has no memory"),
+        ("checkpoint=run/checkpoints/none.ckpt", "checkpoint=run/checkpoints/none.ckpt: has no memory tokens"),
     ],
 )
 def test_bad_input(

@@ -26,6 +26,8 @@ from rmt_lightning.tasks.placement import Key, Piece, Placement, Sample
 
 Part = Literal["noise", "fact", "question"]
 
+# They hand back windows around each token, and blocks that do not sum to 1.
+SPARSE = ("longformer", "big_bird")
 # In a figure, the names of more tokens cannot be read.
 MOST_TOKENS = 64
 
@@ -105,8 +107,16 @@ def recorded(encoder: Encoder) -> Iterator[list[Tensor]]:
     """While it is open, the list grows by the attention weights (L, B, H, N, N) of each segment that is read.
 
     The backbone's fast attention does not keep its weights, so it is replaced by the plain one for that time.
+
+    Raises:
+        UserError: if the backbone's attention is sparse.
     """
     model = encoder.model
+    if model.config.model_type in SPARSE:
+        raise UserError(
+            f"backbone: the sparse attention of {model.config.model_type} keeps no whole maps; give a run with another "
+            "encoder, such as BERT"
+        )
     weights: list[Tensor] = []
 
     def keep(_model: object, _args: object, output: Any) -> None:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 CHANCE = "0.6"
 # Of Okabe and Ito's palette, which colour-blind people can tell apart.
-PART_COLOURS = {"[CLS]": "black", "memory": "#0072b2", "fact": "#d55e00", "question": "#008060"}
-OTHER_COLOUR = "0.55"
+PART_COLORS = {"[CLS]": "black", "memory": "#0072b2", "fact": "#d55e00", "question": "#008060"}
+OTHER_COLOR = "0.55"
 
 
 def curriculum(
@@ -344,17 +344,17 @@ def _annotate(axes: Axes, one: AttentionMap, shown: Sequence[int]) -> None:
     axes.set_yticks(range(len(shown)), [names[place] for place in shown], fontsize=8, parse_math=False)
     axes.tick_params(length=1.5, pad=1.5)
     for label, part in zip([*axes.get_xticklabels(), *axes.get_yticklabels()], [*one.parts, *parts], strict=True):
-        label.set_color(_colour(part))
+        label.set_color(_color(part))
     reader, sources = one.operation
     for top, bottom in _runs(parts, (reader,)):
         for left, right in _runs(one.parts, sources):
             corner = (left - 0.5, top - 0.5)
-            colour = _colour(sources[0])
-            axes.add_patch(Rectangle(corner, right - left, bottom - top, fill=False, edgecolor=colour, linewidth=1.5))
+            color = _color(sources[0])
+            axes.add_patch(Rectangle(corner, right - left, bottom - top, fill=False, edgecolor=color, linewidth=1.5))
 
 
-def _colour(part: str) -> str:
-    return PART_COLOURS.get(part.split(" ")[0], OTHER_COLOUR)
+def _color(part: str) -> str:
+    return PART_COLORS.get(part.split(" ")[0], OTHER_COLOR)
 
 
 def _runs(parts: Sequence[str], wanted: Sequence[str]) -> list[tuple[int, int]]:
@@ -376,13 +376,13 @@ def rewriting(curve: Sequence[Rewriting], title: str) -> Figure:
     noise = [point for point in curve if point.part == "noise"]
     if noise:
         segments, mean, low, high = _binned([(p.segment, p.rewritten, p.low, p.high) for p in noise])
-        colour = PART_COLOURS["memory"]
-        axes.plot(segments, mean, "-", color=colour, linewidth=1.5, label="noise passes")
-        axes.fill_between(segments, low, high, color=colour, alpha=0.2, linewidth=0, label="10% to 90%")
+        color = PART_COLORS["memory"]
+        axes.plot(segments, mean, "-", color=color, linewidth=1.5, label="noise passes")
+        axes.fill_between(segments, low, high, color=color, alpha=0.2, linewidth=0, label="10% to 90%")
     for part, marker, label in (("fact", "o", "a fact is written"), ("question", "s", "the question is asked")):
         points = [(point.segment, point.rewritten) for point in curve if point.part == part]
         if points:
-            axes.plot(*zip(*points, strict=True), marker, color=PART_COLOURS[part], markersize=4.5, label=label)
+            axes.plot(*zip(*points, strict=True), marker, color=PART_COLORS[part], markersize=4.5, label=label)
     axes.axhline(2**0.5, color=CHANCE, linestyle=":", linewidth=1)
     axes.annotate("√2: unrelated to what it was", (1, 2**0.5), textcoords="offset points", xytext=(0, 3), fontsize=8)
     axes.set_xscale("log", base=2)
