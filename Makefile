@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 
-.PHONY: help install train evaluate figures report test lint clean
+.PHONY: help install train evaluate figures report test soak lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -28,6 +28,9 @@ test: $(VENV)/.installed-test  ## run linter, type checker and the whole test su
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+soak: $(VENV)/.installed-test  ## run the tests that make test leaves out: more kills, signals and processes
+	$(BIN)/python -m pytest -n 2 -m soak $(ARGS)
 
 lint: $(VENV)/.installed-test  ## let the linter mend what it can
 	$(BIN)/ruff check --fix .

@@ -198,6 +198,7 @@ def test_a_run_with_old_memories_that_was_interrupted_ends_with_the_same_weights
     assert_identical(final(tmp_path / "whole"), final(tmp_path / "run"))
 
 
+@pytest.mark.soak
 def test_the_phase_can_be_added_to_a_run_that_has_ended(train: Run, tmp_path: Path) -> None:
     assert train("hydra.run.dir=run").returncode == 0
     added = train("resume=run", "hold=carried_states", "hold.steps=6", "hold.pool=8", small=False)

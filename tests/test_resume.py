@@ -79,14 +79,14 @@ def test_the_same_command_gives_the_same_weights_and_others_differ(
 @pytest.mark.parametrize(
     ("where", "calls"),
     [
-        ("step", 2),  # before the first checkpoint
-        ("step", 5),  # inside a stage
+        pytest.param("step", 2, marks=pytest.mark.soak),  # before the first checkpoint
+        pytest.param("step", 5, marks=pytest.mark.soak),  # inside a stage
         ("step", 8),  # inside the second stage, its first epoch
-        ("validation", 4),  # between an epoch's last step and its checkpoint
+        pytest.param("validation", 4, marks=pytest.mark.soak),  # between an epoch's last step and its checkpoint
         ("writing", 3),  # a checkpoint is half written
-        ("moving", 2),  # stage-1.ckpt is written, but not in its place
+        pytest.param("moving", 2, marks=pytest.mark.soak),  # stage-1.ckpt is written, but not in its place
         ("moving", 3),  # the border of a stage: stage-1.ckpt is there, last.ckpt is older
-        ("step", 18),  # the very last step
+        pytest.param("step", 18, marks=pytest.mark.soak),  # the very last step
     ],
 )
 def test_killed_and_resumed(where: str, calls: int, uninterrupted: Path, train: Run, tmp_path: Path) -> None:
@@ -128,7 +128,9 @@ run()
 """
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("signum", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.soak), (signal.SIGTERM, 143)]
+)
 def test_signals_save_and_exit_cleanly(
     signum: int, code: int, uninterrupted: Path, train: Run, environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -178,6 +180,7 @@ def test_resume_with_more_segments_and_a_finished_run(uninterrupted: Path, train
         assert [row["stage"] for row in csv.DictReader(file)] == ["1", "2", "3", "4"]
 
 
+@pytest.mark.soak
 def test_max_steps_saves_where_it_stops(uninterrupted: Path, train: Run, tmp_path: Path) -> None:
     result = train(*RUN, "trainer.max_steps=7")
     assert result.returncode == 0, result.stderr

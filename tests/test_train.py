@@ -132,6 +132,7 @@ json.dump(rates, open("rates.json", "w"))
         assert found == pytest.approx([peak * share for share in shape])
 
 
+@pytest.mark.soak
 def test_plateau_and_validations_in_a_row(train: Run, tmp_path: Path) -> None:
     patient = train("optim.lr=1e-30", "curriculum.patience=2", "curriculum.steps=60", "hydra.run.dir=patient")
     assert patient.returncode == 0
@@ -179,6 +180,7 @@ def test_two_processes(model: tuple[str, ...], train: Run, tmp_path: Path) -> No
     assert both.stdout.count("Curriculum") == 1
 
 
+@pytest.mark.soak
 def test_two_processes_resume(train: Run, tmp_path: Path) -> None:
     ddp = ("trainer.accelerator=cpu", "trainer.devices=2", "backbone.dropout=0.1")
     assert train(*ddp, "hydra.run.dir=whole").returncode == 0
@@ -220,6 +222,7 @@ def test_wandb_without_a_key_is_offline_and_never_asks(train: Run, tmp_path: Pat
     assert metrics(tmp_path / "run")["train/loss"]
 
 
+@pytest.mark.soak
 def test_tensorboard(train: Run, tmp_path: Path) -> None:
     result = train("logger=tensorboard", "hydra.run.dir=run")
     assert result.returncode == 0, result.stdout + result.stderr

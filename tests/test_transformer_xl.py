@@ -233,6 +233,7 @@ def test_a_run_learns_and_its_checkpoint_is_loaded(train: Run, tmp_path: Path, c
     assert all(torch.equal(loaded[name], saved) for name, saved in weights(run).items())
 
 
+@pytest.mark.soak
 def test_two_processes(train: Run, tmp_path: Path) -> None:
     settings = (
         "model=rmt_transformer_xl", *SIZES, "model.memory_size=2", "model.bptt_depth=1", "curriculum.lengths=exact",
