@@ -37,7 +37,7 @@ def build(name: str) -> SegmentModel:
 
 @torch.inference_mode()
 def measure(name: str, segments: int) -> dict[str, object]:
-    """Seconds of CPU time, the best of three, and peak memory of the first beyond that of the program and the weights."""
+    """Seconds of CPU time, the best of three, and what the first of them adds to the memory of program and weights."""
     torch.set_num_threads(1)
     model = build(name).eval()
     text = torch.randint(3, 300, (1, segments, TEXT))
