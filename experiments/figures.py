@@ -9,6 +9,7 @@ from rmt_lightning.analysis import figures
 
 # A folder, and the function that makes a figure of the rows of its results.csv.
 FIGURES = {
+    "attention_cost": figures.cost,
     "flops": figures.flops,
 }
 

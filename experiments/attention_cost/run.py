@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import resource
 import time
-from collections import defaultdict
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import torch
 from rmt_lightning import FullAttention, RMTEncoder, TinyBert
 from rmt_lightning.analysis import figures
 from rmt_lightning.models.segment_model import SegmentModel
-from rmt_lightning.results import write_csv
+from rmt_lightning.run_folder import write_csv
 from rmt_lightning.tasks.facts import Detect
 
 HERE = Path(__file__).parent
@@ -37,7 +36,7 @@ def build(name: str) -> SegmentModel:
 
 @torch.inference_mode()
 def measure(name: str, segments: int) -> dict[str, object]:
-    """Seconds of CPU time, the best of three, and peak memory of the first beyond that of the program and the weights."""
+    """Seconds of CPU time, the best of three, and what the first of them adds to the memory of program and weights."""
     torch.set_num_threads(1)
     model = build(name).eval()
     text = torch.randint(3, 300, (1, segments, TEXT))
@@ -61,12 +60,7 @@ def main() -> None:
     with get_context("fork").Pool(1, maxtasksperchild=1) as pool:
         rows = pool.starmap(measure, [(name, segments) for name in MODELS for segments in SEGMENTS], chunksize=1)
     write_csv(HERE / "results.csv", rows)
-    measured = defaultdict(list)
-    for row in rows:
-        measured[row["model"]].append((row["segments"], row["seconds"], row["megabytes"]))
-    figure = figures.cost(measured)
-    for kind in ("png", "pdf"):
-        figure.savefig(HERE / f"figure.{kind}", dpi=150)
+    figures.save(figures.cost(rows), HERE / "figure")
 
 
 if __name__ == "__main__":

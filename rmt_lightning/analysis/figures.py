@@ -275,16 +275,18 @@ def models(accuracy: Mapping[str, Sequence[LengthResult]], trained_to: int, chan
     return figure
 
 
-def cost(measured: Mapping[str, Sequence[tuple[int, float, float]]]) -> Figure:
+def cost(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """What reading costs, against length.
 
     Args:
-        measured: (segments, seconds, MB of memory) of each model.
+        rows: model, segments, seconds and megabytes of each measurement.
     """
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     panels = figure.subplots(1, 2)
-    for name, points in measured.items():
-        segments, *costs = zip(*points, strict=True)
+    for name in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == name]
+        segments = [int(row["segments"]) for row in own]
+        costs = [[float(row[column]) for row in own] for column in ("seconds", "megabytes")]
         for axes, values in zip(panels, costs, strict=True):
             axes.plot(segments, values, "o-", markersize=3.5, label=name)
             axes.set_xscale("log", base=2)

@@ -39,7 +39,7 @@ from transformers.utils import logging as hf_logging
 
 from rmt_lightning.errors import UserError
 
-# It says each time that an input is padded to whole windows, which changes nothing.
+# They tell of padding to whole windows and blocks, which changes nothing.
 logging.getLogger(LongformerModel.__module__).setLevel(logging.ERROR)
 logging.getLogger(BigBirdModel.__module__).setLevel(logging.ERROR)
 
@@ -126,7 +126,8 @@ class Encoder(Transformer):
         options: dict[str, Tensor] = {}
         precision: AbstractContextManager[None] = nullcontext()
         if self.model.config.model_type == "longformer":
-            # [CLS] sees all and is seen by all, as for classification in section 3.1 of arXiv 2004.05150.
+            # [CLS] sees all and is seen by all, as for classification in section 3.1 of arXiv 2004.05150. The tokens of
+            # the question, which nothing marks as such, see their window and [CLS].
             at_cls = torch.zeros(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
             at_cls[:, 0] = 1
             options = {"global_attention_mask": at_cls}

@@ -32,7 +32,7 @@ class MemoryNetwork(SegmentModel[Sentences]):
     """K soft reads of a memory of sentences, each deciding what the next one looks for.
 
     A slot holds a sentence: what ends in a token with ".", "!" or "?", or with its segment. The newest sentence is the
-    question, those before it are the memory; beyond `slots` the oldest is forgotten (section 4.2 keeps 50). With
+    question, those before it are the memory; beyond `slots` the oldest is forgotten (section 4 keeps 50). With
     embeddings E⁰ … Eᴷ, tied between hops as Aᵏ⁺¹ = Eᵏ, Cᵏ⁺¹ = Eᵏ⁺¹ and B = E⁰ ("adjacent", section 2.2):
 
     ```
@@ -75,7 +75,7 @@ class MemoryNetwork(SegmentModel[Sentences]):
         self.words = nn.Embedding(len(tokenizer), (hops + 1) * width)
         self.ages = nn.Parameter(torch.empty(slots, hops + 1, width))
         for weight in (self.words.weight, self.ages):
-            nn.init.normal_(weight, std=0.1)  # section 4.2
+            nn.init.normal_(weight, std=0.1)  # section 4
 
     def initial_state(self, batch_size: int) -> Sentences:
         """No sentence."""

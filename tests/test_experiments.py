@@ -1,0 +1,51 @@
+"""The scripts beside the results: what they would run can be composed, and what they found can be drawn."""
+
+from __future__ import annotations
+
+import csv
+import runpy
+from pathlib import Path
+
+import hydra
+import pytest
+from conftest import ROOT
+from hydra.core.global_hydra import GlobalHydra
+
+from rmt_lightning.analysis import figures
+from rmt_lightning.analysis.extrapolation import LengthResult
+from rmt_lightning.config import CONF
+
+EXPERIMENTS = ROOT / "experiments"
+COMPARISON = runpy.run_path(str(EXPERIMENTS / "models_on_detect" / "run.py"))
+
+
+@pytest.mark.parametrize("name", COMPARISON["MODELS"])
+def test_every_compared_model_can_be_composed(name: str) -> None:
+    settings = COMPARISON["MODELS"][name].split()
+    if not (CONF / "model" / f"{settings[0].removeprefix('model=')}.yaml").exists():
+        pytest.skip("this model is yet to come")
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        config = hydra.compose("train", [*COMPARISON["TRAIN"], *settings])
+        hydra.compose("evaluate", [*COMPARISON["EVALUATE"]])
+    GlobalHydra.instance().clear()
+    assert config.curriculum.max_segments == COMPARISON["TRAINED_TO"]
+
+
+def test_models_side_by_side() -> None:
+    def results(*lengths: int) -> list[LengthResult]:
+        return [LengthResult(right=3, samples=4, segments=length) for length in lengths]
+
+    (axes,) = figures.models({"stops": results(1, 2), "goes on": results(1, 2, 4)}, trained_to=2, chance=1 / 6).axes
+    marked = [line for line in axes.lines if line.get_marker() == "x"]
+    assert [line.get_xydata().tolist() for line in marked] == [[[2, 0.75]]]
+
+
+def test_the_cost_of_attention_is_drawn_from_its_csv(tmp_path: Path) -> None:
+    measured: dict[str, list[tuple[int, float, float]]] = {}
+    with (EXPERIMENTS / "attention_cost" / "results.csv").open() as file:
+        for row in csv.DictReader(file):
+            point = (int(row["segments"]), float(row["seconds"]), float(row["megabytes"]))
+            measured.setdefault(row["model"], []).append(point)
+    figure = figures.cost(measured)
+    assert [len(axes.lines) for axes in figure.axes] == [3, 3]
+    figure.savefig(tmp_path / "figure.pdf")
