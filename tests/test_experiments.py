@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import runpy
-from pathlib import Path
 
 import hydra
 import pytest
@@ -14,6 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from rmt_lightning.analysis import figures
 from rmt_lightning.analysis.extrapolation import LengthResult
 from rmt_lightning.config import CONF
+from rmt_lightning.run_folder import read_csv
 
 EXPERIMENTS = ROOT / "experiments"
 COMPARISON = runpy.run_path(str(EXPERIMENTS / "models_on_detect" / "run.py"))
@@ -40,12 +39,9 @@ def test_models_side_by_side() -> None:
     assert [line.get_xydata().tolist() for line in marked] == [[[2, 0.75]]]
 
 
-def test_the_cost_of_attention_is_drawn_from_its_csv(tmp_path: Path) -> None:
-    measured: dict[str, list[tuple[int, float, float]]] = {}
-    with (EXPERIMENTS / "attention_cost" / "results.csv").open() as file:
-        for row in csv.DictReader(file):
-            point = (int(row["segments"]), float(row["seconds"]), float(row["megabytes"]))
-            measured.setdefault(row["model"], []).append(point)
-    figure = figures.cost(measured)
-    assert [len(axes.lines) for axes in figure.axes] == [3, 3]
-    figure.savefig(tmp_path / "figure.pdf")
+def test_the_cost_of_attention_is_drawn_from_its_csv() -> None:
+    rows = read_csv(EXPERIMENTS / "attention_cost" / "results.csv")
+    time, memory = figures.cost(rows).axes
+    assert [len(axes.lines) for axes in (time, memory)] == [3, 3]
+    own = [(int(row["segments"]), float(row["megabytes"])) for row in rows if row["model"] == "RMT"]
+    assert [tuple(point) for point in memory.lines[0].get_xydata()] == own
