@@ -37,6 +37,7 @@ def test_it_understands_sentences_through_the_recurrence(minilm: Path) -> None:
     torch.testing.assert_close(hidden[:, : len(specials)], expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.soak
 def test_it_trains_with_the_real_command_and_resumes_without_its_weights(
     minilm: Path, train: Run, tmp_path: Path
 ) -> None:

@@ -158,7 +158,12 @@ def test_loader_workers_change_nothing(train: Run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "model",
-    [("model=rmt_encoder",), ("model=rmt_decoder", "model.memory_size=5", "backbone=tiny_gpt", "answer=generate")],
+    [
+        ("model=rmt_encoder",),
+        pytest.param(
+            ("model=rmt_decoder", "model.memory_size=5", "backbone=tiny_gpt", "answer=generate"), marks=pytest.mark.soak
+        ),
+    ],
 )
 def test_two_processes(model: tuple[str, ...], train: Run, tmp_path: Path) -> None:
     """DDP: the same samples as one process with the whole batch, the curriculum in step, one set of files."""
