@@ -42,7 +42,7 @@ def read_text(
 
 
 def read_causal_segment(gpt: PreTrainedModel, text: list[int], memory: Tensor, free: bool) -> tuple[Tensor, Tensor]:
-    """RMT-2022, section 3.1. One row: H⁰ = mem ∘ text ∘ mem; mem_{τ+1} = the last rows of Transformer(H⁰)."""
+    """RMT-2022, section 3.2. One row: H⁰ = mem ∘ text ∘ mem; mem_{τ+1} = the last rows of Transformer(H⁰)."""
     words = gpt.get_input_embeddings().weight
     rows = [memory[i] for i in range(len(memory))]
     rows += [words[token] for token in text]
