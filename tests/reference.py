@@ -44,7 +44,7 @@ def read_text(
 
 
 def read_causal_segment(gpt: PreTrainedModel, text: list[int], memory: Tensor, free: bool) -> tuple[Tensor, Tensor]:
-    """RMT-2022 (arXiv 2207.06881), section 3.1, one row.
+    """RMT-2022 (arXiv 2207.06881), section 3.2, one row.
 
     H⁰ = mem ∘ text ∘ mem; mem_{τ+1} = the last rows of Transformer(H⁰).
     """

@@ -170,7 +170,7 @@ class RMTEncoder(MemoryModel):
 
 
 class RMTDecoder(MemoryModel):
-    """A causal language model with memory tokens (RMT-2022, section 3.1).
+    """A causal language model with memory tokens (RMT-2022, section 3.2).
 
     Causal text cannot look ahead, so memory stands at both ends, and both are filled from the same state.
 
@@ -215,7 +215,7 @@ class RMTDecoder(MemoryModel):
         return self.decoder.model.config
 
     def step(self, segment: Segment, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Read one segment: `mem_τ+1` are the last rows of `Transformer([mem_τ ∘ H_τ ∘ mem_τ])` (section 3.1).
+        """Read one segment: `mem_τ+1` are the last rows of `Transformer([mem_τ ∘ H_τ ∘ mem_τ])` (section 3.2).
 
         Args:
             segment: at most `text_length` tokens a row. A row without text leaves its memory as it is.
