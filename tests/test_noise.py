@@ -143,7 +143,7 @@ def test_hub_without_network_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_lines_of_the_hub_become_articles(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = ["", " = Lobster =", " A lobster lives.", " = = Food = =", " It eats.", " = Crab =", " So does it."]
     rows = [{"text": line} for line in lines]
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows * 2)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
     begins = re.search(r"begins: '(.*)'", (ROOT / "conf" / "noise" / "wikitext.yaml").read_text())[1]
     articles = Hub("some/wiki", "text", begins=begins)._texts()
     assert [article.split() for article in articles] == [
