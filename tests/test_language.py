@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
-import os
 import re
 import signal
 import sys
@@ -312,11 +310,10 @@ def test_one_line(typed: str, message: str, train_here: Callable[..., str], tmp_
 
 
 def test_real_articles(shared_data: Path, train_here: Callable[..., str], tmp_path: Path) -> None:
-    files = ("noise=files", f"noise.path={shared_data / 'wikitext-2' / 'train.txt'}")
-    settings = [s for s in SMALL if not s.startswith("noise.")]
-    short = ("data.validation_documents=1", "test.documents=1", "data.segment_length=100", "data.steps_per_epoch=30")
-    assert train_here(*settings, *files, *short, "curriculum.steps=30", "hydra.run.dir=run") == ""
+    text = (shared_data / "wikitext-2" / "train.txt").read_text()[:150_000]
+    (tmp_path / "articles.txt").write_text(text)
+    settings = [setting for setting in SMALL if not setting.startswith("noise.")]
+    files = ("noise=files", "noise.path=articles.txt", "data.segment_length=60", "test.documents=1")
+    assert train_here(*settings, *files, "curriculum.steps=20", "hydra.run.dir=run") == ""
     (evaluation,) = rows(tmp_path / "run" / "evaluation.csv")
-    assert float(evaluation["perplexity"]) < 400
-    config = json.dumps(OmegaConf.to_container(OmegaConf.load(tmp_path / "run" / "config.yaml")))
-    assert os.fspath(shared_data) in config
+    assert 2 < float(evaluation["perplexity"]) < 500
