@@ -116,13 +116,20 @@ def test_the_numbers_are_those_of_the_run(here: Path) -> None:
     assert cells["task"] == "Detect" and cells["backbone"] == "TinyBert 1 × 16" and cells["memory tokens"] == "10"
     low, high = float(tests[-1]["low"]), float(tests[-1]["high"])
     accuracy = f"{float(tests[-1]['accuracy']):.1%}"
-    assert cells["accuracy at the longest test"] == f"{accuracy} at 4 segments {low:.1%} – {high:.1%}"
+    assert cells["test of the longest inputs"] == f"{accuracy} at 4 segments {low:.1%} – {high:.1%}"
 
     (trace,) = page.figures["accuracy"]["data"]
     validations = [row for row in logged if row["val/accuracy"]]
     assert trace["x"] == [int(row["step"]) + 1 for row in validations] == [3, 6, 9, 12, 15, 18]
     assert trace["y"] == pytest.approx([float(row["val/accuracy"]) for row in validations])
-    assert trace["customdata"] == [1, 1, 2, 2, 3, 3] and trace["text"] == ["", "1", "", "2", "", "3"]
+    assert trace["customdata"] == [f", stage {stage}" for stage in (1, 1, 2, 2, 3, 3)] and trace["text"] == [
+        "",
+        "1",
+        "",
+        "2",
+        "",
+        "3",
+    ]
     (trace,) = page.figures["loss"]["data"]
     losses = [row for row in logged if row["train/loss"]]
     assert trace["x"] == [int(row["step"]) + 1 for row in losses]
@@ -181,7 +188,12 @@ def test_all_runs_in_a_folder_and_their_differences(here: Path) -> None:
 def test_evaluations_are_told_apart(here: Path) -> None:
     columns = "segments,text_tokens,right,samples,accuracy,low,high,tokens_per_second,host_memory_mb,device_memory_mb\n"
     config = yaml.safe_load((here / "good/config.yaml").read_text())
-    for name, checkpoint, noise in (("a", "last.ckpt", config["noise"]), ("b", "last.ckpt", {"_target_": "x.Files"})):
+    elsewhere = {"_target_": "x.Files", "path": "books/*.txt"}
+    for name, checkpoint, noise in (
+        ("a", "last.ckpt", config["noise"]),
+        ("b", "last.ckpt", elsewhere),
+        ("c", "stage-2.ckpt", config["noise"]),
+    ):
         folder = here / "good/evaluations" / name
         folder.mkdir(parents=True)
         (folder / "evaluation.csv").write_text(f"{columns}64,2240,6,8,0.75,0.4,0.9,1000.5,512.4,0.0\n")
@@ -189,12 +201,16 @@ def test_evaluations_are_told_apart(here: Path) -> None:
         (folder / "evaluation.json").write_text(json.dumps({"settings": settings}))
     run = only(here / "good")
     assert [evaluation.label for evaluation in run.evaluations] == [
-        "at the end of training", "last.ckpt, 8 samples", "last.ckpt, Files, 8 samples",
-    ]  # fmt: skip
-    assert [evaluation.own for evaluation in run.evaluations] == [True, True, False]
+        "at the end of training",
+        "last.ckpt, 8 samples",
+        "last.ckpt, Files books/*.txt, 8 samples",
+        "stage-2.ckpt, 8 samples",
+    ]
+    assert [evaluation.own for evaluation in run.evaluations] == [True, True, False, False]
+    assert [evaluation.stage for evaluation in run.evaluations] == [None, None, None, 2]
     assert run.longest_test is not None and run.longest_test["segments"] == 64
     page = made("good")
-    assert [trace["y"] for trace in page.figures["memory"]["data"]] == [[512.4], [512.4]]
+    assert [trace["y"] for trace in page.figures["memory"]["data"]] == [[512.4]] * 3
     assert page.figures["lengths"]["layout"]["xaxis"]["tickvals"][-1] == 64
     assert [cell.strip() for cell in page.tables["tests"][-1][-4:]] == ["1,000", "cpu", "512", "–"]
 
@@ -260,6 +276,47 @@ def test_a_resumed_run_is_one_curve(here: Path) -> None:
     ]  # fmt: skip
     assert [(stage.number, stage.steps, stage.accuracy) for stage in run.stages] == [(1, 6, 1.0), (2, 3, 0.6)]
     assert run.problems == [] and run.status == "interrupted or running"
+
+
+def test_a_phase_after_the_curriculum(here: Path) -> None:
+    """Of 18 steps, the curriculum of the good run takes all; here its stages take 4 each and memory is held for 6."""
+    stages = (here / "good/stages.csv").read_text().splitlines()
+    shorter = [",".join([row.split(",")[0], "4", *row.split(",")[2:]]) for row in stages[1:]]
+    for name, steps in (("done", 6), ("holding", 7)):
+        folder = copy(here, name)
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        (folder / "config.yaml").write_text(yaml.safe_dump(config | {"hold": {"steps": steps}}))
+        (folder / "stages.csv").write_text("\n".join([stages[0], *shorter, ""]))
+    done, holding = read_runs(["done", "holding"])[0]
+    assert (done.status, done.held) == ("finished", 6)
+    assert (holding.status, holding.held) == ("interrupted or running", 6)
+    page = made("done")
+    (bars,) = page.figures["timeline_steps"]["data"]
+    assert bars["text"] == ["1", "2", "3", "hold"] and bars["base"][-1] == 12 and bars["x"][-1] == 6
+    assert page.figures["timeline_seconds"]["data"][0]["text"] == ["1", "2", "3"]
+    assert page.tables["runs"][1][5].split()[-2:] == ["+", "hold"]
+
+
+def test_a_language_model_has_perplexity_and_no_stages(here: Path) -> None:
+    config = yaml.safe_load((here / "good/config.yaml").read_text())
+    config["curriculum"] = {"_target_": "rmt_lightning.training.curriculum.FixedSteps", "steps": 10}
+    config["model"] = {"_target_": "rmt_lightning.models.transformer_xl.TransformerXL", "layers": 1, "width": 16}
+    (here / "good/config.yaml").write_text(yaml.safe_dump(config))
+    (here / "good/stages.csv").unlink()
+    (here / "good/metrics/version_0/metrics.csv").write_text(
+        "epoch,step,train/loss,val/bits_per_byte,val/loss,val/perplexity\n0,4,6.4,,,\n0,4,,3.3,6.4,597.5\n1,9,,3.2,6.3,544.5\n"
+    )
+    (here / "good/evaluation.csv").write_text(
+        "documents,nats,tokens,bytes,loss,perplexity,bits_per_byte\n2,16847.5,2639,7082,6.38,592.33,3.43206\n"
+    )
+    page = made("good")
+    heads, summary = page.tables["runs"]
+    cells = {head.strip(): " ".join(cell.split()) for head, cell in zip(heads, summary, strict=True)}
+    assert cells["status"] == "finished" and cells["segments"] == "–" and cells["model"] == "TransformerXL 1 × 16"
+    assert cells["test of the longest inputs"] == "perplexity 592.33 3.4321 bits per byte, 2 documents"
+    (trace,) = page.figures["perplexity"]["data"]
+    assert (trace["x"], trace["y"], trace["customdata"]) == ([5, 10], [597.5, 544.5], ["", ""])
+    assert page.figures.keys() == {"loss", "perplexity"} and "Not everything could be read" not in page.text
 
 
 def test_long_curves_become_means() -> None:

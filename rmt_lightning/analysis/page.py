@@ -17,7 +17,7 @@ from plotly import graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from rmt_lightning.analysis import plots
-from rmt_lightning.analysis.runs import ACCURACY, DEVICE_MEMORY, HOST_MEMORY, LOSS, SPEED, Run, kind
+from rmt_lightning.analysis.runs import ACCURACY, DEVICE_MEMORY, HOST_MEMORY, LOSS, PERPLEXITY, SPEED, Run, kind
 
 
 def page(runs: Sequence[Run], skipped: Sequence[str]) -> str:
@@ -45,6 +45,9 @@ def _figures(runs: Sequence[Run]) -> dict[str, go.Figure]:
         "loss": plots.curve(runs, LOSS, "training loss (nats)", ".3g", type="log", tickformat="~g"),
         "accuracy": plots.curve(
             runs, ACCURACY, "validation accuracy", ".1%", markers=True, range=[-0.03, 1.1], tickformat=".0%"
+        ),
+        "perplexity": plots.curve(
+            runs, PERPLEXITY, "validation perplexity", ".2f", markers=True, type="log", tickformat="~g"
         ),
         "lengths": plots.accuracy_by_length(runs),
         "speed": plots.curve(runs, SPEED, "tokens per second", ",.0f", rangemode="tozero"),

@@ -11,11 +11,11 @@ from html import escape
 from itertools import groupby
 from math import ceil, log2, log10
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from plotly import graph_objects as go
 
-from rmt_lightning.analysis.runs import Evaluation, Point, Row, Run, Stage
+from rmt_lightning.analysis.runs import Evaluation, Point, Row, Run
 
 # Five colours that differ to colour-blind eyes too (least CIELAB distance 21 with protanopia or deuteranopia simulated
 # after Machado et al. 2009), each with a contrast of 3 or more on the page's white and on its black.
@@ -63,16 +63,15 @@ def style(number: int) -> Style:
     return Style(COLOURS[place], SYMBOLS[symbol], GLYPHS[symbol], DASHES[turn % len(DASHES)])
 
 
-def timeline(runs: Sequence[Run], of: str) -> go.Figure:
-    """The stages of each run, one behind the other, by the "steps" or the "seconds" they took."""
-    rows = [(number, run, [s for s in run.stages if getattr(s, of) is not None]) for number, run in enumerate(runs)]
-    rows = [row for row in rows if row[2]]
-    longest = max((sum(getattr(stage, of) for stage in stages) for _, _, stages in rows), default=0)
-    unit, scale = ("optimizer steps", 1) if of == "steps" else _time_unit(longest)
+def timeline(runs: Sequence[Run], of: Literal["steps", "seconds"]) -> go.Figure:
+    """The stages of each run, one behind the other, by the steps or the seconds they took."""
+    rows = [(number, run, bars) for number, run in enumerate(runs) if (bars := _bars(run, of))]
+    unit, scale = ("optimizer steps", 1)
+    if of == "seconds":
+        unit, scale = _time_unit(max((sum(bar.width for bar in bars) for _, _, bars in rows), default=0))
     figure = _figure(height=80 + 56 * len(rows), barmode="overlay")
-    for place, (number, run, stages) in enumerate(rows):
-        widths = [getattr(stage, of) / scale for stage in stages]
-        figure.add_bar(**_bars(run, number, stages, widths, unit), y=[place] * len(stages))
+    for place, (number, run, bars) in enumerate(rows):
+        figure.add_bar(**_identity(run, number), **_drawn(bars, number, unit, scale), y=[place] * len(bars))
         figure.add_annotation(
             text=_text(run.name), x=0, xref="paper", xanchor="left", y=place, yshift=24, showarrow=False
         )
@@ -81,15 +80,43 @@ def timeline(runs: Sequence[Run], of: str) -> go.Figure:
     return figure
 
 
-def _bars(run: Run, number: int, stages: list[Stage], widths: list[float], unit: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Bar:
+    """A phase of a run in its timeline: what stands in it, how wide it is, its hatching, and what hovering tells."""
+
+    label: str
+    width: float
+    hatch: str
+    told: str
+
+
+def _bars(run: Run, of: Literal["steps", "seconds"]) -> list[_Bar]:
     hatches = {True: "", False: "/", None: "."}
     outcomes = {True: "passed", False: "did not converge", None: "goes on"}
-    return _identity(run, number) | {
+    bars = [
+        _Bar(
+            str(stage.number),
+            width,
+            hatches[stage.converged],
+            f"stage {stage.number}, {outcomes[stage.converged]}<br>accuracy {stage.accuracy:.1%}",
+        )
+        for stage in run.stages
+        if (width := stage.steps if of == "steps" else stage.seconds) is not None
+    ]
+    # How long it took is written down for stages alone.
+    if run.held and of == "steps":
+        bars.append(_Bar("hold", run.held, "x", "memories carried over"))
+    return bars
+
+
+def _drawn(bars: list[_Bar], number: int, unit: str, scale: int) -> dict[str, Any]:
+    widths = [bar.width / scale for bar in bars]
+    return {
         "orientation": "h",
+        "width": 0.42,
         "x": [_short(width) for width in widths],
         "base": [_short(sum(widths[:place])) for place in range(len(widths))],
-        "width": 0.42,
-        "text": [str(stage.number) for stage in stages],
+        "text": [bar.label for bar in bars],
         "textposition": "inside",
         "insidetextanchor": "middle",
         "textangle": 0,
@@ -98,14 +125,14 @@ def _bars(run: Run, number: int, stages: list[Stage], widths: list[float], unit:
             "color": style(number).colour,
             "line": {"width": 1},
             "pattern": {
-                "shape": [hatches[stage.converged] for stage in stages],
+                "shape": [bar.hatch for bar in bars],
                 "fillmode": "overlay",
                 "fgcolor": "rgba(255, 255, 255, 0.55)",
                 "size": 8,
             },
         },
-        "customdata": [[outcomes[stage.converged], stage.accuracy] for stage in stages],
-        "hovertemplate": f"stage %{{text}}: %{{x:,}} {unit}<br>%{{customdata[0]}}, accuracy %{{customdata[1]:.1%}}",
+        "customdata": [bar.told for bar in bars],
+        "hovertemplate": f"%{{customdata}}<br>%{{x:,}} {unit}",
     }
 
 
@@ -127,13 +154,13 @@ def curve(runs: Sequence[Run], metric: str, axis: str, value: str, markers: bool
                 **_identity(run, number),
                 x=[point.step for point in points],
                 y=[_short(point.value) for point in points],
-                customdata=[point.stage for point in points],
+                customdata=[f", stage {point.stage}" if run.stages else "" for point in points],
                 text=ends,
                 textposition="top center",
                 mode="lines+markers+text" if markers and len(points) <= 60 else "lines",
                 line={"width": 1.8, "color": style(number).colour, "dash": style(number).dash},
                 marker={"size": 6, "symbol": style(number).symbol},
-                hovertemplate=f"step %{{x:,}}, stage %{{customdata}}<br>{axis} %{{y:{value}}}",
+                hovertemplate=f"step %{{x:,}}%{{customdata}}<br>{axis} %{{y:{value}}}",
             )
     figure.update_xaxes(title_text="optimizer steps", rangemode="tozero", tickformat=",")
     figure.update_yaxes(title_text=axis, **yaxis)
@@ -204,11 +231,13 @@ def _by_length(runs: Sequence[Run], values: Callable[[Evaluation], dict[str, Any
             segments = [row["segments"] for row in evaluation.rows]
             lengths |= set(segments)
             look = style(number)
-            symbols = [look.symbol if length <= run.reached else f"{look.symbol}-open" for length in segments]
+            trained_to = evaluation.stage or run.reached
+            symbols = [look.symbol if length <= trained_to else f"{look.symbol}-open" for length in segments]
             several = len(run.evaluations) > 1
             figure.add_scatter(
                 **_identity(run, number) | ({"name": _text(f"{run.name}, {evaluation.label}")} if several else {}),
                 showlegend=several,
+                opacity=1 if evaluation.own else 0.6,
                 x=segments,
                 mode="lines+markers",
                 line={"width": 1.8, "color": look.colour, "dash": DASHES[place % len(DASHES)]},

@@ -20,7 +20,9 @@ from rmt_lightning.errors import UserError
 from rmt_lightning.run_folder import CHECKPOINTS, CONFIG, HARDWARE, LAST, METRICS, STAGES
 
 Status = Literal["finished", "stopped at max_steps", "did not converge", "interrupted or running"]
+_UNFINISHED: Status = "interrupted or running"
 Row = dict[str, float]
+_EVALUATION = "evaluation.csv"
 Content = TypeVar("Content", dict[str, Any], list[Any])
 
 
@@ -59,12 +61,14 @@ class Evaluation:
     Attributes:
         label: what it was tested on, if that is not what it was trained on, and with which checkpoint.
         own: whether the last weights were tested on the run's own task and noise.
+        stage: whose weights were tested; None for the last ones.
         device: a GPU's name, "cpu", or nothing if it has not been written down.
         rows: the csv file, in the order of lengths.
     """
 
     label: str
     own: bool
+    stage: int | None
     device: str
     rows: list[Row]
 
@@ -79,6 +83,7 @@ class Run:
         stages: in order.
         curves: what was logged, by metric.
         evaluations: the one at the end of the run first.
+        text_score: perplexity of the documents that a language model was tested on at the end.
         hardware: what each start of the run ran on.
         attention: pictures (png) of attention maps, by their path without the ending.
         problems: files that could not be read, or not to their end.
@@ -89,6 +94,7 @@ class Run:
     stages: list[Stage]
     curves: dict[str, list[Point]]
     evaluations: list[Evaluation]
+    text_score: Row | None
     hardware: list[dict[str, Any]]
     attention: dict[str, bytes]
     problems: list[str]
@@ -109,16 +115,33 @@ class Run:
 
     @property
     def status(self) -> Status:
-        curriculum = self.config["curriculum"]
+        if self.stages and self.stages[-1].converged is False and not _goes_on_when_stuck(self.config):
+            return "did not converge"
+        if self._finished:
+            return "finished"
+        return "stopped at max_steps" if 0 <= self._limit("trainer", "max_steps") <= self.steps else _UNFINISHED
+
+    @property
+    def _finished(self) -> bool:
+        if _models_text(self.config):
+            return self.steps >= self._limit("curriculum", "steps")
+        return self._curriculum_over and (not self.config.get("hold") or self.held >= self._limit("hold", "steps"))
+
+    @property
+    def _curriculum_over(self) -> bool:
         last = self.stages[-1] if self.stages else None
-        if last and last.converged is not None:
-            if not (last.converged or curriculum.get("when_stuck") == "continue"):
-                return "did not converge"
-            if last.number >= curriculum["max_segments"]:
-                return "finished"
-        limit = self.config["trainer"].get("max_steps")
-        stopped = isinstance(limit, int) and 0 <= limit <= self.steps
-        return "stopped at max_steps" if stopped else "interrupted or running"
+        return bool(last and last.converged is not None and last.number >= self._limit("curriculum", "max_segments"))
+
+    def _limit(self, part: str, name: str) -> float:
+        settings = self.config.get(part)
+        limit = settings.get(name) if isinstance(settings, dict) else None
+        return limit if isinstance(limit, int) else float("inf")
+
+    @property
+    def held(self) -> int:
+        """Steps of the phase after the curriculum, in which memories are carried over from step to step."""
+        behind = self.steps - sum(stage.steps for stage in self.stages)
+        return max(0, behind) if self.config.get("hold") and self._curriculum_over else 0
 
     def logged(self, metric: str) -> list[float]:
         """All values of a metric; there may be none."""
@@ -203,13 +226,14 @@ def _read_run(folder: Path) -> Run:
     problems: list[str] = []
     finished = _rows(folder / STAGES, ("stage", "steps", "seconds", "accuracy", "converged"), problems)
     logged = list(_metrics(folder / METRICS, problems))
-    stages = _stages(finished, logged)
+    stages = _stages(finished, logged, _goes_on_when_stuck(config))
     return Run(
         name=folder.name,
         config=config,
         stages=stages,
         curves=_curves(logged, stages),
         evaluations=list(_evaluations(folder, config, problems)),
+        text_score=_text_score(folder / _EVALUATION, problems) if _models_text(config) else None,
         hardware=_hardware(folder / HARDWARE, problems),
         attention=dict(_pictures(folder / "attention", problems)),
         problems=[public_text(problem.removeprefix(f"{folder}/")) for problem in problems],
@@ -225,14 +249,21 @@ def _config(path: Path) -> dict[str, Any]:
         raise UserError(f"{CONFIG} is empty")
     if not isinstance(config, dict) or not all(isinstance(config.get(part), dict) for part in _PARTS):
         raise UserError(f"{CONFIG} is not that of a run")
-    if not isinstance(config["curriculum"].get("max_segments"), int):
-        raise UserError(f"{CONFIG} has no curriculum.max_segments")
     cleaned = public(config)
     assert isinstance(cleaned, dict)
     return cleaned
 
 
 _PARTS = ("task", "noise", "backbone", "model", "curriculum", "trainer")
+
+
+def _goes_on_when_stuck(config: dict[str, Any]) -> bool:
+    return config["curriculum"].get("when_stuck") == "continue"
+
+
+def _models_text(config: dict[str, Any]) -> bool:
+    """Whether a language model is trained, for a number of steps, rather than facts asked for at growing lengths."""
+    return "max_segments" not in config["curriculum"]
 
 
 def _rows(path: Path, needed: Sequence[str], problems: list[str]) -> list[Row]:
@@ -290,7 +321,7 @@ def _validations(logged: list[Row]) -> list[tuple[int, int, float]]:
 _SEGMENTS = re.compile(r"val/accuracy_segments_(\d+)")
 
 
-def _stages(finished: list[Row], logged: list[Row]) -> list[Stage]:
+def _stages(finished: list[Row], logged: list[Row], goes_on_when_stuck: bool) -> list[Stage]:
     """Stages that are over, as stages.csv has them, and the one that goes on, as the validations tell it."""
     stages = {
         int(row["stage"]): Stage(
@@ -302,8 +333,10 @@ def _stages(finished: list[Row], logged: list[Row]) -> list[Stage]:
     began = 0 if validations and validations[0][1] == 1 else int(min((row["step"] for row in logged), default=0))
     for number in sorted({stage for _, stage, _ in validations}):
         step, _, accuracy = [validation for validation in validations if validation[1] == number][-1]
-        # A stage that was stuck may go on in a resumed run.
-        if number not in stages or step - began > stages[number].steps:
+        known = stages.get(number)
+        # A stage that was stuck may go on in a resumed run; what follows the last one that was passed is another phase.
+        passed = known and (known.converged or goes_on_when_stuck)
+        if not known or (not passed and step - began > known.steps):
             over = number < validations[-1][1]
             stages[number] = Stage(number, step - began, None, accuracy, True if over else None)
         began = step
@@ -321,32 +354,44 @@ def _curves(logged: list[Row], stages: list[Stage]) -> dict[str, list[Point]]:
         step = int(row["step"]) + 1
         place = bisect_left(ends, step)
         stage = validations[place][1] if place < len(ends) else after
-        for name in row.keys() & {LOSS, ACCURACY, SPEED, HOST_MEMORY, DEVICE_MEMORY}:
+        for name in row.keys() & {LOSS, ACCURACY, PERPLEXITY, SPEED, HOST_MEMORY, DEVICE_MEMORY}:
             curves.setdefault(name, []).append(Point(step, stage, row[name]))
     return curves
 
 
 LOSS = "train/loss"
 ACCURACY = "val/accuracy"
+PERPLEXITY = "val/perplexity"
 SPEED = "train/tokens_per_second"
 HOST_MEMORY = "train/host_memory_mb"
 DEVICE_MEMORY = "train/device_memory_mb"
 
 
 def _evaluations(folder: Path, config: dict[str, Any], problems: list[str]) -> Iterator[Evaluation]:
+    if _models_text(config):
+        return
     needed = ("segments", "right", "samples", "accuracy", "low", "high")
-    if rows := _rows(folder / "evaluation.csv", needed, problems):
-        yield Evaluation("at the end of training", True, "", sorted(rows, key=lambda row: row["segments"]))
-    for path in sorted(folder.glob("evaluations/*/evaluation.csv")):
+    if rows := _rows(folder / _EVALUATION, needed, problems):
+        yield Evaluation("at the end of training", True, None, "", sorted(rows, key=lambda row: row["segments"]))
+    for path in sorted(folder.glob(f"evaluations/*/{_EVALUATION}")):
         if not (rows := _rows(path, needed, problems)):
             continue
         settings = _settings(path.with_suffix(".json"), problems)
         other = [part for part in ("task", "noise") if settings.get(part) not in (None, config[part])]
         checkpoint = str(settings.get("checkpoint", path.parent.name))
         label = ", ".join([checkpoint, *(kind(settings[part]) for part in other), f"{rows[0]['samples']:.0f} samples"])
-        device = str(settings.get("device", ""))
-        own = checkpoint == LAST and not other
-        yield Evaluation(label, own, device, sorted(rows, key=lambda row: row["segments"]))
+        stage = re.match(r"stage-(\d+)", checkpoint)
+        yield Evaluation(
+            label=label,
+            own=checkpoint == LAST and not other,
+            stage=int(stage[1]) if stage else None,
+            device=str(settings.get("device", "")),
+            rows=sorted(rows, key=lambda row: row["segments"]),
+        )
+
+
+def _text_score(path: Path, problems: list[str]) -> Row | None:
+    return next(iter(_rows(path, ("documents", "tokens", "perplexity", "bits_per_byte"), problems)), None)
 
 
 def kind(part: Any) -> str:
