@@ -169,7 +169,7 @@ def test_two_processes(model: tuple[str, ...], train: Run, tmp_path: Path) -> No
     """DDP: the same samples as one process with the whole batch, the curriculum in step, one set of files."""
     settings = (*model, "curriculum.lengths=exact", "model.bptt_depth=1", "backbone.dropout=0")
     alone = train(*settings, "hydra.run.dir=alone", "data.batch_size=8")
-    both = train(*settings, "trainer.accelerator=cpu", "trainer.devices=2", "hydra.run.dir=both")
+    both = train(*settings, "trainer=ddp_cpu", "hydra.run.dir=both")
     assert alone.returncode == 0 and both.returncode == 0, alone.stderr + both.stderr
     one, two = last(tmp_path / "alone"), last(tmp_path / "both")
     for name in one:
@@ -187,7 +187,7 @@ def test_two_processes(model: tuple[str, ...], train: Run, tmp_path: Path) -> No
 
 @pytest.mark.soak
 def test_two_processes_resume(train: Run, tmp_path: Path) -> None:
-    ddp = ("trainer.accelerator=cpu", "trainer.devices=2", "backbone.dropout=0.1")
+    ddp = ("trainer=ddp_cpu", "backbone.dropout=0.1")
     assert train(*ddp, "hydra.run.dir=whole").returncode == 0
     first = train(*ddp, "hydra.run.dir=parts", "curriculum.max_segments=2")
     assert first.returncode == 0, first.stderr
