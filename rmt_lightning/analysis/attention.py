@@ -120,7 +120,7 @@ def recorded(encoder: Encoder) -> Iterator[list[Tensor]]:
     weights: list[Tensor] = []
 
     def keep(_model: object, _args: object, output: Any) -> None:
-        weights.append(torch.stack(output.attentions).detach().cpu())
+        weights.append(torch.stack(output.attentions).detach().float().cpu())
 
     fast = model.config._attn_implementation
     hook = model.register_forward_hook(keep)

@@ -1,0 +1,218 @@
+"""What Weights & Biases is told of a run. Its id stays in the run folder, so that a resumed run goes on there."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from rmt_lightning.errors import UserError
+from rmt_lightning.run_folder import CHECKPOINTS, EVALUATION, read_csv, write_atomically
+from rmt_lightning.training.curriculum import Curriculum, StageResult
+
+# wandb takes a second to import, and most runs do without it.
+if TYPE_CHECKING:
+    import wandb
+
+log = logging.getLogger(__name__)
+
+STEP = "trainer/global_step"
+# What the run folder holds at the end and W&B shows.
+TABLES = ("*.csv", "evaluations/*/*.csv")
+PICTURES = ("*.png", "evaluations/*/*.png", "attention/**/*.png")
+# Seconds that a server may take to answer. wandb itself waits for 90 before it gives up, and takes twice that long.
+PATIENCE = 10
+
+
+class WandbRun(WandbLogger):
+    """A run on W&B: online if there is a key and a network, else offline; it never asks for a key.
+
+    The W&B step of a row is the optimizer step, but never smaller than that of the row before. So the parts of a
+    resumed run follow each other, online and after `wandb sync` alike, and what a killed run had logged already is not
+    there twice.
+
+    Args:
+        save_dir: the run folder; the end of its path names the run.
+        project: where the run belongs.
+        entity: user or team; None: that of the key.
+        group: what runs of a sweep have in common.
+        job_type: what kind of run it is within the group.
+        tags: short words to find it by.
+        mode: None: online if there is a key.
+        log_checkpoints: whether the weights of each stage become versions of an artifact.
+    """
+
+    def __init__(
+        self,
+        save_dir: str | Path,
+        project: str,
+        entity: str | None = None,
+        group: str | None = None,
+        job_type: str = "train",
+        tags: list[str] | None = None,
+        mode: Literal["online", "offline"] | None = None,
+        log_checkpoints: bool = False,
+    ) -> None:
+        self.folder = Path(save_dir)
+        super().__init__(
+            name="/".join(self.folder.resolve().parts[-2:]),
+            save_dir=save_dir,
+            project=project,
+            entity=entity,
+            group=group,
+            job_type=job_type,
+            tags=tags,
+        )
+        self.mode = mode
+        self.log_checkpoints = log_checkpoints
+        self._step = 0
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> wandb.Run:
+        """The W&B run, which begins when it is first asked for."""
+        if self._experiment is None:
+            self._experiment = self._begin()
+        return cast("wandb.Run", self._experiment)
+
+    def _begin(self) -> wandb.Run:
+        import wandb
+
+        # What waits to be uploaded stays in the run folder too.
+        os.environ["WANDB_DATA_DIR"] = str((self.folder / "wandb").resolve())
+        # The log tells the same in one line.
+        wandb.setup(wandb.Settings(silent=True))
+        try:
+            run = self._init(self._wanted_mode())
+        except wandb.errors.CommError as error:
+            log.warning("W&B: %s; the run is kept offline", str(error).splitlines()[0].rstrip("."))
+            run = self._init("offline")
+        except wandb.errors.UsageError as error:
+            raise UserError(f"logger: {' '.join(str(error).split())}") from None
+        place = run.url or f"offline; wandb sync {os.path.relpath(self.folder)}/wandb uploads it"
+        log.info("W&B run %s: %s", run.id, place)
+        run.define_metric(STEP)
+        run.define_metric("*", step_metric=STEP)
+        run.define_metric("train/tokens_per_second", step_metric=STEP, summary="mean")
+        for memory in ("train/host_memory_mb", "train/device_memory_mb"):
+            run.define_metric(memory, step_metric=STEP, summary="max")
+        run.define_metric("stage/*", step_metric="stage")
+        run.define_metric("test/accuracy", step_metric="test/segments")
+        self._step = run.starting_step
+        return run
+
+    def _wanted_mode(self) -> str:
+        import wandb
+
+        wanted = self.mode or os.environ.get("WANDB_MODE") or "online"
+        has_key = wanted == "online" and wandb.login(prompt=False, verify=False)
+        return "offline" if wanted == "online" and not has_key else wanted
+
+    def _init(self, mode: str) -> wandb.Run:
+        import wandb
+
+        settings = wandb.Settings(
+            silent=True,
+            init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", PATIENCE)),
+            # The commit is in the config; the address of a remote may hold a password.
+            disable_git=True,
+        )
+        return wandb.init(**self._wandb_init | {"id": self._run_id()}, mode=mode, settings=settings)  # type: ignore[arg-type]
+
+    def _run_id(self) -> str:
+        """Made when a run begins, and kept for when it is resumed."""
+        path = self.folder / "wandb" / "id"
+        if not path.exists():
+            write_atomically(path, secrets.token_hex(4).encode())
+        return path.read_text()
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Log a row."""
+        run = self.experiment
+        self._step = max(self._step, step or 0)
+        run.log({**metrics, STEP: step}, step=self._step)
+
+    @rank_zero_only
+    def log_stage(self, result: StageResult) -> None:
+        """Log what a stage has shown, over the stage, and its checkpoint if that is wanted."""
+        import wandb
+
+        shown = {"steps": result.steps, "seconds": result.seconds, "accuracy": result.accuracy}
+        row = {"stage": result.stage} | {f"stage/{name}": value for name, value in shown.items()}
+        self.experiment.log(row, step=self._step)
+        path = self.folder / CHECKPOINTS / f"stage-{result.stage}.ckpt"
+        if self.log_checkpoints and path.exists():
+            artifact = wandb.Artifact(f"stages-{self.experiment.id}", type="model", metadata=row)
+            # The checkpoint stays where it is, so there is no need of a copy until it is uploaded.
+            artifact.add_file(str(path), policy="immutable")
+            self.experiment.log_artifact(artifact, aliases=[f"stage-{result.stage}"])
+
+    @rank_zero_only
+    def log_results(self) -> None:
+        """Log what the run folder holds at the end: accuracy over segments, each table, each picture."""
+        import wandb
+
+        run = self.experiment
+        for row in map(_numbers, read_csv(self.folder / EVALUATION)):
+            self._step += 1
+            run.log({f"test/{name}": value for name, value in row.items()}, step=self._step)
+            if "segments" in row:
+                run.summary[f"test/accuracy_segments_{row['segments']}"] = row["accuracy"]
+        found: dict[str, Any] = {}
+        for path in sorted(path for pattern in TABLES for path in self.folder.glob(pattern)):
+            if rows := [_numbers(row) for row in read_csv(path)]:
+                found[self._key(path)] = wandb.Table(list(rows[0]), [list(row.values()) for row in rows])
+        for path in sorted(path for pattern in PICTURES for path in self.folder.glob(pattern)):
+            found[self._key(path)] = wandb.Image(str(path))
+        run.log(found, step=self._step + 1)
+
+    def _key(self, path: Path) -> str:
+        return f"results/{path.relative_to(self.folder).with_suffix('')}"
+
+
+class StageRecords(Callback):
+    """Tells W&B of each stage that is over. Must stand behind the checkpoints, which it may hand on.
+
+    Args:
+        run: on W&B.
+        curriculum: whose stages they are.
+    """
+
+    def __init__(self, run: WandbRun, curriculum: Curriculum) -> None:
+        super().__init__()
+        self.run = run
+        self.curriculum = curriculum
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._told = set(self.curriculum.results)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for result in set(self.curriculum.results) - self._told:
+            self.run.log_stage(result)
+        self._told = set(self.curriculum.results)
+
+
+def _numbers(row: Mapping[str, str]) -> dict[str, Any]:
+    """The cells of a row of a csv file as the numbers, truths and words that they are."""
+    return {name: _value(cell) for name, cell in row.items()}
+
+
+def _value(cell: str) -> Any:
+    if cell in ("True", "False"):
+        return cell == "True"
+    for kind in (int, float):
+        try:
+            return kind(cell)
+        except ValueError:
+            pass
+    return cell or None
