@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import secrets
@@ -63,6 +64,7 @@ class WandbRun(WandbLogger):
         log_checkpoints: bool = False,
     ) -> None:
         self.folder = Path(save_dir)
+        self._memory = self.folder / "wandb" / "run.json"
         super().__init__(
             name="/".join(self.folder.resolve().parts[-2:]),
             save_dir=save_dir,
@@ -107,7 +109,7 @@ class WandbRun(WandbLogger):
             run.define_metric(memory, step_metric=STEP, summary="max")
         run.define_metric("stage/*", step_metric="stage")
         run.define_metric("test/accuracy", step_metric="test/segments")
-        self._step = run.starting_step
+        self._step = max(self._recall()["step"], run.starting_step)
         return run
 
     def _wanted_mode(self) -> str:
@@ -126,14 +128,17 @@ class WandbRun(WandbLogger):
             # The commit is in the config; the address of a remote may hold a password.
             disable_git=True,
         )
-        return wandb.init(**self._wandb_init | {"id": self._run_id()}, mode=mode, settings=settings)  # type: ignore[arg-type]
+        return wandb.init(**self._wandb_init | {"id": self._recall()["id"]}, mode=mode, settings=settings)  # type: ignore[arg-type]
 
-    def _run_id(self) -> str:
-        """Made when a run begins, and kept for when it is resumed."""
-        path = self.folder / "wandb" / "id"
-        if not path.exists():
-            write_atomically(path, secrets.token_hex(4).encode())
-        return path.read_text()
+    def _recall(self) -> dict[str, Any]:
+        """The run's id and the first step that is free; made when it begins."""
+        if not self._memory.exists():
+            self._remember(id=secrets.token_hex(4), step=0)
+        remembered: dict[str, Any] = json.loads(self._memory.read_text())
+        return remembered
+
+    def _remember(self, id: str, step: int) -> None:
+        write_atomically(self._memory, json.dumps({"id": id, "step": step}).encode())
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -174,7 +179,10 @@ class WandbRun(WandbLogger):
                 found[self._key(path)] = wandb.Table(list(rows[0]), [list(row.values()) for row in rows])
         for path in sorted(path for pattern in PICTURES for path in self.folder.glob(pattern)):
             found[self._key(path)] = wandb.Image(str(path))
-        run.log(found, step=self._step + 1)
+        self._step += 1
+        run.log(found, step=self._step)
+        # These rows are beyond the steps of the optimizer; should it go on, its rows must not fall among them.
+        self._remember(run.id, self._step + 1)
 
     def _key(self, path: Path) -> str:
         return f"results/{path.relative_to(self.folder).with_suffix('')}"
