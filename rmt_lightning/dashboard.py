@@ -31,11 +31,12 @@ def main(arguments: list[str] | None = None) -> None:
         description="Lay out the W&B workspace of a project: curriculum, extrapolation, sweeps, text, hardware.",
         epilog="Without a key (wandb login, or WANDB_API_KEY) or a network, the view is written to a file.",
     )
-    environment = os.environ.get
     parser.add_argument(
-        "--project", default=environment("WANDB_PROJECT", "rmt_lightning"), help="its project (default: %(default)s)"
+        "--project", default=os.environ.get("WANDB_PROJECT", "rmt_lightning"), help="its project (default: %(default)s)"
     )
-    parser.add_argument("--entity", default=environment("WANDB_ENTITY"), help="user or team (default: that of the key)")
+    parser.add_argument(
+        "--entity", default=os.environ.get("WANDB_ENTITY"), help="user or team (default: that of the key)"
+    )
     parser.add_argument("--name", default="Recurrent memory", help="what the view is called (default: %(default)s)")
     parser.add_argument(
         "--output", type=Path, default=Path("dashboard.json"), help="the file (default: %(default)s), if it comes to it"
@@ -45,35 +46,45 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def dashboard(project: str, entity: str | None, name: str, output: Path) -> None:
-    """Save the workspace on W&B, or write it to `output` if W&B cannot be reached.
+    """Save the workspace as a new view on W&B, or write it to `output` if that cannot be done.
 
     Raises:
-        UserError: if wandb-workspaces is missing, W&B refuses, or the file cannot be written.
+        UserError: if wandb-workspaces is missing, or the file cannot be written.
     """
     try:
-        import wandb
         from wandb_workspaces.workspaces import Workspace
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is missing; pip install 'rmt-lightning[dashboard]'") from None
-    # What it would tell is told below, in one line.
-    wandb.setup(wandb.Settings(silent=True))
     workspace = Workspace(entity=entity or "", project=project, name=name, sections=_sections())
+    if obstacle := _save(workspace):
+        _write(workspace, output)
+        print(
+            f"W&B: {obstacle}\n{os.path.relpath(output)} holds the view; this command saves it once W&B can be reached"
+        )
+    else:
+        print(f"{workspace.url} shows {workspace.entity}/{project}")
+
+
+def _save(workspace: Workspace) -> str | None:
+    """Save the workspace, in the project of the key's owner if no other is named, or tell what stands in the way."""
+    import wandb
+
+    # It would tell in many lines what is told here in one.
+    wandb.setup(wandb.Settings(silent=True))
+    if os.environ.get("WANDB_MODE", "online") != "online":
+        return f"WANDB_MODE={os.environ['WANDB_MODE']}"
     try:
-        if os.environ.get("WANDB_MODE") == "offline" or not wandb.login(prompt=False, verify=False):
-            _write(workspace, output, "no key for W&B, or WANDB_MODE=offline")
-            return
-        workspace.entity = entity or wandb.Api(timeout=10).default_entity or ""
-        if not workspace.entity:
-            raise UserError("--entity: the key belongs to no user or team; give the one that owns the project")
+        if not wandb.login(prompt=False, verify=False):
+            return "no key; wandb login keeps one"
+        workspace.entity = workspace.entity or wandb.Api(timeout=10).default_entity
         workspace.save()
-    except wandb.errors.CommError as error:
-        _write(workspace, output, " ".join(str(error).split()))
-        return
-    print(f"{workspace.url} shows {workspace.entity}/{project}")
+    except Exception as error:  # no network, a wrong key and a refusal have a type each, not all of them public
+        return " ".join(str(error).split())
+    return None
 
 
-def _write(workspace: Workspace, output: Path, reason: str) -> None:
-    """Write the view that would have been saved. A file that is none stays as it is."""
+def _write(workspace: Workspace, output: Path) -> None:
+    """Write the view that would have been saved, unless something else stands there."""
     from rmt_lightning.run_folder import write_atomically
 
     if output.exists() and not _is_view(output):
@@ -89,7 +100,6 @@ def _write(workspace: Workspace, output: Path, reason: str) -> None:
         write_atomically(output, json.dumps(content, indent=2).encode())
     except OSError as error:
         raise UserError(f"--output={output}: cannot be written: {error.strerror}; give another place") from None
-    print(f"{reason}\n{os.path.relpath(output)} holds the view; with a key and a network this command saves it on W&B")
 
 
 def _is_view(path: Path) -> bool:
