@@ -33,28 +33,24 @@ class Server(ThreadingHTTPServer):
             run |= {name: value for name, value in given.items() if value is not None}
             return {"upsertBucket": {"bucket": self._bucket(given["name"]), "inserted": len(run) == 0}}
         if "RunResumeStatus" in query:
-            known = given["name"] in self.runs
+            bucket = self._bucket(given["name"]) if given["name"] in self.runs else None
             entity = {"id": "e", "name": "someone"}
-            return {"model": {"id": "p", "name": given["project"], "entity": entity, "bucket": known and self._bucket(given["name"]) or None}}  # fmt: skip  # noqa: E501
+            return {"model": {"id": "p", "name": given["project"], "entity": entity, "bucket": bucket}}
         if "createRunFiles(" in query:
             files = [{"name": name, "uploadUrl": f"{self.url}/files/{name}"} for name in given["files"]]
             return {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}
         if "createArtifact(" in query:
             self.artifacts.append(given["input"])
+            artifact = {"id": "a", "digest": given["input"]["digest"], "state": "COMMITTED"}
             sequence = {"id": "s", "latestArtifact": None}
-            artifact = {
-                "id": "a",
-                "digest": given["input"]["digest"],
-                "state": "COMMITTED",
-                "artifactSequence": sequence,
-            }
-            return {"createArtifact": {"artifact": artifact}}
+            return {"createArtifact": {"artifact": artifact | {"artifactSequence": sequence}}}
         if "upsertView(" in query:
             self.views.append(given)
             return {"upsertView": {"view": {"id": "v", "name": given["name"]}, "inserted": True}}
         if "viewer" in query:
-            return {"viewer": {"id": "u", "entity": "someone", "username": "someone", "flags": "{}", "teams": {"edges": []}}}  # fmt: skip  # noqa: E501
-        return {}
+            viewer = {"id": "u", "entity": "someone", "username": "someone", "flags": "{}", "teams": {"edges": []}}
+            return {"viewer": viewer}
+        return {"project": None}
 
     def _bucket(self, name: str) -> dict[str, Any]:
         rows = self.history.get(name, [])

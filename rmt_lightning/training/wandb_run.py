@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -30,8 +31,6 @@ STEP = "trainer/global_step"
 # What the run folder holds at the end and W&B shows.
 TABLES = ("*.csv", "evaluations/*/*.csv")
 PICTURES = ("*.png", "evaluations/*/*.png", "attention/**/*.png")
-# Seconds that a server may take to answer. wandb itself waits for 90 before it gives up, and takes twice that long.
-PATIENCE = 10
 
 
 class WandbRun(WandbLogger):
@@ -93,13 +92,13 @@ class WandbRun(WandbLogger):
         os.environ["WANDB_DATA_DIR"] = str((self.folder / "wandb").resolve())
         # The log tells the same in one line.
         wandb.setup(wandb.Settings(silent=True))
+        mode = self._possible_mode()
         try:
-            run = self._init(self._wanted_mode())
-        except wandb.errors.CommError as error:
-            log.warning("W&B: %s; the run is kept offline", str(error).splitlines()[0].rstrip("."))
-            run = self._init("offline")
-        except wandb.errors.UsageError as error:
-            raise UserError(f"logger: {' '.join(str(error).split())}") from None
+            # The commit is in the config; the address of a remote, which W&B would add, may hold a password.
+            settings = wandb.Settings(silent=True, disable_git=True)
+            run = wandb.init(**self._wandb_init | {"id": self._recall()["id"]}, mode=mode, settings=settings)
+        except (wandb.errors.CommError, wandb.errors.UsageError) as error:
+            raise UserError(f"logger: W&B says: {' '.join(str(error).split())}; or give logger.mode=offline") from None
         place = run.url or f"offline; wandb sync {os.path.relpath(self.folder)}/wandb uploads it"
         log.info("W&B run %s: %s", run.id, place)
         run.define_metric(STEP)
@@ -112,23 +111,19 @@ class WandbRun(WandbLogger):
         self._step = max(self._recall()["step"], run.starting_step)
         return run
 
-    def _wanted_mode(self) -> str:
+    def _possible_mode(self) -> Any:
+        """What is wanted, or offline if W&B cannot be reached or there is no key for it."""
         import wandb
 
         wanted = self.mode or os.environ.get("WANDB_MODE") or "online"
-        has_key = wanted == "online" and wandb.login(prompt=False, verify=False)
-        return "offline" if wanted == "online" and not has_key else wanted
-
-    def _init(self, mode: str) -> wandb.Run:
-        import wandb
-
-        settings = wandb.Settings(
-            silent=True,
-            init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", PATIENCE)),
-            # The commit is in the config; the address of a remote may hold a password.
-            disable_git=True,
-        )
-        return wandb.init(**self._wandb_init | {"id": self._recall()["id"]}, mode=mode, settings=settings)  # type: ignore[arg-type]
+        if wanted != "online":
+            return wanted
+        try:
+            # Gives up after 10 seconds; wandb.init would only after three minutes.
+            return "online" if wandb.login(prompt=False, verify=True) else "offline"
+        except wandb.errors.CommError as error:
+            log.warning("W&B: %s The run is kept offline.", str(error).splitlines()[0])
+            return "offline"
 
     def _recall(self) -> dict[str, Any]:
         """The run's id and the first step that is free; made when it begins."""
@@ -160,7 +155,8 @@ class WandbRun(WandbLogger):
             artifact = wandb.Artifact(f"stages-{self.experiment.id}", type="model", metadata=row)
             # The checkpoint stays where it is, so there is no need of a copy until it is uploaded.
             artifact.add_file(str(path), policy="immutable")
-            self.experiment.log_artifact(artifact, aliases=[f"stage-{result.stage}"])
+            with _survived():
+                self.experiment.log_artifact(artifact, aliases=[f"stage-{result.stage}"])
 
     @rank_zero_only
     def log_results(self) -> None:
@@ -180,7 +176,8 @@ class WandbRun(WandbLogger):
         for path in sorted(path for pattern in PICTURES for path in self.folder.glob(pattern)):
             found[self._key(path)] = wandb.Image(str(path))
         self._step += 1
-        run.log(found, step=self._step)
+        with _survived():
+            run.log(found, step=self._step)
         # These rows are beyond the steps of the optimizer; should it go on, its rows must not fall among them.
         self._remember(run.id, self._step + 1)
 
@@ -208,6 +205,15 @@ class StageRecords(Callback):
         for result in set(self.curriculum.results) - self._told:
             self.run.log_stage(result)
         self._told = set(self.curriculum.results)
+
+
+@contextmanager
+def _survived() -> Iterator[None]:
+    """Files and tables are announced to the server at once; a connection that is lost must not end the run."""
+    try:
+        yield
+    except Exception as error:  # each obstacle has a type of its own, not all of them public
+        log.warning("W&B: %s", " ".join(str(error).split()))
 
 
 def _numbers(row: Mapping[str, str]) -> dict[str, Any]:
