@@ -116,7 +116,7 @@ def _sections() -> list[Section]:
     from wandb_workspaces.workspaces import Section, SectionLayoutSettings
 
     settings = [wr.Config(name) for name in ("model.memory_size", "model.bptt_depth", "curriculum.max_segments")]
-    # A summary holds the last row, which is that of the longest input.
+    # The summary holds that of the longest input.
     farthest = wr.SummaryMetric("test/accuracy")
     tested = {"x": "test/segments", "y": ["test/accuracy"], "log_x": True, "range_y": (0, 1)}
     curriculum = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from wandb_server import serving
 from rmt_lightning import dashboard
 from rmt_lightning.errors import UserError
 from rmt_lightning.run_folder import read_csv
+from rmt_lightning.training.wandb_run import WandbRun
 
 # A key as W&B makes them, which nobody has.
 KEY = "0123456789abcdef" * 3
@@ -185,6 +187,11 @@ def test_a_key_is_in_no_file(folder: Path) -> None:
     assert not (folder.parent / ".local").exists() and not (folder.parent / ".netrc").exists()
 
 
+def test_a_project_that_wandb_would_not_take() -> None:
+    with pytest.raises(UserError, match=r"^logger.project=a/b: must be a name without"):
+        WandbRun("run", project="a/b")
+
+
 @pytest.mark.soak
 def test_a_language_model(train: Run, tmp_path: Path) -> None:
     few = ("task=language_modeling", "curriculum.steps=6", "test.documents=2", "noise.documents=20")
@@ -196,6 +203,23 @@ def test_a_language_model(train: Run, tmp_path: Path) -> None:
     assert found.logged("test/perplexity")[0] == float(read_csv(tmp_path / "run" / "evaluation.csv")[0]["perplexity"])
     assert found.file("results/perplexity", "image-file").exists()
     assert found.file("results/documents", "table-file").exists()
+
+
+@pytest.mark.soak
+def test_what_was_found_since_is_logged_when_an_ended_run_is_resumed(folder: Path, train: Run, tmp_path: Path) -> None:
+    run = shutil.copytree(folder, tmp_path / "run", symlinks=True)
+    for name, source in (
+        ("evaluations/last/evaluation.csv", "evaluation.csv"),
+        ("attention/x/map.png", "curriculum.png"),
+    ):
+        (run / name).parent.mkdir(parents=True)
+        shutil.copy(run / source, run / name)
+    result = train("resume=run", small=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    *earlier, found = offline_runs(run)
+    assert found.file("results/evaluations/last/evaluation", "table-file").exists()
+    assert found.file("results/attention/x/map", "image-file").exists()
+    assert min(found.steps) > max(earlier[-1].steps)
 
 
 @pytest.mark.soak

@@ -49,6 +49,9 @@ class WandbRun(WandbLogger):
         tags: short words to find it by.
         mode: None: online if there is a key.
         log_checkpoints: whether the weights of each stage become versions of an artifact.
+
+    Raises:
+        UserError: if W&B would not take the name of the project.
     """
 
     def __init__(
@@ -62,6 +65,8 @@ class WandbRun(WandbLogger):
         mode: Literal["online", "offline"] | None = None,
         log_checkpoints: bool = False,
     ) -> None:
+        if not project or set(project) & set("/\\#?%:"):
+            raise UserError(f"logger.project={project}: must be a name without / \\ # ? % :")
         self.folder = Path(save_dir)
         self._memory = self.folder / "wandb" / "run.json"
         super().__init__(
@@ -164,7 +169,9 @@ class WandbRun(WandbLogger):
         import wandb
 
         run = self.experiment
-        for row in map(_numbers, read_csv(self.folder / EVALUATION)):
+        evaluation = [_numbers(row) for row in read_csv(self.folder / EVALUATION)]
+        # The longest input last: the summary keeps it.
+        for row in sorted(evaluation, key=lambda row: row.get("segments", 0)):
             self._step += 1
             run.log({f"test/{name}": value for name, value in row.items()}, step=self._step)
             if "segments" in row:
