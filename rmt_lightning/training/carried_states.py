@@ -95,10 +95,10 @@ class CarriedStates(Curriculum):
     In a share of each batch, noise is read by memories from a pool, and the question of their facts asked behind it. A
     memory goes back as it was before the segment with the question if the answer was right, and is lost if it was
     wrong. Fresh memories take the free places. Half of the other samples begin with an old memory that has read noise
-    alone, for a fact may be told late; some of them have taken something for a fact. So ages grow without limit, while a step costs what it did in the curriculum,
-    and gradients still flow through up to n segments. Training on states that are passed on is enough for recurrent
-    models to go far beyond their training length (Buitrago Ruiz and Gu 2025, arXiv 2507.02782); keeping only memories
-    that still answer, and asking them, is what is added here.
+    alone, for a fact may be told late; some of those have taken something else for a fact. So ages grow without limit,
+    while a step costs what it did in the curriculum, and gradients still flow through up to n segments. Training on
+    states that are passed on is enough for recurrent models to go far beyond their training length (Buitrago Ruiz and
+    Gu 2025, arXiv 2507.02782); keeping only memories that still answer, and asking them, is what is added here.
 
     Args:
         curriculum: what comes before.
