@@ -25,6 +25,12 @@ from rmt_lightning.training.wandb_run import WandbRun
 
 # A key as W&B makes them, which nobody has.
 KEY = "0123456789abcdef" * 3
+# What panels of the workspace show of a run on facts.
+SHOWN = {
+    "train/loss", "train/tokens_per_second", "train/host_memory_mb", "val/accuracy", "stage", "stage/steps",
+    "stage/accuracy", "test/segments", "test/accuracy", "results/curriculum", "results/attention/last",
+    "results/stages", "results/evaluation", "_step",
+}  # fmt: skip
 TRAIN = (sys.executable, "-m", "rmt_lightning.train")
 
 
@@ -113,12 +119,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     return folder / "run"
 
 
-def test_an_offline_run_holds_everything(folder: Path) -> None:
+def test_a_run_without_a_key_and_its_resumption(folder: Path) -> None:
+    """All in one test, so that one of several test processes trains, and once."""
+    holds_everything(folder)
+    holds_tables_and_pictures(folder)
+    holds_checkpoints(folder)
+    goes_on_as_the_same_run(folder)
+    # The key is in no file, and all that W&B keeps is kept in the run folder.
+    assert [path for path in folder.parent.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()] == []
+    assert not (folder.parent / ".local").exists() and not (folder.parent / ".netrc").exists()
+
+
+def holds_everything(folder: Path) -> None:
     found, _ = offline_runs(folder)
     assert (found.run.project, found.run.run_group, found.run.job_type) == ("rmt_lightning", "our-sweep", "sweep")
     assert set(found.run.tags) == {"detect", "rmt_encoder", "tiny_bert"}
     assert found.run.display_name == "/".join(folder.parts[-2:])
     assert found.exit_code == 0
+    assert {key.split(".")[0] for row in found.rows for key in row} >= SHOWN
 
     # The settings, and on what hardware and from which commit.
     assert found.config["model"]["memory_size"] == 10 and found.config["curriculum"]["max_segments"] == 3
@@ -145,7 +163,7 @@ def test_an_offline_run_holds_everything(folder: Path) -> None:
     assert found.summary["test/accuracy_segments_4"] == found.logged("test/accuracy")[1]
 
 
-def test_tables_and_pictures_are_those_of_the_run_folder(folder: Path) -> None:
+def holds_tables_and_pictures(folder: Path) -> None:
     found = offline_runs(folder)[-1]
     for name in ("stages", "evaluation"):
         table = json.loads(found.file(f"results/{name}", "table-file").read_text())
@@ -157,7 +175,7 @@ def test_tables_and_pictures_are_those_of_the_run_folder(folder: Path) -> None:
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_checkpoints_of_stages_are_versions_of_an_artifact(folder: Path) -> None:
+def holds_checkpoints(folder: Path) -> None:
     for found, stages in zip(offline_runs(folder), ((1, 2, 3), (4,)), strict=True):
         versions = [artifact for artifact in found.artifacts if artifact.name == f"stages-{found.run.run_id}"]
         for artifact, stage in zip(versions, stages, strict=True):
@@ -169,7 +187,7 @@ def test_checkpoints_of_stages_are_versions_of_an_artifact(folder: Path) -> None
             assert Path(entry.local_path).stat().st_size == entry.size
 
 
-def test_a_resumed_run_goes_on_as_the_same_one(folder: Path) -> None:
+def goes_on_as_the_same_run(folder: Path) -> None:
     first, second = offline_runs(folder)
     assert first.run.run_id == second.run.run_id
     # It is still the sweep's, though the environment no longer says so.
@@ -179,12 +197,6 @@ def test_a_resumed_run_goes_on_as_the_same_one(folder: Path) -> None:
     assert first.steps + second.steps == sorted({*first.steps, *second.steps})
     assert second.logged("stage") == [4, 4] and second.logged("stage/steps") == [6]
     assert second.logged("trainer/global_step")[:2] == [20, 23]
-
-
-def test_a_key_is_in_no_file(folder: Path) -> None:
-    assert [path for path in folder.parent.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()] == []
-    # And all that W&B keeps is kept in the run folder.
-    assert not (folder.parent / ".local").exists() and not (folder.parent / ".netrc").exists()
 
 
 def test_a_project_that_wandb_would_not_take() -> None:
@@ -288,7 +300,7 @@ def panels(spec: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return {section["name"]: [panel["config"] for panel in section["panels"]] for section in sections}
 
 
-def test_a_dashboard_without_a_key_is_a_file(folder: Path, environment: dict[str, str], tmp_path: Path) -> None:
+def test_a_dashboard_without_a_key_is_a_file(environment: dict[str, str], tmp_path: Path) -> None:
     result = dashboard_of("--project", "mine", folder=tmp_path, environment=environment)
     assert result.returncode == 0 and result.stderr == "", result.stderr
     assert "no key" in result.stdout and "dashboard.json holds the view" in result.stdout
@@ -297,12 +309,10 @@ def test_a_dashboard_without_a_key_is_a_file(folder: Path, environment: dict[str
     shown = panels(view["spec"])
     assert list(shown) == ["Curriculum", "Extrapolation", "Sweeps", "Running text", "Hardware"]
     # Whatever a panel shows of a run on facts has been logged by one.
-    first, second = offline_runs(folder)
-    logged = {key.split(".")[0] for row in first.rows + second.rows for key in row}
     for name in ("Curriculum", "Extrapolation", "Sweeps", "Hardware"):
         for panel in shown[name]:
             asked = {*panel.get("metrics", ()), *panel.get("mediaKeys", ()), *filter(None, [panel.get("xAxis")])}
-            assert {key for key in asked if not key.startswith("config:")} <= logged | {"train/device_memory_mb"}
+            assert {key for key in asked if not key.startswith("config:")} <= SHOWN | {"train/device_memory_mb"}
     columns = [column["accessor"] for column in shown["Sweeps"][0]["columns"]]
     assert columns == [
         "config:model.value.memory_size", "config:model.value.bptt_depth", "config:curriculum.value.max_segments",
