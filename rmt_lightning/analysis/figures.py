@@ -227,18 +227,18 @@ def save(figure: Figure, path: Path) -> None:
         write_atomically(path.with_name(f"{path.name}.{kind}"), content.getvalue())
 
 
-def language_models(perplexity: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+def language_models(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Variants of a language model side by side, a dot for each seed and a line at their mean.
 
     Args:
-        perplexity: of each seed, by text and variant.
+        rows: text, variant and perplexity of each run.
     """
-    variants = list(next(iter(perplexity.values())))
-    figure = Figure(figsize=(10, 0.8 + 0.36 * len(variants)), layout="constrained")
-    panels = figure.subplots(1, len(perplexity), squeeze=False)[0]
-    for axes, (text, found) in zip(panels, perplexity.items(), strict=True):
+    texts, variants = (list(dict.fromkeys(row[column] for row in rows)) for column in ("text", "variant"))
+    figure = Figure(figsize=(3 + 3.5 * len(texts), 0.8 + 0.36 * len(variants)), layout="constrained")
+    panels = figure.subplots(1, len(texts), squeeze=False)[0]
+    for axes, text in zip(panels, texts, strict=True):
         for place, variant in enumerate(variants):
-            values = found[variant]
+            values = [float(row["perplexity"]) for row in rows if (row["text"], row["variant"]) == (text, variant)]
             axes.plot(values, [place] * len(values), "o", color="tab:blue", markersize=5, alpha=0.7)
             axes.plot([sum(values) / len(values)], [place], "|", color="black", markersize=14)
         axes.set(xlabel="test perplexity", title=text, yticks=range(len(variants)), ylim=(len(variants) - 0.5, -0.5))
@@ -248,24 +248,24 @@ def language_models(perplexity: Mapping[str, Mapping[str, Sequence[float]]]) -> 
     return figure
 
 
-def models(accuracy: Mapping[str, Sequence[LengthResult]], trained_to: int, chance: float) -> Figure:
+def models(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Accuracy against length, a line for each model; × marks where a model's positions end.
 
     Args:
-        accuracy: of each model at each length that it can read.
-        trained_to: segments of the longest training inputs.
-        chance: accuracy of guessing.
+        rows: model, trained_to (segments of its longest training inputs), segments and accuracy at each length that it
+            can read.
     """
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    numbers = sorted({result.segments for results in accuracy.values() for result in results})
-    for name, results in accuracy.items():
-        points = [(result.segments, result.accuracy) for result in results]
+    axes.set_prop_cycle(color=colormaps["tab20"].colors[::2] + colormaps["tab20"].colors[1::2])
+    numbers = sorted({int(row["segments"]) for row in rows})
+    for name in dict.fromkeys(row["model"] for row in rows):
+        points = [(int(row["segments"]), float(row["accuracy"])) for row in rows if row["model"] == name]
         (line,) = axes.plot(*zip(*points, strict=True), "o-", markersize=3, label=name)
         if points[-1][0] < numbers[-1]:
             axes.plot(*points[-1], "x", color=line.get_color(), markersize=10, markeredgewidth=2)
-    axes.axvspan(numbers[0], trained_to, color="0.93", zorder=0)
-    axes.axhline(chance, color=CHANCE, linestyle=":", linewidth=1)
+    axes.axvspan(numbers[0], max(int(row["trained_to"]) for row in rows), color="0.93", zorder=0)
+    axes.axhline(1 / 6, color=CHANCE, linestyle=":", linewidth=1)
     axes.set_xscale("log", base=2)
     axes.set_xticks(numbers, [str(number) for number in numbers], fontsize=8)
     axes.minorticks_off()
