@@ -38,7 +38,9 @@ from rmt_lightning.run_folder import CONFIG, JOB, write_atomically
 STOP = "stop"
 OUTPUT = "output.log"
 # What tells a process that it is one rank of several. A job starts its own ranks.
-_RANK = re.compile(r"(LOCAL_|NODE_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|(SLURM|TORCHELASTIC)_.*")
+_RANK = re.compile(
+    r"(LOCAL_|NODE_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|(SLURM|TORCHELASTIC)_.*"
+)
 
 
 class Sweep(Callback):
@@ -72,18 +74,14 @@ class Sweep(Callback):
         print(f"{signal.Signals(signum).name}: what runs is saved; once more to leave at once", flush=True)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        from rich import get_console
-
-        from rmt_lightning.analysis.sweeps import SETTLED, read_sweep, write_sweep
+        from rmt_lightning.report import sum_up
 
         (self.folder / STOP).unlink(missing_ok=True)
-        sweep = read_sweep(self.folder)
-        write_sweep(sweep, self.folder)
-        get_console().print(sweep.table(), soft_wrap=True)
+        jobs = sum_up(self.folder).jobs
         if self.signum is not None:
             print(f"stopped by {signal.Signals(self.signum).name}; the same command goes on", flush=True)
             sys.exit(128 + self.signum)
-        if any(job.status not in SETTLED or job.status == "did not converge" for job in sweep.jobs):
+        if not all(job.status in ("finished", "stopped at max_steps") for job in jobs):
             sys.exit(1)
 
 
@@ -97,7 +95,7 @@ def run_job(config: DictConfig) -> float:
     Raises:
         UserError: if the folder holds a run with other settings, or several processes were started for the job.
     """
-    hydra = HydraConfig.get()
+    hydra: Any = HydraConfig.get()
     folder, sweep = Path(hydra.runtime.output_dir), Path(hydra.sweep.dir)
     if (sweep / STOP).exists():
         # Hydra has made the folder already.
@@ -109,7 +107,7 @@ def run_job(config: DictConfig) -> float:
     from rmt_lightning.analysis.sweeps import SETTLED, read_job
 
     if known and (job := read_job(folder)).status in SETTLED:
-        print(f"{folder.name}: {job.told()} before", flush=True)
+        print(f"{folder.name}: done before: {job.told()}", flush=True)
         return job.objective
     typed = _values(hydra.callbacks.sweep.swept, hydra.overrides.task)
     values = {key: yaml.safe_load(value) for key, value in typed.items()}
@@ -210,7 +208,7 @@ def _refuse_what_goes_wrong(config: DictConfig) -> None:
         )
     if config.resume is not None:
         raise UserError("resume: a sweep that was stopped goes on with the same command; leave resume out")
-    hydra = config.get("hydra") or HydraConfig.get()
+    hydra: Any = config.get("hydra") or HydraConfig.get()
     if OmegaConf.select(hydra, "sweeper.direction", default="minimize") != "minimize":
         raise UserError(
             f"hydra.sweeper.direction={hydra.sweeper.direction}: a job returns its share of wrong answers or its "

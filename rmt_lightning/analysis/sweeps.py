@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 
-from rmt_lightning.analysis import figures
 from rmt_lightning.analysis.redaction import public_text
 from rmt_lightning.analysis.runs import AT_THE_END, Run, read_runs
-from rmt_lightning.run_folder import JOB, write_csv
+from rmt_lightning.run_folder import JOB
 
 SEED = "seed"
 # A job that ended so has a result; the others are tried again when the sweep goes on.
@@ -58,7 +57,7 @@ class Job:
         if self.status not in SETTLED:
             return f"failed: {self.reason}" if self.reason else "interrupted"
         name, score = list(self.scores.items())[-1]
-        return f"{self.status}, {shown(name, score)} {name}"
+        return f"{self.status}, {written(name, score)} {in_words(name)}"
 
     def row(self) -> dict[str, Any]:
         """Its row of sweep.csv."""
@@ -129,9 +128,9 @@ class Group:
         scores = {
             name: value
             for score, found in self.scores.items()
-            for name, value in ((score, found.value), (f"{score} ±", found.half))
+            for name, value in ((score, found.value), (f"{score}_interval", found.half))
         }
-        return {**self.values, "jobs": len(self.jobs), "with a result": len(done), **scores, **self.cost()}
+        return {**self.values, "jobs": len(self.jobs), "with_result": len(done), **scores, **self.cost()}
 
     def cost(self) -> dict[str, float | None]:
         """Steps and seconds of training, on average."""
@@ -163,7 +162,7 @@ class Sweep:
     @property
     def axes(self) -> list[str]:
         """What is swept besides the seed."""
-        return list(dict.fromkeys(key for job in self.jobs for key in job.values if key != SEED))
+        return [key for key in self.values if key != SEED]
 
     @property
     def measures(self) -> list[str]:
@@ -186,42 +185,82 @@ class Sweep:
             for jobs in found.values()
         ]
 
+    @property
+    def drawn(self) -> list[str]:
+        """The measures that share an axis of a figure: accuracy at each length, or perplexity alone."""
+        return [name for name in self.measures if name.startswith(ACCURACY_AT)] or self.measures[-1:]
+
+    @property
+    def form(self) -> Literal["curves", "map", "slices"]:
+        """How it is drawn: curves along one axis, a heat map over two, or points along each of any number."""
+        sizes = [len(self.tried(axis)) for axis in self.axes]
+        if len(sizes) == 1 and sizes[0] <= 12:
+            return "curves"
+        return "map" if len(sizes) == 2 and math.prod(sizes) <= 2 * len(self.groups) else "slices"
+
+    @property
+    def values(self) -> list[str]:
+        """All that is swept."""
+        return list(dict.fromkeys(key for job in self.jobs for key in job.values))
+
+    @property
+    def of_accuracy(self) -> bool:
+        """Whether questions were asked, rather than text predicted."""
+        return self.drawn[-1:] != [PERPLEXITY]
+
+    def scale(self, axis: str) -> Literal["linear", "log"] | None:
+        """How an axis of many values is drawn; None if they are no numbers."""
+        values = self.tried(axis)
+        if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+            return None
+        return "log" if min(values) > 0 and max(values) >= 30 * min(values) else "linear"
+
+    def tried(self, axis: str) -> list[Any]:
+        """The values of an axis, as they were typed."""
+        return list(dict.fromkeys(job.values[axis] for job in self.jobs if axis in job.values))
+
     def table(self) -> Table:
-        """For the terminal: a row for each group, and a line below for each job that has failed."""
-        failed = "\n".join(f"{job.name}: {job.reason}" for job in self.jobs if job.reason)
-        table = Table(title=self.name, title_justify="left", caption=failed or None, caption_justify="left")
-        for heading in [*self.axes, "seeds", *self.measures, "steps", "seconds", "status"]:
+        """For the terminal: a row for each group."""
+        table = Table(title=f"Sweep {self.name}", title_justify="left")
+        for heading in [*self.axes, "jobs", *map(in_words, self.measures), "steps", "seconds", "status"]:
             table.add_column(heading, overflow="fold")
         for group in self.groups:
-            means = [told(name, group.scores.get(name)) for name in self.measures]
+            means = [with_interval(name, group.scores.get(name)) for name in self.measures]
             cost = ["–" if value is None else f"{value:,.0f}" for value in group.cost().values()]
             values = [str(value) for value in group.values.values()]
             table.add_row(*values, str(len(group.jobs)), *means, *cost, group.statuses())
         return table
 
 
+ACCURACY_AT = "accuracy_"
 PERPLEXITY = "perplexity"
 
 
 def _order(name: str) -> tuple[int, str]:
     """Accuracies by length; and perplexity, which counts, behind bits per byte."""
-    return (int(name.split()[-2]) if name.endswith("segments") else 0, name)
+    return (int(name.removeprefix(ACCURACY_AT)) if name.startswith(ACCURACY_AT) else 0, name)
 
 
 def _known(jobs: Iterable[Job], name: str) -> list[float]:
     return [job.scores[name] for job in jobs if name in job.scores]
 
 
-def shown(name: str, value: float) -> str:
-    """A score as it is written."""
-    return f"{value:.1%}" if name.endswith("segments") else f"{value:.4g}"
+def in_words(name: str) -> str:
+    """A measure in words."""
+    length = name.removeprefix(ACCURACY_AT)
+    return name.replace("_", " ") if length == name else f"at {length} segment{'s' * (length != '1')}"
 
 
-def told(name: str, found: Mean | None) -> str:
-    """A mean as it is written, with its interval."""
+def written(name: str, value: float) -> str:
+    """A score in its unit."""
+    return f"{value:.1%}" if name.startswith(ACCURACY_AT) else f"{value:.4g}"
+
+
+def with_interval(name: str, found: Mean | None) -> str:
+    """A mean with its interval."""
     if found is None:
         return "–"
-    return shown(name, found.value) + (f" ± {shown(name, found.half)}" if found.half is not None else "")
+    return written(name, found.value) + (f" ± {written(name, found.half)}" if found.half is not None else "")
 
 
 def read_sweep(folder: Path) -> Sweep:
@@ -259,17 +298,19 @@ def read_job(folder: Path) -> Job:
 
 def _scores(run: Run) -> dict[str, float]:
     if run.text_score:
-        return {"bits per byte": run.text_score["bits_per_byte"], PERPLEXITY: run.text_score["perplexity"]}
+        return {"bits_per_byte": run.text_score["bits_per_byte"], PERPLEXITY: run.text_score["perplexity"]}
     tests = [evaluation for evaluation in run.evaluations if evaluation.label == AT_THE_END]
-    return {f"at {row['segments']:.0f} segments": row["accuracy"] for test in tests for row in test.rows}
+    return {f"{ACCURACY_AT}{row['segments']:.0f}": row["accuracy"] for test in tests for row in test.rows}
 
 
-def write_sweep(sweep: Sweep, folder: Path) -> None:
-    """Write sweep.csv (jobs), summary.csv (means over seeds) and, once there is a result, sweep.png and sweep.pdf."""
-    write_csv(folder / "sweep.csv", _filled([job.row() for job in sweep.jobs]))
-    write_csv(folder / "summary.csv", _filled([group.row() for group in sweep.groups]))
-    if sweep.measures:
-        pass #figures.save(figures.sweep(sweep), folder / "sweep")
+def job_rows(sweep: Sweep) -> list[dict[str, Any]]:
+    """The rows of sweep.csv: jobs."""
+    return _filled([job.row() for job in sweep.jobs])
+
+
+def group_rows(sweep: Sweep) -> list[dict[str, Any]]:
+    """The rows of summary.csv: means over seeds."""
+    return _filled([group.row() for group in sweep.groups])
 
 
 def _filled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
