@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
@@ -38,9 +40,7 @@ from rmt_lightning.run_folder import CONFIG, JOB, write_atomically
 STOP = "stop"
 OUTPUT = "output.log"
 # What tells a process that it is one rank of several. A job starts its own ranks.
-_RANK = re.compile(
-    r"(LOCAL_|NODE_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|(SLURM|TORCHELASTIC)_.*"
-)
+RANK = re.compile(r"(LOCAL_|NODE_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|(SLURM|TORCHELASTIC)_.*")
 
 
 class Sweep(Callback):
@@ -58,6 +58,7 @@ class Sweep(Callback):
         # Hydra turns an exception of a callback into a warning, but lets it exit.
         with told_in_one_line("train"):
             _refuse_what_goes_wrong(config)
+            _compose_each_job(config)
         # Resolved here, for a job's config does not know the sweep's command line; Hydra hands the result on to it.
         self.folder = Path(config.hydra.sweep.dir)
         (self.folder / STOP).unlink(missing_ok=True)
@@ -132,7 +133,7 @@ def _train(folder: Path, stop: Path) -> tuple[int, str]:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # The process of a launcher: Ctrl-C reaches it too, but it is the sweep that says what that means.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    environment = {name: value for name, value in os.environ.items() if not _RANK.fullmatch(name)}
+    environment = {name: value for name, value in os.environ.items() if not RANK.fullmatch(name)}
     command = [sys.executable, "-m", "rmt_lightning.train", f"resume={folder}"]
     with open(folder / OUTPUT, "ab") as output:
         begin = output.tell()
@@ -209,11 +210,23 @@ def _refuse_what_goes_wrong(config: DictConfig) -> None:
     if config.resume is not None:
         raise UserError("resume: a sweep that was stopped goes on with the same command; leave resume out")
     hydra: Any = config.get("hydra") or HydraConfig.get()
-    if OmegaConf.select(hydra, "sweeper.direction", default="minimize") != "minimize":
+    direction = OmegaConf.select(hydra, "sweeper.direction", default="minimize")
+    if getattr(direction, "name", direction) != "minimize":
         raise UserError(
-            f"hydra.sweeper.direction={hydra.sweeper.direction}: a job returns its share of wrong answers or its "
+            f"hydra.sweeper.direction={direction}: a job returns its share of wrong answers or its "
             "perplexity; leave it at minimize"
         )
+
+
+def _compose_each_job(config: DictConfig) -> None:
+    """Let Hydra tell what is wrong with a grid's jobs before it writes anything; a search makes its jobs on the way."""
+    if not config.hydra.sweeper._target_.endswith("BasicSweeper"):
+        return
+    loader = GlobalHydra.instance().config_loader()
+    params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+    words = OverridesParser.create(config_loader=loader).parse_overrides([*params, *config.hydra.overrides.task])
+    for job in BasicSweeper.split_arguments(words, max_batch_size=None)[0]:
+        loader.load_sweep_config(config, job)
 
 
 def _swept(words: Sequence[str], sweeper: DictConfig) -> dict[str, str]:
