@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,8 @@ class Sweep(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         # Hydra turns an exception of a callback into a warning, but lets it exit.
         with told_in_one_line("train"):
-            _refuse_what_goes_wrong(config)
-            _compose_each_job(config)
+            for job in (config, *_jobs(config)):
+                _refuse_what_goes_wrong(job)
         # Resolved here, for a job's config does not know the sweep's command line; Hydra hands the result on to it.
         self.folder = Path(config.hydra.sweep.dir)
         (self.folder / STOP).unlink(missing_ok=True)
@@ -96,6 +96,8 @@ def run_job(config: DictConfig) -> float:
     Raises:
         UserError: if the folder holds a run with other settings, or several processes were started for the job.
     """
+    from rmt_lightning.analysis.sweeps import SETTLED, read_job
+
     hydra: Any = HydraConfig.get()
     folder, sweep = Path(hydra.runtime.output_dir), Path(hydra.sweep.dir)
     if (sweep / STOP).exists():
@@ -105,8 +107,6 @@ def run_job(config: DictConfig) -> float:
         return float("inf")
     _refuse_what_goes_wrong(config)
     known = _known_settings(config, folder)
-    from rmt_lightning.analysis.sweeps import SETTLED, read_job
-
     if known and (job := read_job(folder)).status in SETTLED:
         print(f"{folder.name}: done before: {job.told()}", flush=True)
         return job.objective
@@ -150,7 +150,8 @@ def _train(folder: Path, stop: Path) -> tuple[int, str]:
                 os.killpg(process.pid, signal.SIGTERM)
     finally:
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # a rank that has outlived the others, or a sweep left at once
+            # A rank that has outlived the others, or all of them if the sweep is left at once.
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     with open(folder / OUTPUT, "rb") as output:
         output.seek(begin)
@@ -159,11 +160,13 @@ def _train(folder: Path, stop: Path) -> tuple[int, str]:
 
 def _reason(code: int, output: str) -> str:
     """Why a job ended, in one line: the first error that it told, else its last word."""
-    if code < 0:
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [
+        line for line in lines if re.match(r"error: |[\w.]+(Error|Exception)\b|\[rank: \d+\] Child process", line)
+    ]
+    if code < 0 and not errors:
         name = signal.Signals(-code).name
         return f"killed by {name}{', perhaps for want of memory' if name == 'SIGKILL' else ''}"
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [line for line in lines if re.match(r"error: |[\w.]+(Error|Exception)\b", line)]
     return (errors or lines[-1:] or [f"exit code {code}"])[0].removeprefix("error: ")
 
 
@@ -202,7 +205,7 @@ def _refuse_what_goes_wrong(config: DictConfig) -> None:
             "--multirun: several processes would each run the whole sweep; start it without torchrun or srun, for each "
             "job starts processes of its own (with a launcher for SLURM: hydra.launcher.tasks_per_node=1)"
         )
-    if OmegaConf.select(config, "trainer.num_nodes", default=1) > 1:
+    if config.trainer.num_nodes > 1:
         raise UserError(
             f"trainer.num_nodes={config.trainer.num_nodes}: a job of a sweep runs on one machine; give 1, or start "
             "this run by itself"
@@ -218,15 +221,17 @@ def _refuse_what_goes_wrong(config: DictConfig) -> None:
         )
 
 
-def _compose_each_job(config: DictConfig) -> None:
-    """Let Hydra tell what is wrong with a grid's jobs before it writes anything; a search makes its jobs on the way."""
-    if not config.hydra.sweeper._target_.endswith("BasicSweeper"):
-        return
-    loader = GlobalHydra.instance().config_loader()
-    params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-    words = OverridesParser.create(config_loader=loader).parse_overrides([*params, *config.hydra.overrides.task])
-    for job in BasicSweeper.split_arguments(words, max_batch_size=None)[0]:
-        loader.load_sweep_config(config, job)
+def _jobs(config: DictConfig) -> Iterator[DictConfig]:
+    """The jobs of a grid, so that what is wrong with one is told before anything is written.
+
+    The jobs of a search are not known beforehand.
+    """
+    if config.hydra.sweeper._target_.endswith("BasicSweeper"):
+        loader = GlobalHydra.instance().config_loader()
+        params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+        words = OverridesParser.create(config_loader=loader).parse_overrides([*params, *config.hydra.overrides.task])
+        for overrides in BasicSweeper.split_arguments(words, max_batch_size=None)[0]:
+            yield loader.load_sweep_config(config, overrides)
 
 
 def _swept(words: Sequence[str], sweeper: DictConfig) -> dict[str, str]:

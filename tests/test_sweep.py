@@ -235,6 +235,7 @@ REFUSED = [
         "trainer.num_nodes=2 model.memory_size=2,3 --multirun",
         "trainer.num_nodes=2: a job of a sweep runs on one machin",
     ),
+    ("trainer.num_nodes=1,2 --multirun", "trainer.num_nodes=2: a job of a sweep runs on one machine"),
     ("sweep=memory_size", "sweep=memory_size: is not among the defaults; write +sweep=memory_size"),
     ("model.memory_sise=2,3 --multirun", "model.memory_sise: no such setting; did you mean memory_size?"),
     ("model=lstm,lsmt --multirun", "model=lsmt: no such choice; did you mean lstm?"),
@@ -286,6 +287,7 @@ def test_ddp(train: Run, environment: dict[str, str], tmp_path: Path) -> None:
         "devices_2-memory_size_3": "failed", "devices_2-memory_size_2": "finished",
     }, result.stdout + result.stderr  # fmt: skip
     assert result.returncode == 1
+    assert "Child process" in jobs["devices_2-memory_size_3"]["reason"]
     # The sweep itself, and behind it each job's ranks; each in the folder of its job and none elsewhere.
     processes = [line.split(" ", 1) for line in record.read_text().splitlines()]
     ranks = {name: [rank for rank, words in processes if f"/{name}" in words] for name in jobs}

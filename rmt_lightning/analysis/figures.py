@@ -323,15 +323,14 @@ _ON_CELL = {"boxstyle": "round", "facecolor": "white", "edgecolor": "none", "alp
 def _sweep_slices(panels: Iterable[Axes], sweep: Sweep) -> None:
     """The measure that counts along each axis, a dot for each job."""
     name = sweep.drawn[-1]
+    done = [job for job in sweep.jobs if name in job.scores]
     for axes, axis in zip(panels, sweep.axes or sweep.values, strict=True):
-        done = [job for job in sweep.jobs if name in job.scores]
-        values = [job.values[axis] for job in done]
         scale = sweep.scale(axis)
-        axes.plot(
-            values if scale else [str(value) for value in values], [job.scores[name] for job in done], "o", alpha=0.6
-        )
-        axes.set_xscale(scale or "linear")
-        axes.set(xlabel=axis, title=f"test {in_words(name)}" if sweep.of_accuracy else "")
+        values = [job.values[axis] if scale else str(job.values[axis]) for job in done]
+        axes.plot(values, [job.scores[name] for job in done], "o", alpha=0.6)
+        if scale:
+            axes.set_xscale(scale)
+        axes.set(xlabel=axis, title=in_words(name) if sweep.of_accuracy else "")
 
 
 def models(accuracy: Mapping[str, Sequence[LengthResult]], trained_to: int, chance: float) -> Figure:
