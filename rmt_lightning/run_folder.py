@@ -19,6 +19,7 @@ LAST = "last.ckpt"
 METRICS = "metrics"
 STAGES = "stages.csv"
 HARDWARE = "hardware.json"
+JOB = "job.json"
 TOKENIZER = "tokenizer"
 BACKBONE = "backbone"
 

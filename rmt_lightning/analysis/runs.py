@@ -23,6 +23,7 @@ Status = Literal["finished", "stopped at max_steps", "did not converge", "interr
 _UNFINISHED: Status = "interrupted or running"
 Row = dict[str, float]
 _EVALUATION = "evaluation.csv"
+AT_THE_END = "at the end of training"
 Content = TypeVar("Content", dict[str, Any], list[Any])
 
 
@@ -372,7 +373,7 @@ def _evaluations(folder: Path, config: dict[str, Any], problems: list[str]) -> I
         return
     needed = ("segments", "right", "samples", "accuracy", "low", "high")
     if rows := _rows(folder / _EVALUATION, needed, problems):
-        yield Evaluation("at the end of training", True, None, "", sorted(rows, key=lambda row: row["segments"]))
+        yield Evaluation(AT_THE_END, True, None, "", sorted(rows, key=lambda row: row["segments"]))
     for path in sorted(folder.glob(f"evaluations/*/{_EVALUATION}")):
         if not (rows := _rows(path, needed, problems)):
             continue
