@@ -20,6 +20,7 @@ METRICS = "metrics"
 STAGES = "stages.csv"
 EVALUATION = "evaluation.csv"
 HARDWARE = "hardware.json"
+JOB = "job.json"
 TOKENIZER = "tokenizer"
 BACKBONE = "backbone"
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from rmt_lightning.analysis.redaction import public
@@ -22,6 +23,7 @@ from rmt_lightning.config import check, front_door
 from rmt_lightning.console import start_logging
 from rmt_lightning.errors import UserError
 from rmt_lightning.run_folder import CHECKPOINTS, CONFIG, LAST, METRICS, locate
+from rmt_lightning.sweep import run_job
 
 # What follows takes seconds to import; --help and spelling mistakes should not have to wait for it.
 if TYPE_CHECKING:
@@ -42,7 +44,9 @@ class Root:
     cache_dir: str
 
 
-def main(config: DictConfig) -> None:
+def main(config: DictConfig) -> float | None:
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        return run_job(config)
     folder = Path(HydraConfig.get().runtime.output_dir)
     start_logging(folder / f"{HydraConfig.get().job.name}.log", _is_first_process())
     source, checkpoint = locate(config.resume, "resume") if config.resume else (None, None)
@@ -62,6 +66,7 @@ def main(config: DictConfig) -> None:
         _leave_wandb(code)
         if _is_first_process() and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+    return None
 
 
 def train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Path | None) -> int:
@@ -218,4 +223,7 @@ OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
 run = front_door(main, "train")
 
 if __name__ == "__main__":
+    # By its name, so that the launchers of sweeps can pickle it.
+    from rmt_lightning.train import run
+
     run()

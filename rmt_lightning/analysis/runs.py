@@ -22,6 +22,7 @@ from rmt_lightning.run_folder import CHECKPOINTS, CONFIG, EVALUATION, HARDWARE, 
 Status = Literal["finished", "stopped at max_steps", "did not converge", "interrupted or running"]
 _UNFINISHED: Status = "interrupted or running"
 Row = dict[str, float]
+AT_THE_END = "at the end of training"
 Content = TypeVar("Content", dict[str, Any], list[Any])
 
 
@@ -371,7 +372,7 @@ def _evaluations(folder: Path, config: dict[str, Any], problems: list[str]) -> I
         return
     needed = ("segments", "right", "samples", "accuracy", "low", "high")
     if rows := _rows(folder / EVALUATION, needed, problems):
-        yield Evaluation("at the end of training", True, None, "", sorted(rows, key=lambda row: row["segments"]))
+        yield Evaluation(AT_THE_END, True, None, "", sorted(rows, key=lambda row: row["segments"]))
     for path in sorted(folder.glob(f"evaluations/*/{EVALUATION}")):
         if not (rows := _rows(path, needed, problems)):
             continue
