@@ -79,7 +79,7 @@ def sum_up(folder: Path) -> Sweep:
     sweep = read_sweep(folder)
     write_csv(folder / "sweep.csv", job_rows(sweep))
     write_csv(folder / "summary.csv", group_rows(sweep))
-    if sweep.measures:
+    if sweep.values and sweep.measures:
         figures.save(figures.sweep(sweep), folder / "sweep")
     console = get_console()
     console.print(sweep.table())

@@ -225,7 +225,13 @@ def test_the_report_of_a_sweep(finished_run: Path, tmp_path: Path, monkeypatch: 
     assert {path.name for path in Path("sweep").iterdir() if path.is_file()} == {
         "sweep.csv", "summary.csv", "sweep.png", "sweep.pdf",
     }  # fmt: skip
-    (Path("sweep") / "memory_size_2-seed_1" / "job.json").write_text("{")
+    # With a single value nothing is swept: there is a table, and nothing to draw.
+    alone = Path("sweep") / "memory_size_2-seed_1" / "job.json"
+    alone.write_text(json.dumps({"number": 0, "settings": {}, "failed": None}))
+    shutil.copytree(alone.parent, "alone/job")
+    report.sum_up(Path("alone"))
+    assert {path.name for path in Path("alone").iterdir() if path.is_file()} == {"sweep.csv", "summary.csv"}
+    alone.write_text("{")
     assert {job.number for job in read_sweep(Path("sweep")).jobs} == {0, 1, 2, 3}
 
 

@@ -209,7 +209,7 @@ def accuracy_by_length(runs: Sequence[Run]) -> go.Figure:
 
 def sweep(sweep: Sweep) -> list[go.Figure]:
     """What came of a sweep: curves along one axis, a heat map over two, else a figure for each axis."""
-    if not sweep.measures:
+    if not (sweep.values and sweep.measures):
         return []
     if sweep.form == "map":
         return [_sweep_map(sweep)]
