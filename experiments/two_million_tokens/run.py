@@ -21,8 +21,8 @@ HERE = Path(__file__).parent
 # How many samples of which numbers of segments; 40,077 segments of 51 tokens are 2,043,927.
 LENGTHS = {
     256: (1, 2, 4, 8, 16, 32, 64, 128),
-    32: (512, 4096),
-    16: (40077,),
+    32: (4096,),
+    8: (40077,),
 }
 
 
