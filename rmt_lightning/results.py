@@ -22,7 +22,7 @@ from rmt_lightning.analysis.retention import LossRate
 from rmt_lightning.build import Parts, TextParts
 from rmt_lightning.models.rmt import RMTEncoder
 from rmt_lightning.models.segment_model import SegmentModel
-from rmt_lightning.run_folder import EVALUATION, STAGES, write_csv
+from rmt_lightning.run_folder import EVALUATION, HOLD, STAGES, write_csv
 from rmt_lightning.tasks.placement import Key, Sample
 from rmt_lightning.training.carried_states import CarriedStates, Losses
 from rmt_lightning.training.curriculum import Curriculum, FixedSteps, SegmentCurriculum, StageResult
@@ -65,7 +65,7 @@ def _report_facts(
         write_csv(folder / STAGES, [asdict(stage) for stage in curriculum.results])
     if hold and hold.history:
         console.print(_hold_table(hold))
-        write_csv(folder / "hold.csv", [asdict(losses) | _rate(losses).row() for losses in hold.history])
+        write_csv(folder / HOLD, [asdict(losses) | _rate(losses).row() for losses in hold.history])
     lengths = _test_lengths(test, trainer, parts)
     console.print(length_table(lengths, test.segments, parts.classifier.model))
     write_csv(folder / EVALUATION, [{"segments": result.segments, **result.row()} for result in lengths])

@@ -157,6 +157,20 @@ def test_the_numbers_are_those_of_the_run(here: Path) -> None:
         assert figure["layout"]["xaxis"]["title"]["text"]
 
 
+def test_memory_that_holds(here: Path) -> None:
+    (here / "good/hold.csv").write_text("step,rate,rate_low,rate_high\n20,0.02,0.01,0.05\n40,0,0,0.01\n")
+    test = here / "good/evaluations/last-detect-1"
+    test.mkdir(parents=True)
+    shutil.copy(here / "good/evaluation.csv", test)
+    (test / "retention.csv").write_text("age,right,streams\n16,64,64\n32,48,64\n")
+    front_door.main(["good"])
+    page = Page(Path("report.html"))
+    (rate,), (kept,) = (page.figures[name]["data"] for name in ("loss_rate", "retention"))
+    assert (rate["x"], rate["y"]) == ([20, 40], [0.02, 0])
+    assert (rate["error_y"]["array"], rate["error_y"]["arrayminus"]) == ([0.03, 0.01], [0.01, 0])
+    assert (kept["x"], kept["y"]) == ([16, 32], [1, 0.75])
+
+
 def test_training_tells_what_it_ran_on(here: Path) -> None:
     (start,) = json.loads((here / "good/hardware.json").read_text())
     assert start["step"] == 0 and start["cores"] >= 1 and start["gpus"] == [] and start["precision"] == "32-true"

@@ -57,6 +57,8 @@ def _figures(runs: Sequence[Run], sweeps: Sequence[Sweep]) -> dict[str, go.Figur
             runs, PERPLEXITY, "validation perplexity", ".2f", markers=True, type="log", tickformat="~g"
         ),
         "lengths": plots.accuracy_by_length(runs),
+        "loss_rate": plots.loss_rate(runs),
+        "retention": plots.retention(runs),
         "speed": plots.curve(runs, SPEED, "tokens per second", ",.0f", rangemode="tozero"),
         "memory": plots.memory_by_length(runs),
     }

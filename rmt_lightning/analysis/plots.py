@@ -301,6 +301,52 @@ def _sweep_slices(sweep: Sweep) -> list[go.Figure]:
     return figures
 
 
+def loss_rate(runs: Sequence[Run]) -> go.Figure:
+    """The rate at which old memories were lost in training, with 95% intervals, over the steps of the phase."""
+    figure = _figure()
+    for number, run in enumerate(runs):
+        if rows := run.losses:
+            figure.add_scatter(
+                **_identity(run, number),
+                x=[row["step"] for row in rows],
+                y=[row["rate"] for row in rows],
+                error_y={
+                    "array": [_short(row["rate_high"] - row["rate"]) for row in rows],
+                    "arrayminus": [_short(row["rate"] - row["rate_low"]) for row in rows],
+                    "thickness": 1.2,
+                    "width": 3,
+                },
+                mode="lines+markers",
+                line={"width": 1.8, "color": style(number).colour, "dash": style(number).dash},
+                marker={"size": 6, "symbol": style(number).symbol},
+                customdata=[[row["rate_low"], row["rate_high"]] for row in rows],
+                hovertemplate="step %{x:,}<br>%{y:.2%} a segment (%{customdata[0]:.2%} – %{customdata[1]:.2%})",
+            )
+    figure.update_xaxes(title_text="optimizer steps", tickformat=",")
+    figure.update_yaxes(title_text="memories lost per segment", rangemode="tozero", tickformat="~%")
+    return figure
+
+
+def retention(runs: Sequence[Run]) -> go.Figure:
+    """Which share of memories still answers, by the number of segments they have read."""
+    figure = _figure()
+    for number, run in enumerate(runs):
+        for place, test in enumerate(run.evaluations):
+            if test.followed:
+                figure.add_scatter(
+                    **_identity(run, number),
+                    x=[row["age"] for row in test.followed],
+                    y=[row["right"] / row["streams"] for row in test.followed],
+                    customdata=[row["streams"] for row in test.followed],
+                    mode="lines",
+                    line={"width": 1.8, "color": style(number).colour, "dash": DASHES[place % len(DASHES)]},
+                    hovertemplate=f"{_text(test.label)}<br>%{{y:.1%}} of %{{customdata:,}} after %{{x:,}} segments",
+                )
+    figure.update_xaxes(title_text="segments read since", rangemode="tozero", tickformat=",")
+    figure.update_yaxes(title_text="memories that answer", range=[-0.03, 1.06], tickformat=".0%")
+    return figure
+
+
 def memory_by_length(runs: Sequence[Run]) -> go.Figure:
     """The largest memory while testing each length: of the GPU, or without one of the process."""
     figure = _by_length(

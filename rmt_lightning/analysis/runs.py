@@ -17,7 +17,7 @@ import yaml
 
 from rmt_lightning.analysis.redaction import public, public_text
 from rmt_lightning.errors import UserError
-from rmt_lightning.run_folder import CHECKPOINTS, CONFIG, EVALUATION, HARDWARE, LAST, METRICS, STAGES
+from rmt_lightning.run_folder import CHECKPOINTS, CONFIG, EVALUATION, HARDWARE, HOLD, LAST, METRICS, STAGES
 
 Status = Literal["finished", "stopped at max_steps", "did not converge", "interrupted or running"]
 _UNFINISHED: Status = "interrupted or running"
@@ -64,6 +64,7 @@ class Evaluation:
         stage: whose weights were tested; None for the last ones.
         device: a GPU's name, "cpu", or nothing if it has not been written down.
         rows: the csv file, in the order of lengths.
+        followed: memories that were asked on their way: age (in segments), right, streams.
     """
 
     label: str
@@ -71,6 +72,7 @@ class Evaluation:
     stage: int | None
     device: str
     rows: list[Row]
+    followed: list[Row]
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Run:
         stages: in order.
         curves: what was logged, by metric.
         evaluations: the one at the end of the run first.
+        losses: memories lost in training, in the phase after the curriculum: step, rate, rate_low, rate_high.
         text_score: perplexity of the documents that a language model was tested on at the end.
         hardware: what each start of the run ran on.
         attention: pictures (png) of attention maps, by their path without the ending.
@@ -94,6 +97,7 @@ class Run:
     stages: list[Stage]
     curves: dict[str, list[Point]]
     evaluations: list[Evaluation]
+    losses: list[Row]
     text_score: Row | None
     hardware: list[dict[str, Any]]
     attention: dict[str, bytes]
@@ -233,6 +237,7 @@ def _read_run(folder: Path) -> Run:
         stages=stages,
         curves=_curves(logged, stages),
         evaluations=list(_evaluations(folder, config, problems)),
+        losses=_rows(folder / HOLD, ("step", "rate", "rate_low", "rate_high"), problems),
         text_score=_text_score(folder / EVALUATION, problems) if _models_text(config) else None,
         hardware=_hardware(folder / HARDWARE, problems),
         attention=dict(_pictures(folder / "attention", problems)),
@@ -372,7 +377,7 @@ def _evaluations(folder: Path, config: dict[str, Any], problems: list[str]) -> I
         return
     needed = ("segments", "right", "samples", "accuracy", "low", "high")
     if rows := _rows(folder / EVALUATION, needed, problems):
-        yield Evaluation(AT_THE_END, True, None, "", sorted(rows, key=lambda row: row["segments"]))
+        yield Evaluation(AT_THE_END, True, None, "", sorted(rows, key=lambda row: row["segments"]), [])
     for path in sorted(folder.glob(f"evaluations/*/{EVALUATION}")):
         if not (rows := _rows(path, needed, problems)):
             continue
@@ -387,6 +392,7 @@ def _evaluations(folder: Path, config: dict[str, Any], problems: list[str]) -> I
             stage=int(stage[1]) if stage else None,
             device=str(settings.get("device", "")),
             rows=sorted(rows, key=lambda row: row["segments"]),
+            followed=_rows(path.with_name("retention.csv"), ("age", "right", "streams"), problems),
         )
 
 
