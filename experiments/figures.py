@@ -6,11 +6,16 @@ import csv
 from pathlib import Path
 
 from rmt_lightning.analysis import figures
+from rmt_lightning.analysis.attention import curve_from_rows
 
 # A folder, and the function that makes a figure of the rows of its results.csv.
 FIGURES = {
     "attention_cost": figures.cost,
+    "attention_of_memory": lambda rows: figures.rewriting(
+        curve_from_rows(rows), "How much of the memory a segment rewrites (16 texts)"
+    ),
     "flops": figures.flops,
+    "generalisation": figures.generalisation,
 }
 
 for name, draw in FIGURES.items():
