@@ -489,7 +489,7 @@ class Restored:
         self.config_folder = config_folder
 
     def config(self) -> PreTrainedConfig:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(self.config_folder)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(self.config_folder, trust_remote_code=False)
         return config
 
     def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
