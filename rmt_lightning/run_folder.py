@@ -86,6 +86,7 @@ def claimed(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
+            file.truncate(0)
             if list(folder.iterdir()) == [lock]:
                 lock.unlink()
 

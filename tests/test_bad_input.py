@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning import train as front_door
 from rmt_lightning.models.backbone import TinyBert, TinyGPT
+from rmt_lightning.run_folder import claimed
 
 TABLE = [
     # unknown keys
@@ -123,8 +126,6 @@ TABLE = [
 
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    import os
-
     folder = tmp_path_factory.mktemp("finished")
     environment = os.environ | {"RMT_LIGHTNING_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
     settings = (*SMALL, "curriculum.max_segments=1", "hydra.run.dir=run")
@@ -159,6 +160,10 @@ def here(
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 10)
     (tmp_path / "short.txt").write_text("One sentence. Another one. A third one.")
     (tmp_path / "notes").mkdir()
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "code.py").write_text("open('executed', 'w')")
+    auto = {"AutoConfig": "code.Config", "AutoModel": "code.Model", "AutoTokenizer": ["code.Tokenizer", None]}
+    (tmp_path / "code" / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": auto}))
     for name in ("bert", "gpt"):
         (tmp_path / name).symlink_to(backbones / name)
     monkeypatch.chdir(tmp_path)
@@ -192,6 +197,30 @@ def test_one_line(
     assert errors.count("\n") == 1, errors
     assert contents(here) == before
     assert not (here / "outputs").exists() or not list((here / "outputs").glob("*/*")), "an empty run folder is left"
+
+
+CLAIM = "from rmt_lightning.run_folder import *\nwith claimed(Path('run')): print('claimed', flush=True), input()"
+
+
+@pytest.mark.fault("the process that uses a run folder is killed", "until then the folder is refused, then it is free")
+def test_a_folder_in_use(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = subprocess.PIPE
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    other = subprocess.Popen([sys.executable, "-c", CLAIM], stdin=pipe, stdout=pipe, text=True, env=environment)
+    assert other.stdout is not None and other.stdout.readline() == "claimed\n"
+    before = contents(here)
+    for typed in (["resume=run"], [*SMALL, "hydra.run.dir=run"]):
+        monkeypatch.setattr(sys, "argv", ["train", *typed])
+        with pytest.raises(SystemExit) as exit_:
+            front_door.run()
+        errors = capsys.readouterr().err
+        assert exit_.value.code == 2 and errors.count("\n") == 1
+        assert errors.startswith(f"error: run: a run is going on there (process {other.pid} on "), errors
+    assert contents(here) == before
+    other.kill()
+    other.wait()
+    with claimed(Path("run")):
+        pass
 
 
 def test_the_real_command(train: Run, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -166,6 +167,27 @@ def test_cache_is_memory_mapped_and_keyed_by_content(tokenizer: PreTrainedTokeni
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")} == stamps
     tokenise(Prose(10, seed=1), tokenizer, tmp_path)
     assert len(list(tmp_path.rglob("*.npy"))) == 2 * len(stamps)
+
+
+@pytest.mark.fault("a tokenised text in the cache is damaged", "it is built again, and said so")
+@pytest.mark.parametrize("name", ["train/tokens.npy", "test/document_bytes.npy", "checksums.json"])
+def test_a_damaged_cache_is_built_again(
+    name: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("rmt_lightning").propagate = True
+    before = tokenise(Prose(10), tokenizer, tmp_path)["train"].tokens.tolist()
+    assert caplog.messages == []
+    (path,) = tmp_path.rglob(name)
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    for damage in (None, path.unlink, lambda: os.truncate(path, 40)):
+        if damage:
+            damage()
+        assert tokenise(Prose(10), tokenizer, tmp_path)["train"].tokens.tolist() == before
+        assert caplog.messages == [f"{next((tmp_path / 'noise').glob('*/'))} is damaged; tokenising again"]
+        caplog.clear()
+    assert len([path for path in (tmp_path / "noise").iterdir() if path.is_dir()]) == 1
 
 
 def test_a_changed_file_is_tokenised_anew(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
