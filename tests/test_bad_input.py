@@ -102,6 +102,7 @@ TABLE = [
     ("backbone=minilm backbone.name=/absent/model", r"backbone.name=/absent/model: no such folder"),
     ("backbone=minilm", r"backbone.name=sentence-transformers/all-MiniLM-L6-v2: cannot be loaded"),
     ("backbone=minilm backbone.name=notes", r"backbone.name=notes: cannot be loaded"),
+    ("backbone=minilm backbone.name=code", r"backbone.name=code: brings code of its own, which is not executed; give"),
     ("model=rmt_decoder", r"backbone: RMTDecoder needs a causal language model; choose backbone=tiny_gpt or gpt2"),
     ("backbone=tiny_gpt", r"backbone: RMTEncoder needs an encoder; choose backbone=tiny_bert, minilm or bert_base_cas"),
     ("backbone=minilm backbone.name=bert model=rmt_decoder", r"backbone.name=bert: bert is an encoder; choose"),
@@ -116,8 +117,8 @@ TABLE = [
     ("resume=run task=memorize", r"task=memorize: a resumed run keeps its task; start a new run to change it"),
     ("resume=run model.memry_size=3", r"model.memry_size: no such setting"),
     ("resume=run/checkpoints/absent.ckpt", r"resume=run/checkpoints/absent.ckpt: no run there"),
-    ("resume=run/checkpoints/truncated.ckpt", r"HERE/run/checkpoints/truncated.ckpt: is truncated or no checkpoint"),
-    ("resume=run/checkpoints/text.ckpt", r"HERE/run/checkpoints/text.ckpt: is truncated or no checkpoint"),
+    ("resume=run/checkpoints/truncated.ckpt", r"HERE/run/checkpoints/truncated.ckpt: is damaged or no checkpoint"),
+    ("resume=run/checkpoints/text.ckpt", r"HERE/run/checkpoints/text.ckpt: is damaged or no checkpoint"),
     ("resume=run model.memory_size=3", r"HERE/run/checkpoints/last.ckpt: holds another model: model.memory is (10"),
     ("resume=run backbone.width=32", r"backbone.width=32: a resumed run keeps its backbone; start a new run"),
     ("resume=run model.bptt_depth=0", r"model.bptt_depth=0: memory would never learn"),
@@ -136,7 +137,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def backbones(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two folders as they could come from the Hub: an encoder and a causal language model."""
+    """Folders as they could come from the Hub: an encoder, a causal language model, one that brings code of its own."""
     folder = tmp_path_factory.mktemp("backbones")
     size = {"width": 16, "layers": 1, "heads": 2}
     texts = ["Mary went to the garden."]
@@ -144,6 +145,11 @@ def backbones(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempP
     TinyGPT(**size).decoder(gpt_tokenizer).model.save_pretrained(folder / "gpt")
     tokenizer.save_pretrained(folder / "bert")
     TinyBert(**size).encoder(tokenizer).model.save_pretrained(folder / "bert")
+    # A model that would have to be executed.
+    tokenizer.save_pretrained(folder / "code")
+    auto = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}
+    (folder / "code" / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": auto}))
+    (folder / "code" / "code.py").write_text("raise SystemExit('executed')")
     return folder
 
 
@@ -160,11 +166,7 @@ def here(
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 10)
     (tmp_path / "short.txt").write_text("One sentence. Another one. A third one.")
     (tmp_path / "notes").mkdir()
-    (tmp_path / "code").mkdir()
-    (tmp_path / "code" / "code.py").write_text("open('executed', 'w')")
-    auto = {"AutoConfig": "code.Config", "AutoModel": "code.Model", "AutoTokenizer": ["code.Tokenizer", None]}
-    (tmp_path / "code" / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": auto}))
-    for name in ("bert", "gpt"):
+    for name in ("bert", "code", "gpt"):
         (tmp_path / name).symlink_to(backbones / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RMT_LIGHTNING_CACHE", environment["RMT_LIGHTNING_CACHE"])

@@ -61,6 +61,11 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path
     return folder / "run"
 
 
+def errors(result: subprocess.CompletedProcess[str]) -> list[str]:
+    """What is told beside Lightning's greeting, which a driver lets through."""
+    return [line for line in result.stderr.splitlines() if not line.startswith("Initializing distributed")]
+
+
 # One rank kills itself in a step of the second stage. Where the others would hang, as with NCCL, they sleep.
 KILLER = """
 import os, signal, time
@@ -71,6 +76,7 @@ original = FactClassifier.training_step
 
 def step(self, *args):
     if self.global_step == 10 and self.global_rank == {victim}:
+        open("died", "w").close()
         os.kill(os.getpid(), signal.SIGKILL)
     if self.global_step == 10 and {hangs}:
         time.sleep(1000)
@@ -97,13 +103,12 @@ run()
     ],
 )  # fmt: skip
 def test_a_rank_is_killed(victim: int, hangs: bool, uninterrupted: Path, train: Run, tmp_path: Path) -> None:
-    began = time.monotonic()
     # This returns when no process is left that could write to our pipe.
     killed = train(*RUN, driver=KILLER.format(victim=victim, hangs=hangs))
-    assert time.monotonic() - began < 60
+    assert time.time() - (tmp_path / "died").stat().st_mtime < 60
     assert killed.returncode == (1 if victim else -signal.SIGKILL)
     how = "rank 1 was killed by SIGKILL" if victim else "rank 0 has died"
-    assert killed.stderr == f"error: {how}, and the others with it; go on with resume=run\n"
+    assert errors(killed) == [f"error: {how}, and the others with it; go on with resume=run"]
     resumed = train("resume=run", small=False)
     assert resumed.returncode == 0, resumed.stderr
     assert_identical(final(uninterrupted), final(tmp_path / "run"))
@@ -139,7 +144,7 @@ run()
 )
 def test_sigterm(everyone: bool, uninterrupted: Path, train: Run, tmp_path: Path) -> None:
     stopped = train(*RUN, driver=STOPPER.format(everyone=everyone))
-    assert stopped.returncode == 143 and stopped.stderr == "", stopped.stderr
+    assert stopped.returncode == 143 and errors(stopped) == []
     assert stopped.stdout.count("stopped by SIGTERM and saved; go on with resume=run") == 1
     assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 11
     assert train("resume=run", small=False).returncode == 0
