@@ -52,6 +52,27 @@ def test_how_another_process_has_died() -> None:
     assert gone(well) is None
 
 
+@pytest.mark.soak
+@pytest.mark.fault("rank 0 is killed, and the terminal with it", "the others end although nobody listens")
+def test_nobody_listens_any_more() -> None:
+    program = f"""
+import sys, time
+from types import SimpleNamespace
+from rmt_lightning.training.ranks import _Watch
+trainer = SimpleNamespace(strategy=SimpleNamespace(launcher=None), local_rank=1, node_rank=0, num_devices=2)
+print("ready", flush=True), sys.stdin.read()
+_Watch(trainer, "run", parent={os.getpid()} + 1).start()
+time.sleep(100)
+"""
+    pipe = subprocess.PIPE
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    rank = subprocess.Popen([sys.executable, "-c", program], stdin=pipe, stdout=pipe, stderr=pipe, env=environment)
+    assert rank.stdin and rank.stdout and rank.stderr
+    assert rank.stdout.readline() == b"ready\n"
+    rank.stderr.close(), rank.stdin.close()
+    assert rank.wait(timeout=30) == 1
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     folder = tmp_path_factory.mktemp("uninterrupted")

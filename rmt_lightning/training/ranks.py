@@ -68,12 +68,18 @@ class _Watch(threading.Thread):
     def run(self) -> None:
         while not self.over.wait(self.PERIOD):
             if death := self.death():
-                # It is said once: by rank 0 or, if that is dead, by rank 1.
-                if self.trainer.local_rank <= 1:
-                    print(f"error: {death}; go on with resume={self.folder}", file=sys.stderr, flush=True)
-                for child in self.children:
-                    child.kill()
-                os._exit(1)
+                self.end(death)
+
+    def end(self, why: str) -> None:
+        """End this process and its children at once, and say why."""
+        try:
+            for child in self.children:
+                child.kill()
+            # It is said once: by rank 0 or, if that is dead, by rank 1. Who listened may have died too.
+            if self.trainer.local_rank <= 1:
+                print(f"error: {why}; go on with resume={self.folder}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(1)
 
     def death(self) -> str | None:
         """Which process has died and how, in a few words."""
