@@ -100,8 +100,7 @@ def train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pat
         log.info("%s has finished training; testing it again", shown)
         parts.module.load_state_dict(saved["state_dict"])
     elif code := _fit(trainer, parts, checkpoint, folder):
-        # Lightning would take the exit code of another rank for its death.
-        return code if trainer.is_global_zero else 0
+        return code
     if not trainer.is_global_zero:
         return 0
     report(test, folder, trainer, parts, curriculum, hold)
@@ -128,7 +127,8 @@ def _fit(trainer: L.Trainer, parts: Parts | TextParts, checkpoint: Path | None, 
             trainer.fit(parts.module, parts.data, ckpt_path=checkpoint, weights_only=True)
     except Interrupted as interrupted:
         log.info("stopped by %s and saved; go on with resume=%s", interrupted, os.path.relpath(folder))
-        return 128 + interrupted.signum
+        # The other ranks have done what they were asked; another code of theirs would be taken for a death.
+        return 128 + interrupted.signum if trainer.is_global_zero else 0
     except Diverged as error:
         last = folder / CHECKPOINTS / LAST
         kept = (

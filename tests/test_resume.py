@@ -283,7 +283,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(
         damage(checkpoints / f"{name}.ckpt")
     resumed = train("resume=run", small=False)
     assert resumed.returncode == 0, resumed.stderr
-    assert f"last.ckpt is damaged; going on from {used}\n" in resumed.stdout
+    assert f"run/checkpoints/last.ckpt is damaged; going on from {used}\n" in resumed.stdout
     assert_identical(final(uninterrupted), final(tmp_path / "run"))
     # What had been damaged was not kept as the previous one.
     assert all(read_checkpoint(path) for path in checkpoints.iterdir())

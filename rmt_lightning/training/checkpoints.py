@@ -90,7 +90,8 @@ def read_newest(checkpoint: Path) -> tuple[Path, dict[str, Any]]:
             saved = read_checkpoint(earlier)
         except UserError:
             continue
-        log.info("%s is damaged; going on from %s, step %d", checkpoint, earlier.name, saved["global_step"])
+        shown = os.path.relpath(checkpoint)
+        log.info("%s is damaged; going on from %s, step %d", shown, earlier.name, saved["global_step"])
         return earlier, saved
     raise UserError(f"{checkpoint}: is damaged, and so is every earlier one; start a new run")
 

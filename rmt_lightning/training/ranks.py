@@ -62,8 +62,9 @@ class _Watch(threading.Thread):
 
     @property
     def children(self) -> list[subprocess.Popen[bytes]]:
-        """Those that Lightning has started so far."""
-        return getattr(self.trainer.strategy.launcher, "procs", [])
+        """Those that Lightning has started so far, unless by fork or spawn, where it watches them itself."""
+        started = getattr(self.trainer.strategy.launcher, "procs", [])
+        return [process for process in started if isinstance(process, subprocess.Popen)]
 
     def run(self) -> None:
         while not self.over.wait(self.PERIOD):
