@@ -290,6 +290,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(900)
 @pytest.mark.fault("SIGKILL at 10 random moments, start-up included", SAME)
 def test_killed_again_and_again(uninterrupted: Path, environment: dict[str, str], tmp_path: Path) -> None:
     chance = random.Random(1)
@@ -321,12 +322,29 @@ def test_killed_again_and_again(uninterrupted: Path, environment: dict[str, str]
     assert_identical(final(uninterrupted), final(folder))
 
 
+WAITING = """
+import time
+from pathlib import Path
+from rmt_lightning.training import classification
+from rmt_lightning.train import run
+
+def step(*arguments):
+    while not Path("go").exists():
+        time.sleep(0.1)
+    return original(*arguments)
+
+original = classification.FactClassifier.training_step
+classification.FactClassifier.training_step = step
+run()
+"""
+
+
 @pytest.mark.soak
 @pytest.mark.fault("a run is started in the folder of another one that goes on", "the second one refuses in one line")
 def test_a_second_run_in_one_folder_refuses(
     uninterrupted: Path, train: Run, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    (tmp_path / "driver.py").write_text(SLOW_STEPS.replace("0.3", "2"))
+    (tmp_path / "driver.py").write_text(WAITING)
     first = subprocess.Popen([sys.executable, "driver.py", *SMALL, *RUN], cwd=tmp_path, env=environment)
     while not (tmp_path / "run" / "hardware.json").exists():
         time.sleep(0.02)
@@ -335,5 +353,6 @@ def test_a_second_run_in_one_folder_refuses(
         assert second.returncode == 2 and second.stdout == "", second.stdout
         assert second.stderr.startswith(f"error: run: a run is going on there (process {first.pid} on ")
         assert second.stderr.count("\n") == 1
+    (tmp_path / "go").touch()
     assert first.wait(120) == 0
     assert_identical(final(uninterrupted), final(tmp_path / "run"))
