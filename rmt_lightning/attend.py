@@ -84,19 +84,14 @@ def _draw_maps(parts: Parts, model: RMTEncoder, config: DictConfig, device: torc
     from rich.table import Table
 
     from rmt_lightning.analysis import figures
-    from rmt_lightning.analysis.attention import choose_sample, maps_to_rows, watch
-    from rmt_lightning.tasks.placement import Key
+    from rmt_lightning.analysis.attention import maps_to_rows
+    from rmt_lightning.results import watch_clearest
 
-    classifier, placement = parts.classifier, parts.data.placement
-    sample = placement.sample("test", Key(config.segments, choose_sample(placement, config.segments)))
-    scores, maps = watch(classifier, model, parts.tokenizer, sample, device, config.layer, config.head)
-    answer, right = classifier.answers[int(scores.argmax())], placement.task.answers[sample.answer]
-    example = sample.example
-    assert example is not None, "only mere noise has none"
-    title = f"{example.question} → {answer} " + ("(right)" if answer == right else f"(wrong: {right})")
+    sample, title, maps = watch_clearest(parts, model, config.segments, device, config.layer, config.head)
+    assert sample.example is not None, "only mere noise has none"
     table = Table("segment", "facts", "event", "attention", title=escape(title), title_justify="left")
     for segment, one in enumerate(maps):
-        facts = " ".join(fact for fact, home in zip(example.facts, sample.homes, strict=True) if home == segment)
+        facts = " ".join(fact for fact, home in zip(sample.example.facts, sample.homes, strict=True) if home == segment)
         reader, sources = one.operation
         table.add_row(str(segment + 1), escape(facts), one.event, f"{reader} → {', '.join(sources)} {one.share:.0%}")
     get_console().print(table)

@@ -119,25 +119,26 @@ def provenance(config: DictConfig, checkpoint: Path) -> dict[str, Any]:
     }
 
 
-def front_door(main: Callable[[DictConfig], None], config_name: str) -> Callable[[], None]:
+def front_door(main: Callable[[DictConfig], Any], config_name: str) -> Callable[[], None]:
     """Make a command of a function that takes the composed config. What the user did wrong is told in one line."""
 
-    def job(config: DictConfig) -> None:
+    def job(config: DictConfig) -> Any:
         # Caught here as well: Hydra puts a line of its own before an exception that leaves the job.
-        with _told_in_one_line(config_name):
-            main(config)
+        with told_in_one_line(config_name):
+            return main(config)
 
     def run() -> None:
         # Hydra then raises its own errors instead of printing them over many lines.
         os.environ["HYDRA_FULL_ERROR"] = "1"
-        with _told_in_one_line(config_name):
+        with told_in_one_line(config_name):
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
 
     return run
 
 
 @contextmanager
-def _told_in_one_line(config_name: str) -> Iterator[None]:
+def told_in_one_line(config_name: str) -> Iterator[None]:
+    """Print what the user did wrong, and leave with the exit code that says so."""
     try:
         yield
     except UserError as error:
@@ -174,6 +175,8 @@ def _one_line(error: BaseException, config_name: str) -> str:
     if missing := re.search(r"Could not find '(.+?)/([^/']+)'", text):
         options = re.findall(r"^\t(.+)$", text.split("Config search path")[0], flags=re.MULTILINE)
         return f"{missing[1]}={missing[2]}: no such choice; {_suggest(missing[2], options)}"
+    if append := re.search(r"To append to your default list use \+(\S+)", text):
+        return f"{append[1]}: is not among the defaults; write +{append[1]}"
     if unknown := re.search(r"Could not override '([^']+)'", text):
         return f"{unknown[1]}: no such setting; {_suggest_key(unknown[1], config_name)}"
     if "parsing override" in text:

@@ -1,7 +1,8 @@
 """Front door: `python -m rmt_lightning.report outputs/2026-01-31/12-00-00-detect outputs/2026-01-31/13-00-00-memorize`.
 
 Writes one HTML page that compares runs: summary, curriculum, curves, accuracy against length, attention maps, settings,
-hardware, speed and memory. It holds all it needs, so that it can be mailed and opened without a network.
+hardware, speed and memory. It holds all it needs, so that it can be mailed and opened without a network. Of a sweep it
+also prints one table over all jobs, and writes sweep.csv (jobs), summary.csv (means over seeds) and a figure.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from rmt_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from rmt_lightning.analysis.sweeps import Sweep
 
 
 class _Parser(argparse.ArgumentParser):
@@ -46,20 +50,44 @@ def report(places: list[str], output: Path) -> None:
     # These take a second to import; --help should not have to wait for it.
     from rmt_lightning.analysis.page import page
     from rmt_lightning.analysis.runs import read_runs
+    from rmt_lightning.analysis.sweeps import find_sweeps
     from rmt_lightning.run_folder import write_atomically
 
     if output.suffix != ".html" or output.is_dir():
         raise UserError(f"--output={output}: is not the name of a page; give one that ends in .html")
     runs, skipped = read_runs(places)
+    sweeps = [sum_up(folder) for folder in find_sweeps(places)]
     if not runs:
         raise UserError(f"no run could be read: {'; '.join(skipped)}")
     try:
-        write_atomically(output, page(runs, skipped).encode())
+        write_atomically(output, page(runs, skipped, sweeps).encode())
     except OSError as error:
         raise UserError(f"--output={output}: cannot be written: {error.strerror}; give another place") from None
     for line in (*skipped, *(f"{run.name}/{problem}" for run in runs for problem in run.problems)):
         print(f"skipped {line}", file=sys.stderr)
     print(f"{os.path.relpath(output)} shows {len(runs)} run{'s' * (len(runs) > 1)}")
+
+
+def sum_up(folder: Path) -> Sweep:
+    """Print one table over the jobs of a sweep, and write it and its figure into the sweep's folder."""
+    from rich import get_console
+
+    from rmt_lightning.analysis import figures
+    from rmt_lightning.analysis.sweeps import group_rows, job_rows, read_sweep
+    from rmt_lightning.run_folder import write_csv
+
+    sweep = read_sweep(folder)
+    write_csv(folder / "sweep.csv", job_rows(sweep))
+    write_csv(folder / "summary.csv", group_rows(sweep))
+    if sweep.measures:
+        figures.save(figures.sweep(sweep), folder / "sweep")
+    console = get_console()
+    console.print(sweep.table())
+    for job in sweep.jobs:
+        if job.reason:
+            console.print(f"{job.name}: {job.reason}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"[bold]{os.path.relpath(folder)}[/] holds all of it", highlight=False, soft_wrap=True)
+    return sweep
 
 
 def run() -> None:

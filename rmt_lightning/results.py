@@ -6,20 +6,24 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
+import torch
 from rich import get_console
 from rich.progress import track
 from rich.table import Table
 
 from rmt_lightning.analysis import figures
+from rmt_lightning.analysis.attention import SPARSE, AttentionMap, choose_sample, watch
 from rmt_lightning.analysis.extrapolation import LengthResult, LengthTest, evaluate_length
 from rmt_lightning.analysis.perplexity import DocumentTest, evaluate_documents, total
 from rmt_lightning.analysis.retention import LossRate
 from rmt_lightning.build import Parts, TextParts
+from rmt_lightning.models.rmt import RMTEncoder
 from rmt_lightning.models.segment_model import SegmentModel
-from rmt_lightning.run_folder import STAGES, write_csv
+from rmt_lightning.run_folder import EVALUATION, STAGES, write_csv
+from rmt_lightning.tasks.placement import Key, Sample
 from rmt_lightning.training.carried_states import CarriedStates, Losses
 from rmt_lightning.training.curriculum import Curriculum, FixedSteps, SegmentCurriculum, StageResult
 
@@ -64,7 +68,7 @@ def _report_facts(
         write_csv(folder / "hold.csv", [asdict(losses) | _rate(losses).row() for losses in hold.history])
     lengths = _test_lengths(test, trainer, parts)
     console.print(length_table(lengths, test.segments, parts.classifier.model))
-    write_csv(folder / "evaluation.csv", [{"segments": result.segments, **result.row()} for result in lengths])
+    write_csv(folder / EVALUATION, [{"segments": result.segments, **result.row()} for result in lengths])
     task = parts.data.placement.task
     trained_to = curriculum.results[-1].stage if curriculum.results else parts.data.num_segments
     figure = figures.curriculum(curriculum.history, lengths, trained_to, 1 / len(task.answers), f"task={task.name}")
@@ -81,7 +85,7 @@ def _report_text(
         scores = evaluate_documents(modeler.nats, parts.data, "test", test.documents, device)
     together = total(scores)
     write_csv(folder / "documents.csv", [{"document": number, **score.row()} for number, score in scores.items()])
-    write_csv(folder / "evaluation.csv", [{"documents": len(scores), **together.row()}])
+    write_csv(folder / EVALUATION, [{"documents": len(scores), **together.row()}])
     table = Table("documents", "tokens", "perplexity", "bits per byte", title="Test", title_justify="left")
     shown = (f"{together.tokens:,}", f"{together.perplexity:.2f}", f"{together.bits_per_byte:.4f}")
     table.add_row(str(len(scores)), *shown)
@@ -101,6 +105,53 @@ def _test_lengths(test: LengthTest, trainer: L.Trainer, parts: Parts) -> list[Le
             evaluate_length(classifier, parts.data, num_segments, test.samples, batch_size, device, classifier.answers)
             for num_segments in track(fitting, "testing", transient=True, console=get_console(), disable=hidden)
         ]
+
+
+def watch_clearest(
+    parts: Parts,
+    model: RMTEncoder,
+    num_segments: int,
+    device: torch.device,
+    layer: int | Literal["mean"] = "mean",
+    head: int | Literal["mean"] = "mean",
+) -> tuple[Sample, str, list[AttentionMap]]:
+    """Let a trained model read the test sample that shows best what memory does.
+
+    Args:
+        parts: of the run, the model on `device` and in evaluation mode.
+        model: that of `parts`.
+        num_segments: how long the sample is.
+        device: where segments are wanted.
+        layer: counted from 1, or the mean over all of them.
+        head: likewise.
+
+    Returns:
+        The sample; the question, what is answered and whether that is right; the attention in each segment.
+
+    Raises:
+        UserError: if there is no such layer or head, or attention is sparse.
+    """
+    classifier, placement = parts.classifier, parts.data.placement
+    sample = placement.sample("test", Key(num_segments, choose_sample(placement, num_segments)))
+    scores, maps = watch(classifier, model, parts.tokenizer, sample, device, layer, head)
+    answer, right = classifier.answers[int(scores.argmax())], placement.task.answers[sample.answer]
+    assert sample.example is not None, "only mere noise has none"
+    title = f"{sample.example.question} → {answer} " + ("(right)" if answer == right else f"(wrong: {right})")
+    return sample, title, maps
+
+
+def draw_attention(folder: Path, trainer: L.Trainer, parts: Parts | TextParts) -> None:
+    """Draw what memory attends to into a run folder, if the model has memory tokens before its text, and whole maps."""
+    model = parts.module.model
+    if not isinstance(parts, Parts) or not isinstance(model, RMTEncoder) or model.memory_size == 0:
+        return
+    if model.encoder.model.config.model_type in SPARSE:
+        return
+    device = trainer.strategy.root_device
+    parts.classifier.to(device).eval()
+    _, title, maps = watch_clearest(parts, model, 4, device)
+    (folder / "attention").mkdir(exist_ok=True)
+    figures.attention(maps, title).savefig(folder / "attention" / "last.png", dpi=150)
 
 
 def _stage_table(stages: Sequence[StageResult], lengths: str) -> Table:

@@ -12,16 +12,19 @@ import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from rmt_lightning.analysis.redaction import public
 from rmt_lightning.config import check, front_door
 from rmt_lightning.console import start_logging
 from rmt_lightning.errors import UserError
 from rmt_lightning.run_folder import CHECKPOINTS, CONFIG, LAST, METRICS, claimed, locate
+from rmt_lightning.sweep import run_job
 
 # What follows takes seconds to import; --help and spelling mistakes should not have to wait for it.
 if TYPE_CHECKING:
@@ -42,10 +45,13 @@ class Root:
     cache_dir: str
 
 
-def main(config: DictConfig) -> None:
+def main(config: DictConfig) -> float | None:
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        return run_job(config)
     folder = Path(HydraConfig.get().runtime.output_dir)
     start_logging(folder / f"{HydraConfig.get().job.name}.log", _is_first_process())
     source, checkpoint = locate(config.resume, "resume") if config.resume else (None, None)
+    code = 1
     try:
         with claimed(folder) if _is_first_process() else nullcontext():
             if source:
@@ -59,8 +65,10 @@ def main(config: DictConfig) -> None:
             if code := train(config, folder, source, checkpoint):
                 sys.exit(code)
     finally:
+        _leave_wandb(code)
         if _is_first_process() and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+    return None
 
 
 def train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Path | None) -> int:
@@ -68,12 +76,13 @@ def train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pat
     from hydra.utils import instantiate
 
     from rmt_lightning.build import build_run, save_architecture
-    from rmt_lightning.results import report
+    from rmt_lightning.results import draw_attention, report
     from rmt_lightning.training.carried_states import CarriedStates
     from rmt_lightning.training.checkpoints import RunCheckpoints, check_fits, read_newest
     from rmt_lightning.training.curriculum import Curriculum
-    from rmt_lightning.training.hardware import Hardware
+    from rmt_lightning.training.hardware import Hardware, describe
     from rmt_lightning.training.progress import CurriculumProgress
+    from rmt_lightning.training.wandb_run import StageRecords, WandbRun
 
     shown = os.path.relpath(folder)
     checkpoint, saved = read_newest(checkpoint) if checkpoint else (None, None)
@@ -87,15 +96,19 @@ def train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pat
             if phase.state_key in saved["callbacks"]:
                 phase.load_state_dict(saved["callbacks"][phase.state_key])
     checkpoints = RunCheckpoints(folder / CHECKPOINTS, curriculum)
-    trainer = _trainer(config, folder, [*phases, checkpoints, CurriculumProgress(phases[-1]), Hardware(folder)])
+    logger: Logger | None = instantiate(config.logger, save_dir=folder) if "_target_" in config.logger else None
+    callbacks = [*phases, checkpoints, CurriculumProgress(phases[-1]), Hardware(folder)]
+    if isinstance(logger, WandbRun):
+        callbacks.append(StageRecords(logger, curriculum))
+    trainer = _trainer(config, folder, callbacks, logger)
     test = instantiate(config.test, _convert_="all")
 
     # Nothing has been written so far, and all that can be wrong with the settings has been found.
     if _is_first_process():
         OmegaConf.save(config, folder / CONFIG, resolve=True)
     save_architecture(parts, folder)
-    for logger in trainer.loggers[1:]:
-        logger.log_hyperparams(cast(dict[str, Any], OmegaConf.to_container(config, resolve=True)))
+    if logger:
+        logger.log_hyperparams(public(OmegaConf.to_container(config, resolve=True)) | {"hardware": describe(trainer)})
     if saved and phases[-1].finished:
         log.info("%s has finished training; testing it again", shown)
         parts.module.load_state_dict(saved["state_dict"])
@@ -103,7 +116,11 @@ def train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pat
         return code
     if not trainer.is_global_zero:
         return 0
+    if isinstance(logger, WandbRun):
+        draw_attention(folder, trainer, parts)
     report(test, folder, trainer, parts, curriculum, hold)
+    if isinstance(logger, WandbRun):
+        logger.log_results()
     if phases[-1].finished:
         return 0
     if trainer.global_step == trainer.max_steps:
@@ -166,16 +183,14 @@ def _resumed_config(source: Path, composed: DictConfig, overrides: list[str]) ->
     return config
 
 
-def _trainer(config: DictConfig, folder: Path, callbacks: list[L.Callback]) -> L.Trainer:
+def _trainer(config: DictConfig, folder: Path, callbacks: list[L.Callback], logger: Logger | None) -> L.Trainer:
     import torch
     from hydra.utils import instantiate
     from lightning.pytorch.loggers import CSVLogger
 
     from rmt_lightning.training.checkpoints import AtomicCheckpointIO
 
-    loggers: list[Logger] = [CSVLogger(folder, name=METRICS, flush_logs_every_n_steps=config.data.steps_per_epoch)]
-    if "_target_" in config.logger:
-        loggers.append(instantiate(config.logger))
+    table = CSVLogger(folder, name=METRICS, flush_logs_every_n_steps=config.data.steps_per_epoch)
     on_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     trainer: L.Trainer = instantiate(
         config.trainer,
@@ -184,7 +199,7 @@ def _trainer(config: DictConfig, folder: Path, callbacks: list[L.Callback]) -> L
         max_epochs=-1,
         default_root_dir=folder,
         callbacks=callbacks,
-        logger=loggers,
+        logger=[table, logger] if logger else table,
         plugins=[AtomicCheckpointIO()],
         # Keys are sharded by the data module, and the curriculum must not see an untrained validation.
         use_distributed_sampler=False,
@@ -201,17 +216,19 @@ def _is_first_process() -> bool:
     return all(int(os.environ.get(name, 0)) == 0 for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
-def _wandb_mode() -> str:
-    """Offline without a key: wandb would ask for one, or fail."""
-    import wandb
+def _leave_wandb(code: int) -> None:
+    """Tell W&B how the run has ended; another run of this process would go on in it otherwise."""
+    if "wandb" in sys.modules:
+        import wandb
 
-    return os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
+        wandb.finish(exit_code=code)
 
 
 OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
-OmegaConf.register_new_resolver("run_dir", lambda: HydraConfig.get().runtime.output_dir, replace=True)
-OmegaConf.register_new_resolver("wandb_mode", _wandb_mode, replace=True, use_cache=True)
 run = front_door(main, "train")
 
 if __name__ == "__main__":
+    # By its name, so that the launchers of sweeps can pickle it.
+    from rmt_lightning.train import run
+
     run()

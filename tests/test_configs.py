@@ -9,6 +9,7 @@ import hydra
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, flag_override
 
 from rmt_lightning.build import build
@@ -17,7 +18,9 @@ from rmt_lightning.errors import UserError
 from rmt_lightning.train import Root
 
 CHOICES = sorted(
-    f"{path.parent.relative_to(CONF)}={path.stem}" for path in CONF.glob("*/*.yaml") if path.parent.name != "experiment"
+    f"{path.parent.relative_to(CONF)}={path.stem}"
+    for path in CONF.glob("*/*.yaml")
+    if path.parent.name not in ("experiment", "sweep")
 )
 MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
 PRESETS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -47,6 +50,16 @@ def compose(*overrides: str) -> DictConfig:
 def test_choice(choice: str) -> None:
     missing = {"task=babi": ["task.path=qa.txt"], "noise=files": ["noise.path=book.txt"]}
     check(compose(choice, *missing.get(choice, [])), Root)
+
+
+@pytest.mark.parametrize("sweep", ["memory_size", "bptt_depth", "num_segments"])
+def test_sweep(sweep: str) -> None:
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        config = hydra.compose("train", [f"+sweep={sweep}"], return_hydra_config=True)
+        (axis, values), (seed, seeds) = config.hydra.sweeper.params.items()
+        assert config.hydra.mode == RunMode.MULTIRUN and axis.endswith(sweep.replace("num", "max")) and seed == "seed"
+        for value, number in zip(values.split(","), (seeds + ",1").split(","), strict=True):
+            hydra.compose("train", [f"{axis}={value}", f"seed={number}"])
 
 
 @pytest.mark.parametrize("preset", PRESETS)

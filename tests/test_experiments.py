@@ -10,7 +10,6 @@ from conftest import ROOT
 from hydra.core.global_hydra import GlobalHydra
 
 from rmt_lightning.analysis import figures
-from rmt_lightning.analysis.extrapolation import LengthResult
 from rmt_lightning.config import CONF
 from rmt_lightning.run_folder import read_csv
 
@@ -31,10 +30,12 @@ def test_every_compared_model_can_be_composed(name: str) -> None:
 
 
 def test_models_side_by_side() -> None:
-    def results(*lengths: int) -> list[LengthResult]:
-        return [LengthResult(right=3, samples=4, segments=length) for length in lengths]
-
-    (axes,) = figures.models({"stops": results(1, 2), "goes on": results(1, 2, 4)}, trained_to=2, chance=1 / 6).axes
+    rows = [
+        {"model": model, "trained_to": 2, "segments": segments, "accuracy": 0.75}
+        for model, lengths in {"stops": (1, 2), "goes on": (1, 2, 4)}.items()
+        for segments in lengths
+    ]
+    (axes,) = figures.models(rows).axes
     marked = [line for line in axes.lines if line.get_marker() == "x"]
     assert [line.get_xydata().tolist() for line in marked] == [[[2, 0.75]]]
 

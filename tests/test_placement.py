@@ -165,16 +165,6 @@ def test_a_crowd_of_facts_still_fits(tmp_path, corpora: Corpora, tokenizer: PreT
         assert said == [names[i % 4] for i in range(8)]  # the question's "mary?" keeps its mark
 
 
-def test_facts_stand_whole_among_fragments_of_others(placement: Placement) -> None:
-    for number in range(40):
-        mixed, plain = (placement.sample("train", Key(2, number, True, fragments)) for fragments in (3.0, 0.0))
-        assert mixed.example == plain.example and mixed.homes == plain.homes
-        texts = [placement.tokenizer.decode(ids) for ids in mixed.segments]
-        for fact, home in zip(mixed.example.facts, mixed.homes, strict=True):
-            assert fact.lower() in texts[home]
-        assert texts[-1].endswith(mixed.example.question.lower())
-
-
 def test_noise_holds_fragments_of_facts_but_no_whole_one(placement: Placement) -> None:
     def words(fragments: float) -> list[str]:
         samples = (placement.sample("train", Key(4, number, False, fragments)) for number in range(40))

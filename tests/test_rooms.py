@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "analysis": {"analysis", "tasks", "models"},
 }
 # The front doors and what they share; nothing else knows Hydra.
-DOORS = {"train.py", "evaluate.py", "attend.py", "export.py", "flops.py", "config.py", "build.py"}
+DOORS = {"train.py", "evaluate.py", "attend.py", "export.py", "flops.py", "config.py", "build.py", "sweep.py"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -42,7 +42,7 @@ def test_rooms(path: Path) -> None:
         assert not {name.split(".")[0] for name in used} & {"hydra", "omegaconf"}
 
 
-@pytest.mark.parametrize("name", ["figures", "runs", "plots", "page", "redaction"])
+@pytest.mark.parametrize("name", ["figures", "runs", "sweeps", "plots", "page", "redaction"])
 def test_pictures_and_pages_know_no_model(name: str) -> None:
     used = imports(PACKAGE / "analysis" / f"{name}.py")
     assert not any("models" in name or name.startswith("torch") for name in used)

@@ -14,7 +14,6 @@ import torch
 from conftest import ROOT, SMALL, Run
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from wandb.proto import wandb_internal_pb2
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -246,36 +245,6 @@ def test_two_processes_resume(train: Run, tmp_path: Path) -> None:
     assert second.returncode == 0, second.stderr
     whole, parts = last(tmp_path / "whole"), last(tmp_path / "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole if not name.startswith("accuracy"))
-
-
-def wandb_records(path: Path) -> list[wandb_internal_pb2.Record]:
-    """Read an offline run: a header of 7 bytes, then blocks of 32 KiB of LevelDB's log format."""
-    data, position, records, parts = path.read_bytes(), 7, [], b""
-    while position + 7 <= len(data):
-        if 32768 - position % 32768 < 7:
-            position += 32768 - position % 32768
-            continue
-        length = int.from_bytes(data[position + 4 : position + 6], "little")
-        kind = data[position + 6]
-        parts += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # a full record, or the last part of one
-            records.append(wandb_internal_pb2.Record.FromString(parts))
-            parts = b""
-    return records
-
-
-def test_wandb_without_a_key_is_offline_and_never_asks(train: Run, tmp_path: Path) -> None:
-    result = train("logger=wandb", "hydra.run.dir=run")
-    assert result.returncode == 0, result.stdout + result.stderr
-    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
-    records = wandb_records(file)
-    keys = {item.key or "/".join(item.nested_key) for record in records for item in record.history.item}
-    assert {"train/loss", "val/accuracy", "val/accuracy_segments_3", "train/tokens_per_second"} <= keys
-    config = {item.key for record in records for item in (*record.config.update, *record.run.config.update)}
-    assert {"task", "model", "curriculum", "seed"} <= config
-    # The csv is there all the same.
-    assert metrics(tmp_path / "run")["train/loss"]
 
 
 @pytest.mark.soak

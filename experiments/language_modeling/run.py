@@ -1,4 +1,4 @@
-"""Train every variant on every text with every seed; then write results.csv, results.png and the table of the README.
+"""Train every variant on every text with every seed; then write results.csv, the figure and the table of the README.
 
     python experiments/language_modeling/run.py --stories squality --wikitext wikitext-2/train.txt --jobs 2
 
@@ -17,6 +17,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from rmt_lightning.analysis import figures
 from rmt_lightning.run_folder import write_atomically, write_csv
@@ -50,13 +51,15 @@ VARIANTS = {
 }
 
 
-def texts(stories: Path, wikitext: Path) -> dict[str, list[str]]:
-    """Each text and the steps to train on it."""
-    by_document = [f"noise.path={stories}/train.jsonl", f"noise.validation_path={stories}/dev.jsonl"]
-    return {
-        "stories": ["noise=files", "noise.field=document", *by_document, "curriculum.steps=800"],
-        "wikitext": ["noise=files", f"noise.path={wikitext}", "curriculum.steps=400"],
-    }
+def texts(stories: Path | None, wikitext: Path | None) -> dict[str, list[str]]:
+    """Each text that is given, and the steps to train on it."""
+    found = {}
+    if stories:
+        by_document = [f"noise.path={stories}/train.jsonl", f"noise.validation_path={stories}/dev.jsonl"]
+        found["stories"] = ["noise=files", "noise.field=document", *by_document, "curriculum.steps=800"]
+    if wikitext:
+        found["wikitext"] = ["noise=files", f"noise.path={wikitext}", "curriculum.steps=400"]
+    return found
 
 
 def train(folder: Path, settings: list[str]) -> None:
@@ -78,22 +81,24 @@ def collect(folder: Path) -> dict[str, str]:
     return row | {"seconds": (folder / "seconds").read_text()}
 
 
-def table(perplexity: dict[str, dict[str, list[float]]]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """Mean perplexity of the seeds, and each seed's, as markdown."""
-    lines = ["| variant | " + " | ".join(perplexity) + " |", "| --- " * (1 + len(perplexity)) + "|"]
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        found.setdefault((row["text"], row["variant"]), []).append(float(row["perplexity"]))
+    names = list(dict.fromkeys(text for text, _ in found))
+    lines = ["| variant | " + " | ".join(names) + " |", "| --- " * (1 + len(names)) + "|"]
     for variant in VARIANTS:
-        cells = (
-            f"{mean(found[variant]):.2f} ({', '.join(f'{p:.2f}' for p in found[variant])})"
-            for found in perplexity.values()
-        )
+        seeds = [found[text, variant] for text in names]
+        cells = (f"{mean(values):.2f} ({', '.join(f'{value:.2f}' for value in values)})" for values in seeds)
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stories", type=Path, required=True)
-    parser.add_argument("--wikitext", type=Path, required=True)
+    parser.add_argument("--stories", type=Path, help="left out without it")
+    parser.add_argument("--wikitext", type=Path, help="left out without it")
     parser.add_argument("--outputs", type=Path, default=Path("outputs/language_modeling"))
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     given = parser.parse_args()
@@ -119,12 +124,9 @@ def main() -> None:
         for (text, variant, seed), folder in runs.items()
     ]
     write_csv(HERE / "results.csv", rows)
-    perplexity: dict[str, dict[str, list[float]]] = {}
-    for row in rows:
-        perplexity.setdefault(row["text"], {}).setdefault(row["variant"], []).append(float(row["perplexity"]))
-    figures.language_models(perplexity).savefig(HERE / "results.png", dpi=150)
+    figures.save(figures.language_models(rows), HERE / "figure")
     readme = HERE / "README.md"
-    filled = re.sub(r"(?s)(<!-- table -->\n).*(<!-- end -->)", rf"\1\n{table(perplexity)}\n\n\2", readme.read_text())
+    filled = re.sub(r"(?s)(<!-- table -->\n).*(<!-- end -->)", rf"\1\n{table(rows)}\n\n\2", readme.read_text())
     write_atomically(readme, filled.encode())
 
 

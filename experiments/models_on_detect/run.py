@@ -7,7 +7,6 @@ python experiments/models_on_detect/run.py --only lstm ntm
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import statistics
 import subprocess
@@ -20,9 +19,8 @@ from omegaconf import OmegaConf
 from torch.utils._pytree import tree_leaves
 
 from rmt_lightning.analysis import figures
-from rmt_lightning.analysis.extrapolation import LengthResult
 from rmt_lightning.build import load
-from rmt_lightning.run_folder import CHECKPOINTS, CONFIG, LAST, write_csv
+from rmt_lightning.run_folder import CHECKPOINTS, CONFIG, LAST, read_csv, write_csv
 
 HERE = Path(__file__).parent
 TRAINED_TO = 7
@@ -87,17 +85,12 @@ def call(door: str, *settings: str) -> float:
 
 
 def report(runs: dict[str, Path], results: Path) -> None:
-    """Write results.csv (a row for each model), accuracy.csv (a row for each of its lengths) and the figure."""
-    lengths = {name: rows(next(run.glob("evaluations/*/evaluation.csv"))) for name, run in runs.items()}
-    write_csv(results / "results.csv", [summary(name, run, lengths[name]) for name, run in runs.items()])
-    write_csv(results / "accuracy.csv", [{"model": name} | row for name in runs for row in lengths[name]])
-    curves = {
-        name: [LengthResult(int(row["right"]), int(row["samples"]), int(row["segments"])) for row in lengths[name]]
-        for name in runs
-    }
-    figure = figures.models(curves, TRAINED_TO, chance=1 / 6)
-    for kind in ("png", "pdf"):
-        figure.savefig(results / f"figure.{kind}", dpi=150)
+    """Write models.csv (a row for each model), results.csv (a row for each of its lengths) and the figure."""
+    lengths = {name: read_csv(next(run.glob("evaluations/*/evaluation.csv"))) for name, run in runs.items()}
+    write_csv(results / "models.csv", [summary(name, run, lengths[name]) for name, run in runs.items()])
+    rows = [{"model": name, "trained_to": TRAINED_TO} | row for name in runs for row in lengths[name]]
+    write_csv(results / "results.csv", rows)
+    figures.save(figures.models(rows), results / "figure")
 
 
 def summary(name: str, run: Path, lengths: list[dict[str, str]]) -> dict[str, Any]:
@@ -106,23 +99,18 @@ def summary(name: str, run: Path, lengths: list[dict[str, str]]) -> dict[str, An
     model = load(config, run, run / CHECKPOINTS / LAST).classifier.model
     assert model.text_length == TEXT, f"{name} reads {model.text_length} tokens of text a segment, the others {TEXT}"
     _, state = model(torch.ones(1, TRAINED_TO, TEXT, dtype=torch.long))
-    speeds = [row["train/tokens_per_second"] for row in rows(run / "metrics" / "version_0" / "metrics.csv")]
+    speeds = [row["train/tokens_per_second"] for row in read_csv(run / "metrics" / "version_0" / "metrics.csv")]
     speed = statistics.median(float(speed) for speed in speeds if speed) * TEXT / config.data.segment_length
     accuracy = {row["segments"]: row["accuracy"] for row in lengths}
     return {
         "model": name,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "state_bytes_at_7": sum(leaf.nbytes for leaf in tree_leaves(state) if leaf is not None),
-        "steps": sum(int(stage["steps"]) for stage in rows(run / "stages.csv")),
-        "seconds": round(sum(float(stage["seconds"]) for stage in rows(run / "stages.csv"))),
+        "steps": sum(int(stage["steps"]) for stage in read_csv(run / "stages.csv")),
+        "seconds": round(sum(float(stage["seconds"]) for stage in read_csv(run / "stages.csv"))),
         "tokens_per_second": round(speed),
         "peak_megabytes": round(float((run / "peak_megabytes").read_text())),
     } | {f"accuracy_at_{length}": accuracy.get(str(length), "too long") for length in (1, 7, 10, 15, 20, 32)}
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open() as file:
-        return list(csv.DictReader(file))
 
 
 if __name__ == "__main__":

@@ -120,7 +120,9 @@ def recorded(encoder: Encoder) -> Iterator[list[Tensor]]:
     weights: list[Tensor] = []
 
     def keep(_model: object, _args: object, output: Any) -> None:
-        weights.append(torch.stack(output.attentions).detach().cpu())
+        stacked = torch.stack(output.attentions).detach().cpu()
+        # numpy knows no bfloat16.
+        weights.append(stacked.to(torch.promote_types(stacked.dtype, torch.float32)))
 
     fast = model.config._attn_implementation
     hook = model.register_forward_hook(keep)

@@ -16,6 +16,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from rmt_lightning.analysis.sweeps import Sweep, in_words, with_interval
 from rmt_lightning.run_folder import write_atomically
 
 if TYPE_CHECKING:
@@ -227,18 +228,18 @@ def save(figure: Figure, path: Path) -> None:
         write_atomically(path.with_name(f"{path.name}.{kind}"), content.getvalue())
 
 
-def language_models(perplexity: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+def language_models(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Variants of a language model side by side, a dot for each seed and a line at their mean.
 
     Args:
-        perplexity: of each seed, by text and variant.
+        rows: text, variant and perplexity of each run.
     """
-    variants = list(next(iter(perplexity.values())))
-    figure = Figure(figsize=(10, 0.8 + 0.36 * len(variants)), layout="constrained")
-    panels = figure.subplots(1, len(perplexity), squeeze=False)[0]
-    for axes, (text, found) in zip(panels, perplexity.items(), strict=True):
+    texts, variants = (list(dict.fromkeys(row[column] for row in rows)) for column in ("text", "variant"))
+    figure = Figure(figsize=(3 + 3.5 * len(texts), 0.8 + 0.36 * len(variants)), layout="constrained")
+    panels = figure.subplots(1, len(texts), squeeze=False)[0]
+    for axes, text in zip(panels, texts, strict=True):
         for place, variant in enumerate(variants):
-            values = found[variant]
+            values = [float(row["perplexity"]) for row in rows if (row["text"], row["variant"]) == (text, variant)]
             axes.plot(values, [place] * len(values), "o", color="tab:blue", markersize=5, alpha=0.7)
             axes.plot([sum(values) / len(values)], [place], "|", color="black", markersize=14)
         axes.set(xlabel="test perplexity", title=text, yticks=range(len(variants)), ylim=(len(variants) - 0.5, -0.5))
@@ -248,24 +249,108 @@ def language_models(perplexity: Mapping[str, Mapping[str, Sequence[float]]]) -> 
     return figure
 
 
-def models(accuracy: Mapping[str, Sequence[LengthResult]], trained_to: int, chance: float) -> Figure:
+def sweep(sweep: Sweep) -> Figure:
+    """What came of a sweep: curves along one axis, a heat map over two, else points along each axis.
+
+    Args:
+        sweep: with at least one result.
+    """
+    panels = len(sweep.axes or sweep.values) if sweep.form == "slices" else 1
+    figure = Figure(figsize=(1.5 + 4.5 * panels, 4.2), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False, sharey=True)[0]
+    figure.suptitle(sweep.name, fontsize=10)
+    if sweep.form == "map":
+        _sweep_map(axes[0], sweep)
+        return figure
+    if sweep.form == "curves":
+        _sweep_curves(axes[0], sweep)
+    else:
+        _sweep_slices(axes, sweep)
+    for part in axes:
+        part.spines[["top", "right"]].set_visible(False)
+        if sweep.of_accuracy:
+            part.set_ylim(0, 1.04)
+    axes[0].set_ylabel("test accuracy" if sweep.of_accuracy else sweep.drawn[-1])
+    return figure
+
+
+def _sweep_curves(axes: Axes, sweep: Sweep) -> None:
+    """A line through the means over seeds for each measure, with 95% intervals, and a dot for each seed."""
+    (axis,) = sweep.axes
+    places = {str(value): place for place, value in enumerate(sweep.tried(axis))}
+    for number, name in enumerate(sweep.drawn):
+        color = colormaps["viridis"](0.9 - 0.9 * number / max(1, len(sweep.drawn) - 1))
+        means = [
+            (places[str(group.values[axis])], found) for group in sweep.groups if (found := group.scores.get(name))
+        ]
+        axes.errorbar(
+            [place for place, _ in means], [found.value for _, found in means],
+            yerr=[found.half or 0 for _, found in means], fmt="-", color=color, capsize=3, label=in_words(name),
+        )  # fmt: skip
+        dots = [(places[str(job.values[axis])], job.scores[name]) for job in sweep.jobs if name in job.scores]
+        axes.plot(*zip(*dots, strict=True), "o", color=color, markersize=4, alpha=0.6)
+    axes.set_xticks(range(len(places)), list(places))
+    axes.set(xlabel=axis)
+    if len(sweep.drawn) > 1:
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+
+
+def _sweep_map(axes: Axes, sweep: Sweep) -> None:
+    """Means over seeds of the measure that counts, in a cell for each pair of values."""
+    (across, up), name = sweep.axes, sweep.drawn[-1]
+    columns, rows = ([str(value) for value in sweep.tried(axis)] for axis in (across, up))
+    values = np.full((len(rows), len(columns)), np.nan)
+    for group in sweep.groups:
+        if found := group.scores.get(name):
+            row, column = rows.index(str(group.values[up])), columns.index(str(group.values[across]))
+            values[row, column] = found.value
+            text = with_interval(name, found).replace(" ± ", "\n± ")
+            axes.text(column, row, text, ha="center", va="center", fontsize=8, bbox=_ON_CELL)
+    limits: Any = {"vmin": 0, "vmax": 1} if sweep.of_accuracy else {}
+    image = axes.imshow(
+        values, cmap="viridis" if sweep.of_accuracy else "viridis_r", origin="lower", aspect="auto", **limits
+    )
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set(xlabel=across, ylabel=up)
+    assert axes.figure is not None
+    axes.figure.colorbar(image, label=f"test accuracy {in_words(name)}" if sweep.of_accuracy else name)
+
+
+_ON_CELL = {"boxstyle": "round", "facecolor": "white", "edgecolor": "none", "alpha": 0.7}
+
+
+def _sweep_slices(panels: Iterable[Axes], sweep: Sweep) -> None:
+    """The measure that counts along each axis, a dot for each job."""
+    name = sweep.drawn[-1]
+    done = [job for job in sweep.jobs if name in job.scores]
+    for axes, axis in zip(panels, sweep.axes or sweep.values, strict=True):
+        scale = sweep.scale(axis)
+        values = [job.values[axis] if scale else str(job.values[axis]) for job in done]
+        axes.plot(values, [job.scores[name] for job in done], "o", alpha=0.6)
+        if scale:
+            axes.set_xscale(scale)
+        axes.set(xlabel=axis, title=in_words(name) if sweep.of_accuracy else "")
+
+
+def models(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Accuracy against length, a line for each model; × marks where a model's positions end.
 
     Args:
-        accuracy: of each model at each length that it can read.
-        trained_to: segments of the longest training inputs.
-        chance: accuracy of guessing.
+        rows: model, trained_to (segments of its longest training inputs), segments and accuracy at each length that it
+            can read.
     """
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    numbers = sorted({result.segments for results in accuracy.values() for result in results})
-    for name, results in accuracy.items():
-        points = [(result.segments, result.accuracy) for result in results]
+    axes.set_prop_cycle(color=[colormaps["tab20"](number) for number in (*range(0, 20, 2), *range(1, 20, 2))])
+    numbers = sorted({int(row["segments"]) for row in rows})
+    for name in dict.fromkeys(row["model"] for row in rows):
+        points = [(int(row["segments"]), float(row["accuracy"])) for row in rows if row["model"] == name]
         (line,) = axes.plot(*zip(*points, strict=True), "o-", markersize=3, label=name)
         if points[-1][0] < numbers[-1]:
             axes.plot(*points[-1], "x", color=line.get_color(), markersize=10, markeredgewidth=2)
-    axes.axvspan(numbers[0], trained_to, color="0.93", zorder=0)
-    axes.axhline(chance, color=CHANCE, linestyle=":", linewidth=1)
+    axes.axvspan(numbers[0], max(int(row["trained_to"]) for row in rows), color="0.93", zorder=0)
+    axes.axhline(1 / 6, color=CHANCE, linestyle=":", linewidth=1)
     axes.set_xscale("log", base=2)
     axes.set_xticks(numbers, [str(number) for number in numbers], fontsize=8)
     axes.minorticks_off()

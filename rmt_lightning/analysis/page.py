@@ -18,28 +18,35 @@ from plotly.offline import get_plotlyjs
 
 from rmt_lightning.analysis import plots
 from rmt_lightning.analysis.runs import ACCURACY, DEVICE_MEMORY, HOST_MEMORY, LOSS, PERPLEXITY, SPEED, Run, kind
+from rmt_lightning.analysis.sweeps import Sweep, in_words, with_interval
 
 
-def page(runs: Sequence[Run], skipped: Sequence[str]) -> str:
+def page(runs: Sequence[Run], skipped: Sequence[str], sweeps: Sequence[Sweep] = ()) -> str:
     """The report.
 
     Args:
         runs: at least one.
         skipped: places that could not be read, and why.
+        sweeps: those that some of the runs belong to.
     """
     template = _environment().get_template("report.html")
     return template.render(
         runs=[(run, plots.style(number)) for number, run in enumerate(runs)],
         skipped=skipped,
         made=datetime.now(UTC),
-        figures={name: _embedded(figure) for name, figure in _figures(runs).items() if figure.data},
+        sweeps=sweeps,
+        figures={name: _embedded(figure) for name, figure in _figures(runs, sweeps).items() if figure.data},
         differences=differences([run.config for run in runs]),
         plotly=Markup(get_plotlyjs()),
     )
 
 
-def _figures(runs: Sequence[Run]) -> dict[str, go.Figure]:
+def _figures(runs: Sequence[Run], sweeps: Sequence[Sweep]) -> dict[str, go.Figure]:
     return {
+        f"sweep_{number}_{place}": figure
+        for number, sweep in enumerate(sweeps)
+        for place, figure in enumerate(plots.sweep(sweep))
+    } | {
         "timeline_steps": plots.timeline(runs, "steps"),
         "timeline_seconds": plots.timeline(runs, "seconds"),
         "loss": plots.curve(runs, LOSS, "training loss (nats)", ".3g", type="log", tickformat="~g"),
@@ -80,10 +87,12 @@ def _environment() -> Environment:
         "percent": _percent,
         "kind": kind,
         "commit": _commit,
+        "in_words": in_words,
         "yaml": lambda config: yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
         "data_uri": _data_uri,
     }
     environment.globals |= {
+        "with_interval": with_interval,
         "typical_speed": lambda run: median(run.logged(SPEED)) if run.logged(SPEED) else None,
         "peak_memory": lambda run: [max(run.logged(name), default=None) for name in (HOST_MEMORY, DEVICE_MEMORY)],
     }

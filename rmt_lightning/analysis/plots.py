@@ -16,6 +16,7 @@ from typing import Any, Literal
 from plotly import graph_objects as go
 
 from rmt_lightning.analysis.runs import Evaluation, Point, Row, Run
+from rmt_lightning.analysis.sweeps import Sweep, in_words, with_interval
 
 # Five colours that differ to colour-blind eyes too (least CIELAB distance 21 with protanopia or deuteranopia simulated
 # after Machado et al. 2009), each with a contrast of 3 or more on the page's white and on its black.
@@ -204,6 +205,100 @@ def accuracy_by_length(runs: Sequence[Run]) -> go.Figure:
     figure.update_layout(height=440)
     figure.update_yaxes(title_text="accuracy (95% interval)", range=[-0.03, 1.06], tickformat=".0%")
     return figure
+
+
+def sweep(sweep: Sweep) -> list[go.Figure]:
+    """What came of a sweep: curves along one axis, a heat map over two, else a figure for each axis."""
+    if not sweep.measures:
+        return []
+    if sweep.form == "map":
+        return [_sweep_map(sweep)]
+    figures = [_sweep_curves(sweep)] if sweep.form == "curves" else _sweep_slices(sweep)
+    for figure in figures:
+        figure.update_yaxes(title_text="test accuracy" if sweep.of_accuracy else sweep.drawn[-1])
+        if sweep.of_accuracy:
+            figure.update_yaxes(range=[-0.03, 1.06], tickformat=".0%")
+    return figures
+
+
+def _sweep_curves(sweep: Sweep) -> go.Figure:
+    figure = _figure(showlegend=len(sweep.drawn) > 1)
+    (axis,) = sweep.axes
+    for number, name in enumerate(sweep.drawn):
+        look = {"color": style(number).colour, "symbol": style(number).symbol}
+        groups = [group for group in sweep.groups if name in group.scores]
+        means = [group.scores[name] for group in groups]
+        figure.add_scatter(
+            name=in_words(name),
+            legendgroup=name,
+            x=[str(group.values[axis]) for group in groups],
+            y=[_short(found.value) for found in means],
+            error_y={"array": [_short(found.half or 0) for found in means], "thickness": 1.2, "width": 3},
+            mode="lines+markers",
+            line={"width": 1.8, "color": look["color"], "dash": style(number).dash},
+            marker={"size": 1, "color": look["color"]},
+            text=[with_interval(name, found) for found in means],
+            hovertemplate="%{text}",
+        )
+        jobs = [job for job in sweep.jobs if name in job.scores]
+        figure.add_scatter(
+            name=in_words(name),
+            legendgroup=name,
+            showlegend=False,
+            x=[str(job.values[axis]) for job in jobs],
+            y=[_short(job.scores[name]) for job in jobs],
+            mode="markers",
+            marker={"size": 8, "opacity": 0.7, **look},
+            text=[_text(job.name) for job in jobs],
+            hovertemplate="%{text}<br>%{y}",
+        )
+    places = [str(value) for value in sweep.tried(axis)]
+    figure.update_xaxes(title_text=_text(axis), type="category", categoryorder="array", categoryarray=places)
+    return figure
+
+
+def _sweep_map(sweep: Sweep) -> go.Figure:
+    name = sweep.drawn[-1]
+    across, up = sweep.axes
+    found = {(str(group.values[across]), str(group.values[up])): group.scores.get(name) for group in sweep.groups}
+    columns, rows = ([str(value) for value in sweep.tried(axis)] for axis in (across, up))
+    cells = [[found.get((column, row)) for column in columns] for row in rows]
+    limits = {"zmin": 0, "zmax": 1, "colorbar": {"tickformat": ".0%"}} if sweep.of_accuracy else {"reversescale": True}
+    figure = _figure(height=120 + 60 * len(rows))
+    figure.add_heatmap(
+        x=columns,
+        y=rows,
+        z=[[_short(cell.value) if cell else None for cell in row] for row in cells],
+        text=[[with_interval(name, cell) if cell else "" for cell in row] for row in cells],
+        texttemplate="%{text}",
+        hovertemplate=f"{_text(across)} %{{x}}<br>{_text(up)} %{{y}}<br>%{{text}}<extra></extra>",
+        colorscale="Viridis",
+        **limits,
+    )
+    figure.update_xaxes(title_text=_text(across), type="category")
+    figure.update_yaxes(title_text=_text(up), type="category")
+    return figure
+
+
+def _sweep_slices(sweep: Sweep) -> list[go.Figure]:
+    name = sweep.drawn[-1]
+    jobs = [job for job in sweep.jobs if name in job.scores]
+    figures = []
+    for axis in sweep.axes or sweep.values:
+        scale = sweep.scale(axis) or "category"
+        figure = _figure()
+        figure.add_scatter(
+            name=in_words(name),
+            x=[str(job.values[axis]) if scale == "category" else job.values[axis] for job in jobs],
+            y=[_short(job.scores[name]) for job in jobs],
+            mode="markers",
+            marker={"size": 9, "color": COLOURS[0], "opacity": 0.7},
+            text=[_text(job.name) for job in jobs],
+            hovertemplate="%{text}<br>%{y}<extra></extra>",
+        )
+        figure.update_xaxes(title_text=_text(axis), type=scale)
+        figures.append(figure)
+    return figures
 
 
 def memory_by_length(runs: Sequence[Run]) -> go.Figure:

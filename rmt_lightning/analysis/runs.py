@@ -17,12 +17,12 @@ import yaml
 
 from rmt_lightning.analysis.redaction import public, public_text
 from rmt_lightning.errors import UserError
-from rmt_lightning.run_folder import CHECKPOINTS, CONFIG, HARDWARE, LAST, METRICS, STAGES
+from rmt_lightning.run_folder import CHECKPOINTS, CONFIG, EVALUATION, HARDWARE, LAST, METRICS, STAGES
 
 Status = Literal["finished", "stopped at max_steps", "did not converge", "interrupted or running"]
 _UNFINISHED: Status = "interrupted or running"
 Row = dict[str, float]
-_EVALUATION = "evaluation.csv"
+AT_THE_END = "at the end of training"
 Content = TypeVar("Content", dict[str, Any], list[Any])
 
 
@@ -233,7 +233,7 @@ def _read_run(folder: Path) -> Run:
         stages=stages,
         curves=_curves(logged, stages),
         evaluations=list(_evaluations(folder, config, problems)),
-        text_score=_text_score(folder / _EVALUATION, problems) if _models_text(config) else None,
+        text_score=_text_score(folder / EVALUATION, problems) if _models_text(config) else None,
         hardware=_hardware(folder / HARDWARE, problems),
         attention=dict(_pictures(folder / "attention", problems)),
         problems=[public_text(problem.removeprefix(f"{folder}/")) for problem in problems],
@@ -371,9 +371,9 @@ def _evaluations(folder: Path, config: dict[str, Any], problems: list[str]) -> I
     if _models_text(config):
         return
     needed = ("segments", "right", "samples", "accuracy", "low", "high")
-    if rows := _rows(folder / _EVALUATION, needed, problems):
-        yield Evaluation("at the end of training", True, None, "", sorted(rows, key=lambda row: row["segments"]))
-    for path in sorted(folder.glob(f"evaluations/*/{_EVALUATION}")):
+    if rows := _rows(folder / EVALUATION, needed, problems):
+        yield Evaluation(AT_THE_END, True, None, "", sorted(rows, key=lambda row: row["segments"]))
+    for path in sorted(folder.glob(f"evaluations/*/{EVALUATION}")):
         if not (rows := _rows(path, needed, problems)):
             continue
         settings = _settings(path.with_suffix(".json"), problems)

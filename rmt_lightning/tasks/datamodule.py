@@ -109,8 +109,10 @@ class TrainingKeys(Sampler[list[Key]]):
             num_segments = data.draw_length(batch)
             start = (batch * data.world_size + data.rank) * data.batch_size
             fresh = data.batch_size - data.carried
-            fragments = data.fragments if data.carried else 0.0
-            yield [Key(num_segments, start + row, row < fresh, fragments) for row in range(data.batch_size)]
+            yield [
+                Key(num_segments, start + row) if row < fresh else Key(num_segments, start + row, False, data.fragments)
+                for row in range(data.batch_size)
+            ]
 
 
 class ValidationKeys(Sampler[list[Key]]):
@@ -138,8 +140,8 @@ class FactDataModule(ShortEpochs):
 
     `num_segments` lives here and travels in checkpoints; the curriculum is the only one that changes it. It also says
     whether training is on inputs of exactly that length ("exact") or of all up to it ("uniform"). The last `carried`
-    samples of each training batch are mere noise for memories of earlier batches, and the noise of all samples then
-    holds `fragments` pieces of facts in a segment (see training/carried_states.py).
+    samples of each training batch are mere noise with `fragments` pieces of facts in a segment, for memories of earlier
+    batches (see training/carried_states.py).
 
     Args:
         placement: makes the samples.

@@ -31,7 +31,7 @@ class Key(NamedTuple):
         num_segments: its length.
         number: its number.
         facts: whether anything is told and asked in all the noise.
-        fragments: how many fragments of facts the noise of a segment holds on average.
+        fragments: how many fragments of facts a segment of mere noise holds on average.
     """
 
     num_segments: int
@@ -134,7 +134,7 @@ class Placement:
                 f"data.segment_length: leaves room for {self.text_length} tokens of text, too small for the facts and "
                 f"the question of task={self.task.name} ({self._size(example)} tokens); raise it"
             )
-        pieces = self._fill(Reader(self.corpora[split], rng), rng, split, key, facts, homes, question)
+        pieces = self._fill(Reader(self.corpora[split], rng), rng, facts, homes, question, key.num_segments)
         first_needed = min(homes[fact] for fact in example.support)
         return Sample(example, question, tuple(homes), key.num_segments - 1 - first_needed, pieces)
 
@@ -179,7 +179,7 @@ class Placement:
         return homes
 
     def _noise(self, reader: Reader, rng: np.random.Generator, split: Split, key: Key) -> Iterator[list[Piece]]:
-        """Yield segments of mere noise."""
+        """Yield segments of mere noise, perhaps with fragments of facts."""
         for _ in range(key.num_segments):
             ids = reader.tokens(reader.spans(self.text_length))
             yield [Piece("noise", self._scatter_fragments(ids, rng, split, key.fragments))]
@@ -191,31 +191,28 @@ class Placement:
             fact = self._ids(facts[rng.integers(len(facts))])
             start, stop = np.sort(rng.choice(len(fact) + 1, size=2, replace=False))
             piece = fact[start:stop] if stop - start < len(fact) else fact[1:]
-            if len(piece) < len(ids):
-                place = rng.integers(len(ids) - len(piece))
-                ids[place : place + len(piece)] = piece
+            place = rng.integers(len(ids) - len(piece))
+            ids[place : place + len(piece)] = piece
         return ids
 
     def _fill(
         self,
         reader: Reader,
         rng: np.random.Generator,
-        split: Split,
-        key: Key,
         facts: list[np.ndarray],
         homes: list[int],
         question: np.ndarray,
+        num_segments: int,
     ) -> Iterator[list[Piece]]:
         """Yield what each of the T segments, S tokens long, is woven of; read no more noise than the next one needs."""
-        for segment in range(key.num_segments):
+        for segment in range(num_segments):
             stated = zip(facts, homes, strict=True)
             here = [Piece(fact, ids) for fact, (ids, home) in enumerate(stated) if home == segment]
-            end = [Piece("question", question)] if segment == key.num_segments - 1 else []
+            end = [Piece("question", question)] if segment == num_segments - 1 else []
             length = self.text_length - sum(len(piece.ids) for piece in (*here, *end))
             spans = reader.spans(length)
             if not here:
-                noise = self._scatter_fragments(reader.tokens(spans), rng, split, key.fragments)
-                yield [Piece("noise", noise), *end]
+                yield [Piece("noise", reader.tokens(spans)), *end]
                 continue
             gaps = reader.gaps(spans)
             if len(gaps) == 0:
@@ -226,6 +223,5 @@ class Placement:
             if self.task.where == "start":
                 gaps = np.zeros(1, np.int64)
             places = np.sort(rng.choice(gaps, size=len(here)))
-            noise = self._scatter_fragments(reader.tokens(spans), rng, split, key.fragments)
-            text = [Piece("noise", ids) for ids in np.split(noise, places)]
+            text = [Piece("noise", ids) for ids in np.split(reader.tokens(spans), places)]
             yield [*chain.from_iterable(zip(text, here, strict=False)), text[-1], *end]

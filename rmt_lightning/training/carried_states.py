@@ -95,10 +95,10 @@ class CarriedStates(Curriculum):
     In a share of each batch, noise is read by memories from a pool, and the question of their facts asked behind it. A
     memory goes back as it was before the segment with the question if the answer was right, and is lost if it was
     wrong. Fresh memories take the free places. Half of the other samples begin with an old memory that has read noise
-    alone, for a fact may be told late; some of those have taken something else for a fact. So ages grow without limit,
-    while a step costs what it did in the curriculum, and gradients still flow through up to n segments. Training on
-    states that are passed on is enough for recurrent models to go far beyond their training length (Buitrago Ruiz and
-    Gu 2025, arXiv 2507.02782); keeping only memories that still answer, and asking them, is what is added here.
+    alone, for a fact may be told late. So ages grow without limit, while a step costs what it did in the curriculum,
+    and gradients still flow through up to n segments. Training on states that are passed on is enough for recurrent
+    models to go far beyond their training length (Buitrago Ruiz and Gu 2025, arXiv 2507.02782); keeping only memories
+    that still answer, and asking them, is what is added here.
 
     Args:
         curriculum: what comes before.
@@ -268,16 +268,16 @@ class CarriedStates(Curriculum):
         wanted = right & (told < num_segments - 1)
         self.old.admit(_rows(content, slice(first)), (num_segments - 1 - told)[:first], wanted[:first])
 
-        # Memories of nothing, as they were before the segment with the first fact. They stay even if that was missed:
-        # one that took something else for a fact is the very one that must learn to take up a real one.
+        # Memories of nothing, as they were before the segment with the first fact.
         early = batch["first_told"]
         before = tree_map(lambda *parts: torch.stack(parts)[early, torch.arange(samples, device=early.device)], *states)
         rows = slice(num_blank)
-        kept = ~self._retired(num_blank, early[rows])
-        age = self.blank.age[self._drawn_blank] + early[rows]
-        self.blank.put_back(self._drawn_blank, _rows(before, rows), age, kept)
+        kept = right[rows] & ~self._retired(num_blank, early[rows])
+        self.blank.put_back(
+            self._drawn_blank, _rows(before, rows), self.blank.age[self._drawn_blank] + early[rows], kept
+        )
         rows = slice(num_blank, first)
-        self.blank.admit(_rows(before, rows), early[rows], early[rows] > 0)
+        self.blank.admit(_rows(before, rows), early[rows], right[rows] & (early[rows] > 0))
 
         self.counts["segments"] += num_segments * num_old
         self.counts["lost"] += num_old - int(right[first : first + num_old].sum())

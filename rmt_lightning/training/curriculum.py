@@ -179,6 +179,9 @@ class SegmentCurriculum(Curriculum):
         self.seconds += now - self._clock
         self._clock = now
 
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pl_module.log("stage", float(data_of(trainer).num_segments))
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.finished:
             return

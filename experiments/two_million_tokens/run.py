@@ -1,0 +1,56 @@
+"""Test finished runs on inputs of up to two million tokens and put them into one table, as in figure 1 of the paper.
+
+    python experiments/two_million_tokens/run.py detect=outputs/detect memorize=outputs/memorize
+
+What an earlier call has tested is not tested again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from rmt_lightning.analysis import figures
+from rmt_lightning.run_folder import CONFIG, read_csv, write_csv
+
+HERE = Path(__file__).parent
+# How many samples of which numbers of segments; 40,077 segments of 51 tokens are 2,043,927.
+LENGTHS = {
+    256: (1, 2, 4, 8, 16, 32, 64, 128),
+    32: (512, 4096),
+    16: (40077,),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER", help="a name for the legend, and a run folder")
+    parser.add_argument("--results", type=Path, default=HERE, help="where table and figure go")
+    given = parser.parse_args()
+    rows = [row for run in given.runs for row in evaluate(*run.split("=", 1))]
+    write_csv(given.results / "results.csv", rows)
+    figures.save(figures.extrapolation(rows), given.results / "figure")
+
+
+def evaluate(name: str, folder: str) -> list[dict[str, str]]:
+    """The rows of evaluation.csv of all lengths, with the names of the run and of its task."""
+    for samples, segments in LENGTHS.items():
+        lengths = f"segments=[{','.join(map(str, segments))}]"
+        settings = [f"checkpoint={folder}", lengths, f"samples={samples}", "batch_size=64", "follow=0"]
+        subprocess.run([sys.executable, "-m", "rmt_lightning.evaluate", *settings], check=True)
+    task = OmegaConf.load(Path(folder) / CONFIG).task._target_.rsplit(".", 1)[-1].lower()
+    tested = [row for path in Path(folder).glob(f"evaluations/last-{task}-*/evaluation.csv") for row in read_csv(path)]
+    return [
+        {"run": name, "task": task} | row
+        for samples, segments in LENGTHS.items()
+        for row in tested
+        if int(row["samples"]) == samples and int(row["segments"]) in segments
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,319 @@
+"""A sweep's folder in, one table over its jobs out: means over seeds, with their intervals."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, Literal
+
+from rich.table import Table
+
+from rmt_lightning.analysis.redaction import public_text
+from rmt_lightning.analysis.runs import AT_THE_END, Run, read_runs
+from rmt_lightning.run_folder import JOB
+
+SEED = "seed"
+# A job that ended so has a result; the others are tried again when the sweep goes on.
+SETTLED = ("finished", "stopped at max_steps", "did not converge")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of a sweep.
+
+    Attributes:
+        name: of its folder.
+        number: its place in the sweep, from 0.
+        values: of what is swept.
+        status: one of SETTLED, "failed", or "interrupted or running".
+        reason: why it failed, if it did.
+        run: what its folder tells, if it has begun to train.
+        scores: what came of it: accuracy by length of the test, or perplexity.
+    """
+
+    name: str
+    number: int
+    values: dict[str, Any]
+    status: str
+    reason: str
+    run: Run | None
+    scores: dict[str, float]
+
+    @property
+    def objective(self) -> float:
+        """What is to be small: the share of wrong answers at the longest test, or perplexity; without any, infinite."""
+        if self.status not in SETTLED:
+            return float("inf")
+        name, score = list(self.scores.items())[-1]
+        return score if name == PERPLEXITY else 1 - score
+
+    def told(self) -> str:
+        """How it ended, in a few words."""
+        if self.status not in SETTLED:
+            return f"failed: {self.reason}" if self.reason else "interrupted"
+        name, score = list(self.scores.items())[-1]
+        return f"{self.status}, {written(name, score)} {in_words(name)}"
+
+    def row(self) -> dict[str, Any]:
+        """Its row of sweep.csv."""
+        run = self.run
+        told = {"stages": run.reached, "steps": run.steps, "seconds": run.seconds} if run else {}
+        return {"job": self.name, **self.values, "status": self.status, "reason": self.reason, **told, **self.scores}
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over seeds.
+
+    Attributes:
+        value: the mean.
+        half: half of its 95% interval, by Student's t distribution; None with a single seed.
+    """
+
+    value: float
+    half: float | None
+
+
+def mean(values: Sequence[float]) -> Mean:
+    """The mean of some values, and how far it may be off, if they are drawn from a normal distribution."""
+    if len(values) == 1:
+        return Mean(values[0], None)
+    return Mean(fmean(values), t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values)))
+
+
+def t_quantile(freedom: int) -> float:
+    """The 97.5% quantile of Student's t distribution with `freedom` degrees of freedom."""
+    low, high = 0.0, 20.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _within(middle, freedom) < 0.95 else (low, middle)
+    return high
+
+
+def _within(t: float, freedom: int) -> float:
+    """The probability of lying between -t and t (Abramowitz and Stegun 1964, equations 26.7.3 and 26.7.4)."""
+    angle = math.atan(t / math.sqrt(freedom))
+    odd = freedom % 2
+    term, total = (math.cos(angle), math.cos(angle)) if odd else (1.0, 1.0)
+    for number in range(2 + odd, freedom - 1, 2):
+        term *= (number - 1) / number * math.cos(angle) ** 2
+        total += term
+    if not odd:
+        return math.sin(angle) * total
+    return 2 / math.pi * (angle + (math.sin(angle) * total if freedom > 1 else 0))
+
+
+@dataclass(frozen=True)
+class Group:
+    """The jobs that differ in nothing but their seed.
+
+    Attributes:
+        values: of the axes.
+        jobs: all of them.
+        scores: the mean of each score over those that have one.
+    """
+
+    values: dict[str, Any]
+    jobs: list[Job]
+    scores: dict[str, Mean]
+
+    def row(self) -> dict[str, Any]:
+        """Its row of summary.csv."""
+        done = [job for job in self.jobs if job.scores]
+        scores = {
+            name: value
+            for score, found in self.scores.items()
+            for name, value in ((score, found.value), (f"{score}_interval", found.half))
+        }
+        return {**self.values, "jobs": len(self.jobs), "with_result": len(done), **scores, **self.cost()}
+
+    def cost(self) -> dict[str, float | None]:
+        """Steps and seconds of training, on average."""
+        runs = [job.run for job in self.jobs if job.run and job.scores]
+        seconds = [run.seconds for run in runs if run.seconds is not None]
+        return {
+            "steps": fmean(run.steps for run in runs) if runs else None,
+            "seconds": fmean(seconds) if seconds else None,
+        }
+
+    def statuses(self) -> str:
+        """How its jobs ended."""
+        counts = Counter(job.status for job in self.jobs)
+        return counts.most_common()[0][0] if len(counts) == 1 else ", ".join(f"{n} {s}" for s, n in counts.items())
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All jobs of a sweep, in order.
+
+    Attributes:
+        name: of its folder.
+        jobs: as they were numbered.
+    """
+
+    name: str
+    jobs: list[Job]
+
+    @property
+    def axes(self) -> list[str]:
+        """What is swept besides the seed."""
+        return [key for key in self.values if key != SEED]
+
+    @property
+    def measures(self) -> list[str]:
+        """The names of the scores; the last is the one that counts."""
+        return sorted({name for job in self.jobs for name in job.scores}, key=_order)
+
+    @property
+    def groups(self) -> list[Group]:
+        """Jobs that differ in their seeds alone, together."""
+        axes = self.axes
+        found: dict[str, list[Job]] = {}
+        for job in self.jobs:
+            found.setdefault(json.dumps([job.values.get(axis) for axis in axes]), []).append(job)
+        return [
+            Group(
+                values={axis: jobs[0].values.get(axis) for axis in axes},
+                jobs=jobs,
+                scores={name: mean(known) for name in self.measures if (known := _known(jobs, name))},
+            )
+            for jobs in found.values()
+        ]
+
+    @property
+    def drawn(self) -> list[str]:
+        """The measures that share an axis of a figure: accuracy at each length, or perplexity alone."""
+        return [name for name in self.measures if name.startswith(ACCURACY_AT)] or self.measures[-1:]
+
+    @property
+    def form(self) -> Literal["curves", "map", "slices"]:
+        """How it is drawn: curves along one axis, a heat map over two, or points along each of any number."""
+        sizes = [len(self.tried(axis)) for axis in self.axes]
+        if len(sizes) == 1 and sizes[0] <= 12:
+            return "curves"
+        return "map" if len(sizes) == 2 and math.prod(sizes) <= 2 * len(self.groups) else "slices"
+
+    @property
+    def values(self) -> list[str]:
+        """All that is swept."""
+        return list(dict.fromkeys(key for job in self.jobs for key in job.values))
+
+    @property
+    def of_accuracy(self) -> bool:
+        """Whether questions were asked, rather than text predicted."""
+        return self.drawn[-1:] != [PERPLEXITY]
+
+    def scale(self, axis: str) -> Literal["linear", "log"] | None:
+        """How an axis of many values is drawn; None if they are no numbers."""
+        values = self.tried(axis)
+        if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+            return None
+        return "log" if min(values) > 0 and max(values) >= 30 * min(values) else "linear"
+
+    def tried(self, axis: str) -> list[Any]:
+        """The values of an axis, as they were typed."""
+        return list(dict.fromkeys(job.values[axis] for job in self.jobs if axis in job.values))
+
+    def table(self) -> Table:
+        """For the terminal: a row for each group."""
+        table = Table(title=f"Sweep {self.name}", title_justify="left")
+        for heading in [*self.axes, "jobs", *map(in_words, self.measures), "steps", "seconds", "status"]:
+            table.add_column(heading, overflow="fold")
+        for group in self.groups:
+            means = [with_interval(name, group.scores.get(name)) for name in self.measures]
+            cost = ["–" if value is None else f"{value:,.0f}" for value in group.cost().values()]
+            values = [str(value) for value in group.values.values()]
+            table.add_row(*values, str(len(group.jobs)), *means, *cost, group.statuses())
+        return table
+
+
+ACCURACY_AT = "accuracy_"
+PERPLEXITY = "perplexity"
+
+
+def _order(name: str) -> tuple[int, str]:
+    """Accuracies by length; and perplexity, which counts, behind bits per byte."""
+    return (int(name.removeprefix(ACCURACY_AT)) if name.startswith(ACCURACY_AT) else 0, name)
+
+
+def _known(jobs: Iterable[Job], name: str) -> list[float]:
+    return [job.scores[name] for job in jobs if name in job.scores]
+
+
+def in_words(name: str) -> str:
+    """A measure in words."""
+    length = name.removeprefix(ACCURACY_AT)
+    return name.replace("_", " ") if length == name else f"at {length} segment{'s' * (length != '1')}"
+
+
+def written(name: str, value: float) -> str:
+    """A score in its unit."""
+    return f"{value:.1%}" if name.startswith(ACCURACY_AT) else f"{value:.4g}"
+
+
+def with_interval(name: str, found: Mean | None) -> str:
+    """A mean with its interval."""
+    if found is None:
+        return "–"
+    return written(name, found.value) + (f" ± {written(name, found.half)}" if found.half is not None else "")
+
+
+def read_sweep(folder: Path) -> Sweep:
+    """Read a sweep's folder, whatever state its jobs are in."""
+    jobs = [read_job(path.parent) for path in folder.glob(f"*/{JOB}")]
+    return Sweep(public_text(folder.resolve().name), sorted(jobs, key=lambda job: (job.number, job.name)))
+
+
+def find_sweeps(places: Iterable[str]) -> list[Path]:
+    """The folders of sweeps that are in some places or, at any depth, below them."""
+    found = {path.parent.parent: None for place in places for path in sorted(Path(place).rglob(JOB))}
+    return list(found)
+
+
+def read_job(folder: Path) -> Job:
+    """Read a job's folder."""
+    try:
+        record = json.loads((folder / JOB).read_text())
+    except (OSError, ValueError):
+        record = {}
+    runs, _ = read_runs([str(folder)])
+    run = runs[0] if runs else None
+    scores = _scores(run) if run and run.status in SETTLED else {}
+    failed = record.get("failed")
+    return Job(
+        name=folder.name,
+        number=record.get("number", 0),
+        values=record.get("settings", {}),
+        status="failed" if failed else run.status if run and scores else "interrupted or running",
+        reason=public_text(failed or ""),
+        run=run,
+        scores={} if failed else scores,
+    )
+
+
+def _scores(run: Run) -> dict[str, float]:
+    if run.text_score:
+        return {"bits_per_byte": run.text_score["bits_per_byte"], PERPLEXITY: run.text_score["perplexity"]}
+    tests = [evaluation for evaluation in run.evaluations if evaluation.label == AT_THE_END]
+    return {f"{ACCURACY_AT}{row['segments']:.0f}": row["accuracy"] for test in tests for row in test.rows}
+
+
+def job_rows(sweep: Sweep) -> list[dict[str, Any]]:
+    """The rows of sweep.csv: jobs."""
+    return _filled([job.row() for job in sweep.jobs])
+
+
+def group_rows(sweep: Sweep) -> list[dict[str, Any]]:
+    """The rows of summary.csv: means over seeds."""
+    return _filled([group.row() for group in sweep.groups])
+
+
+def _filled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with the same columns; what one of them lacks is left empty."""
+    columns = {name: None for row in rows for name in row}
+    return [columns | row for row in rows]

@@ -1,0 +1,239 @@
+"""What Weights & Biases is told of a run. Its id stays in the run folder, so that a resumed run goes on there."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from rmt_lightning.errors import UserError
+from rmt_lightning.run_folder import CHECKPOINTS, EVALUATION, read_csv, write_atomically
+from rmt_lightning.training.curriculum import Curriculum, StageResult
+
+# wandb takes a second to import, and most runs do without it.
+if TYPE_CHECKING:
+    import wandb
+
+log = logging.getLogger(__name__)
+
+STEP = "trainer/global_step"
+# What the run folder holds at the end and W&B shows.
+TABLES = ("*.csv", "evaluations/*/*.csv")
+PICTURES = ("*.png", "evaluations/*/*.png", "attention/**/*.png")
+
+
+class WandbRun(WandbLogger):
+    """A run on W&B: online if there is a key and a network, else offline; it never asks for a key.
+
+    The W&B step of a row is the optimizer step, but never smaller than that of the row before. So the parts of a
+    resumed run follow each other, online and after `wandb sync` alike, and what a killed run had logged already is not
+    there twice.
+
+    Args:
+        save_dir: the run folder; the end of its path names the run.
+        project: where the run belongs.
+        entity: user or team; None: that of the key.
+        group: what runs of a sweep have in common.
+        job_type: what kind of run it is within the group.
+        tags: short words to find it by.
+        mode: None: online if there is a key.
+        log_checkpoints: whether the weights of each stage become versions of an artifact.
+
+    Raises:
+        UserError: if W&B would not take the name of the project.
+    """
+
+    def __init__(
+        self,
+        save_dir: str | Path,
+        project: str,
+        entity: str | None = None,
+        group: str | None = None,
+        job_type: str = "train",
+        tags: list[str] | None = None,
+        mode: Literal["online", "offline"] | None = None,
+        log_checkpoints: bool = False,
+    ) -> None:
+        if not project or set(project) & set("/\\#?%:"):
+            raise UserError(f"logger.project={project}: must be a name without / \\ # ? % :")
+        self.folder = Path(save_dir)
+        self._memory = self.folder / "wandb" / "run.json"
+        super().__init__(
+            name="/".join(self.folder.resolve().parts[-2:]),
+            save_dir=save_dir,
+            project=project,
+            entity=entity,
+            group=group,
+            job_type=job_type,
+            tags=tags,
+        )
+        self.mode = mode
+        self.log_checkpoints = log_checkpoints
+        self._step = 0
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> wandb.Run:
+        """The W&B run, which begins when it is first asked for."""
+        if self._experiment is None:
+            self._experiment = self._begin()
+        return cast("wandb.Run", self._experiment)
+
+    def _begin(self) -> wandb.Run:
+        import wandb
+
+        # What waits to be uploaded stays in the run folder too.
+        os.environ["WANDB_DATA_DIR"] = str((self.folder / "wandb").resolve())
+        # The log tells the same in one line.
+        wandb.setup(wandb.Settings(silent=True))
+        mode = self._possible_mode()
+        try:
+            # The commit is in the config; the address of a remote, which W&B would add, may hold a password.
+            settings = wandb.Settings(silent=True, disable_git=True)
+            run = wandb.init(**self._wandb_init | {"id": self._recall()["id"]}, mode=mode, settings=settings)
+        except (wandb.errors.CommError, wandb.errors.UsageError) as error:
+            raise UserError(f"logger: W&B says: {' '.join(str(error).split())}; or give logger.mode=offline") from None
+        place = run.url or f"offline; wandb sync {os.path.relpath(self.folder)}/wandb uploads it"
+        log.info("W&B run %s: %s", run.id, place)
+        run.define_metric(STEP)
+        run.define_metric("*", step_metric=STEP)
+        run.define_metric("train/tokens_per_second", step_metric=STEP, summary="mean")
+        for memory in ("train/host_memory_mb", "train/device_memory_mb"):
+            run.define_metric(memory, step_metric=STEP, summary="max")
+        run.define_metric("stage/*", step_metric="stage")
+        run.define_metric("test/accuracy", step_metric="test/segments")
+        self._step = max(self._recall()["step"], run.starting_step)
+        return run
+
+    def _possible_mode(self) -> Any:
+        """What is wanted, or offline if W&B cannot be reached or there is no key for it."""
+        import wandb
+
+        wanted = self.mode or os.environ.get("WANDB_MODE") or "online"
+        if wanted != "online":
+            return wanted
+        try:
+            # Gives up after 10 seconds; wandb.init would only after three minutes.
+            return "online" if wandb.login(prompt=False, verify=True) else "offline"
+        except wandb.errors.CommError as error:
+            log.warning("W&B: %s The run is kept offline.", str(error).splitlines()[0])
+            return "offline"
+
+    def _recall(self) -> dict[str, Any]:
+        """The run's id and the first step that is free; made when it begins."""
+        if not self._memory.exists():
+            self._remember(id=secrets.token_hex(4), step=0)
+        remembered: dict[str, Any] = json.loads(self._memory.read_text())
+        return remembered
+
+    def _remember(self, id: str, step: int) -> None:
+        write_atomically(self._memory, json.dumps({"id": id, "step": step}).encode())
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Log a row."""
+        run = self.experiment
+        self._step = max(self._step, step or 0)
+        run.log({**metrics, STEP: step}, step=self._step)
+
+    @rank_zero_only
+    def log_stage(self, result: StageResult) -> None:
+        """Log what a stage has shown, over the stage, and its checkpoint if that is wanted."""
+        import wandb
+
+        shown = {"steps": result.steps, "seconds": result.seconds, "accuracy": result.accuracy}
+        row = {"stage": result.stage} | {f"stage/{name}": value for name, value in shown.items()}
+        self.experiment.log(row, step=self._step)
+        path = self.folder / CHECKPOINTS / f"stage-{result.stage}.ckpt"
+        if self.log_checkpoints and path.exists():
+            artifact = wandb.Artifact(f"stages-{self.experiment.id}", type="model", metadata=row)
+            # The checkpoint stays where it is, so there is no need of a copy until it is uploaded.
+            artifact.add_file(str(path), policy="immutable")
+            with _survived():
+                self.experiment.log_artifact(artifact, aliases=[f"stage-{result.stage}"])
+
+    @rank_zero_only
+    def log_results(self) -> None:
+        """Log what the run folder holds at the end: accuracy over segments, each table, each picture."""
+        import wandb
+
+        run = self.experiment
+        evaluation = [_numbers(row) for row in read_csv(self.folder / EVALUATION)]
+        # The longest input last: the summary keeps it.
+        for row in sorted(evaluation, key=lambda row: row.get("segments", 0)):
+            self._step += 1
+            run.log({f"test/{name}": value for name, value in row.items()}, step=self._step)
+            if "segments" in row:
+                run.summary[f"test/accuracy_segments_{row['segments']}"] = row["accuracy"]
+        found: dict[str, Any] = {}
+        for path in sorted(path for pattern in TABLES for path in self.folder.glob(pattern)):
+            if rows := [_numbers(row) for row in read_csv(path)]:
+                found[self._key(path)] = wandb.Table(list(rows[0]), [list(row.values()) for row in rows])
+        for path in sorted(path for pattern in PICTURES for path in self.folder.glob(pattern)):
+            found[self._key(path)] = wandb.Image(str(path))
+        self._step += 1
+        with _survived():
+            run.log(found, step=self._step)
+        # These rows are beyond the steps of the optimizer; should it go on, its rows must not fall among them.
+        self._remember(run.id, self._step + 1)
+
+    def _key(self, path: Path) -> str:
+        return f"results/{path.relative_to(self.folder).with_suffix('')}"
+
+
+class StageRecords(Callback):
+    """Tells W&B of each stage that is over. Must stand behind the checkpoints, which it may hand on.
+
+    Args:
+        run: on W&B.
+        curriculum: whose stages they are.
+    """
+
+    def __init__(self, run: WandbRun, curriculum: Curriculum) -> None:
+        super().__init__()
+        self.run = run
+        self.curriculum = curriculum
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._told = set(self.curriculum.results)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for result in set(self.curriculum.results) - self._told:
+            self.run.log_stage(result)
+        self._told = set(self.curriculum.results)
+
+
+@contextmanager
+def _survived() -> Iterator[None]:
+    """Files and tables are announced to the server at once; a connection that is lost must not end the run."""
+    try:
+        yield
+    except Exception as error:  # each obstacle has a type of its own, not all of them public
+        log.warning("W&B: %s", " ".join(str(error).split()))
+
+
+def _numbers(row: Mapping[str, str]) -> dict[str, Any]:
+    """The cells of a row of a csv file as the numbers, truths and words that they are."""
+    return {name: _value(cell) for name, cell in row.items()}
+
+
+def _value(cell: str) -> Any:
+    if cell in ("True", "False"):
+        return cell == "True"
+    for kind in (int, float):
+        try:
+            return kind(cell)
+        except ValueError:
+            pass
+    return cell or None
