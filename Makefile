@@ -29,8 +29,8 @@ test: $(VENV)/.installed-test  ## run linter, type checker and the whole test su
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
-soak: $(VENV)/.installed-test  ## run the tests that make test leaves out: more kills, signals and processes
-	$(BIN)/python -m pytest -n 2 -m soak $(ARGS)
+soak: $(VENV)/.installed-test  ## try every fault, with the tests that make test leaves out; ends with a table
+	$(BIN)/python -m pytest -n 2 -m "soak or fault" $(ARGS)
 
 lint: $(VENV)/.installed-test  ## let the linter mend what it can
 	$(BIN)/ruff check --fix .

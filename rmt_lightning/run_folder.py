@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import csv
+import errno
+import fcntl
 import hashlib
 import io
 import json
+import logging
 import os
-from collections.abc import Mapping, Sequence
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +21,7 @@ from rmt_lightning.errors import UserError
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 LAST = "last.ckpt"
+PREVIOUS = "previous.ckpt"
 METRICS = "metrics"
 STAGES = "stages.csv"
 HOLD = "hold.csv"
@@ -24,6 +30,8 @@ HARDWARE = "hardware.json"
 JOB = "job.json"
 TOKENIZER = "tokenizer"
 BACKBONE = "backbone"
+
+log = logging.getLogger(__name__)
 
 
 def locate(path: str, key: str) -> tuple[Path, Path | None]:
@@ -50,6 +58,40 @@ def locate_checkpoint(path: str) -> tuple[Path, Path]:
     if checkpoint is None:
         raise UserError(f"checkpoint={path}: the run has not written a checkpoint yet; train it first")
     return run, checkpoint
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keep a run folder to this process.
+
+    A record lock belongs to a process: it ends with it, whatever kills it, and neither other ranks nor loader workers
+    inherit it. On NFS it holds between machines, if the lock service runs there.
+
+    Raises:
+        UserError: if another process has claimed the folder.
+    """
+    lock = folder / ".lock"
+    with lock.open("a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            shown = os.path.relpath(folder)
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
+                raise UserError(
+                    f"{shown}: a run is going on there ({file.read() or 'just begun'}); let it end, stop it, or choose "
+                    "another folder"
+                ) from None
+            log.warning("%s cannot be locked (%s): do not start a second run in it", shown, error.strerror)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+            if list(folder.iterdir()) == [lock]:
+                lock.unlink()
 
 
 def findings(run: Path, kind: str, name: str, settings: dict[str, Any]) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,7 +23,7 @@ from rmt_lightning.analysis.redaction import public
 from rmt_lightning.config import check, front_door
 from rmt_lightning.console import start_logging
 from rmt_lightning.errors import UserError
-from rmt_lightning.run_folder import CHECKPOINTS, CONFIG, LAST, METRICS, locate
+from rmt_lightning.run_folder import CHECKPOINTS, CONFIG, LAST, METRICS, claimed, locate
 from rmt_lightning.sweep import run_job
 
 # What follows takes seconds to import; --help and spelling mistakes should not have to wait for it.
@@ -52,16 +53,17 @@ def main(config: DictConfig) -> float | None:
     source, checkpoint = locate(config.resume, "resume") if config.resume else (None, None)
     code = 1
     try:
-        if source:
-            config = _resumed_config(source, config, HydraConfig.get().overrides.task)
-        check(config, Root)
-        if source != folder.resolve() and _is_first_process() and (folder / CONFIG).exists():
-            raise UserError(
-                f"hydra.run.dir={os.path.relpath(folder)}: already holds a run; choose another folder, or go on with "
-                f"resume={os.path.relpath(folder)}"
-            )
-        if code := train(config, folder, source, checkpoint):
-            sys.exit(code)
+        with claimed(folder) if _is_first_process() else nullcontext():
+            if source:
+                config = _resumed_config(source, config, HydraConfig.get().overrides.task)
+            check(config, Root)
+            if source != folder.resolve() and _is_first_process() and (folder / CONFIG).exists():
+                raise UserError(
+                    f"hydra.run.dir={os.path.relpath(folder)}: already holds a run; choose another folder, or go on "
+                    f"with resume={os.path.relpath(folder)}"
+                )
+            if code := train(config, folder, source, checkpoint):
+                sys.exit(code)
     finally:
         _leave_wandb(code)
         if _is_first_process() and folder.is_dir() and not any(folder.iterdir()):
@@ -76,14 +78,14 @@ def train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pat
     from rmt_lightning.build import build_run, save_architecture
     from rmt_lightning.results import draw_attention, report
     from rmt_lightning.training.carried_states import CarriedStates
-    from rmt_lightning.training.checkpoints import RunCheckpoints, check_fits, read_checkpoint
+    from rmt_lightning.training.checkpoints import RunCheckpoints, check_fits, read_newest
     from rmt_lightning.training.curriculum import Curriculum
     from rmt_lightning.training.hardware import Hardware, describe
     from rmt_lightning.training.progress import CurriculumProgress
     from rmt_lightning.training.wandb_run import StageRecords, WandbRun
 
     shown = os.path.relpath(folder)
-    saved = read_checkpoint(checkpoint) if checkpoint else None
+    checkpoint, saved = read_newest(checkpoint) if checkpoint else (None, None)
     parts = build_run(config, run=source, trained=saved is not None)
     curriculum: Curriculum = instantiate(config.curriculum, _convert_="all")
     hold: CarriedStates | None = instantiate(config.get("hold"), curriculum=curriculum)
@@ -135,12 +137,15 @@ def _fit(trainer: L.Trainer, parts: Parts | TextParts, checkpoint: Path | None, 
     """Run the trainer to its end (0), or until a signal or a loss that is no number stops it."""
     from rmt_lightning.training.checkpoints import Interrupted
     from rmt_lightning.training.module import Diverged
+    from rmt_lightning.training.ranks import together
 
     try:
-        trainer.fit(parts.module, parts.data, ckpt_path=checkpoint, weights_only=True)
+        with together(trainer, os.path.relpath(folder)):
+            trainer.fit(parts.module, parts.data, ckpt_path=checkpoint, weights_only=True)
     except Interrupted as interrupted:
         log.info("stopped by %s and saved; go on with resume=%s", interrupted, os.path.relpath(folder))
-        return 128 + interrupted.signum
+        # The other ranks have done what they were asked; another code of theirs would be taken for a death.
+        return 128 + interrupted.signum if trainer.is_global_zero else 0
     except Diverged as error:
         last = folder / CHECKPOINTS / LAST
         kept = (

@@ -1,4 +1,4 @@
-"""A small world that most tests share."""
+"""A small world that most tests share, and a table of the faults that were tried."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.models.backbone import TinyBert
 from rmt_lightning.models.rmt import RMTEncoder
+from rmt_lightning.run_folder import write_csv
 from rmt_lightning.tasks.facts import Carried, Detect, Reasoning, Split
 from rmt_lightning.tasks.noise import Corpus, Prose, tokenise
 from rmt_lightning.tasks.placement import Placement
@@ -109,12 +110,47 @@ def environment(cache: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def train(environment: dict[str, str], tmp_path: Path) -> Run:
-    """The real command, in an empty folder."""
+def train(environment: dict[str, str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The real command, in an empty folder; or a driver, a program that changes something and runs the command."""
 
     def run(*overrides: str, small: bool = True, driver: str | None = None) -> subprocess.CompletedProcess[str]:
-        program = ["-c", driver] if driver else ["-m", "rmt_lightning.train"]
+        program = ["-m", "rmt_lightning.train"]
+        if driver:
+            # A file, because Lightning starts other ranks by its name.
+            program = [str(tmp_path_factory.mktemp("driver") / "driver.py")]
+            Path(program[0]).write_text(driver)
         command = [sys.executable, *program, *(SMALL if small else ()), *overrides]
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
 
     return run
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--faults-csv", type=Path, help="where to write the table of faults as csv")
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    # Properties travel with a report from worker processes to the one that prints.
+    if mark := item.get_closest_marker("fault"):
+        item.user_properties.append(("fault", list(mark.args)))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """The faults that were tried, what had to follow, and whether it did."""
+    rows = []
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, ()):
+            properties = dict(report.user_properties)
+            if "fault" in properties:
+                fault, follows = properties["fault"]
+                rows.append(
+                    {"fault": fault, "must follow": follows, "outcome": outcome, "seconds": f"{report.duration:.0f}"}
+                )
+    if not rows or "fault" not in config.option.markexpr:
+        return
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+    terminalreporter.section("faults")
+    for row in [{name: name for name in widths}, *rows]:
+        terminalreporter.line("  ".join(value.ljust(widths[name]) for name, value in row.items()).rstrip())
+    if config.option.faults_csv:
+        write_csv(config.option.faults_csv, rows)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning import train as front_door
 from rmt_lightning.models.backbone import TinyBert, TinyGPT
+from rmt_lightning.run_folder import claimed
 
 TABLE = [
     # unknown keys
@@ -99,6 +102,7 @@ TABLE = [
     ("backbone=minilm backbone.name=/absent/model", r"backbone.name=/absent/model: no such folder"),
     ("backbone=minilm", r"backbone.name=sentence-transformers/all-MiniLM-L6-v2: cannot be loaded"),
     ("backbone=minilm backbone.name=notes", r"backbone.name=notes: cannot be loaded"),
+    ("backbone=minilm backbone.name=code", r"backbone.name=code: brings code of its own, which is not executed; give"),
     ("model=rmt_decoder", r"backbone: RMTDecoder needs a causal language model; choose backbone=tiny_gpt or gpt2"),
     ("backbone=tiny_gpt", r"backbone: RMTEncoder needs an encoder; choose backbone=tiny_bert, minilm or bert_base_cas"),
     ("backbone=minilm backbone.name=bert model=rmt_decoder", r"backbone.name=bert: bert is an encoder; choose"),
@@ -113,8 +117,8 @@ TABLE = [
     ("resume=run task=memorize", r"task=memorize: a resumed run keeps its task; start a new run to change it"),
     ("resume=run model.memry_size=3", r"model.memry_size: no such setting"),
     ("resume=run/checkpoints/absent.ckpt", r"resume=run/checkpoints/absent.ckpt: no run there"),
-    ("resume=run/checkpoints/truncated.ckpt", r"HERE/run/checkpoints/truncated.ckpt: is truncated or no checkpoint"),
-    ("resume=run/checkpoints/text.ckpt", r"HERE/run/checkpoints/text.ckpt: is truncated or no checkpoint"),
+    ("resume=run/checkpoints/truncated.ckpt", r"HERE/run/checkpoints/truncated.ckpt: is damaged or no checkpoint"),
+    ("resume=run/checkpoints/text.ckpt", r"HERE/run/checkpoints/text.ckpt: is damaged or no checkpoint"),
     ("resume=run model.memory_size=3", r"HERE/run/checkpoints/last.ckpt: holds another model: model.memory is (10"),
     ("resume=run backbone.width=32", r"backbone.width=32: a resumed run keeps its backbone; start a new run"),
     ("resume=run model.bptt_depth=0", r"model.bptt_depth=0: memory would never learn"),
@@ -123,8 +127,6 @@ TABLE = [
 
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    import os
-
     folder = tmp_path_factory.mktemp("finished")
     environment = os.environ | {"RMT_LIGHTNING_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
     settings = (*SMALL, "curriculum.max_segments=1", "hydra.run.dir=run")
@@ -135,7 +137,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def backbones(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two folders as they could come from the Hub: an encoder and a causal language model."""
+    """Folders as they could come from the Hub: an encoder, a causal language model, one that brings code of its own."""
     folder = tmp_path_factory.mktemp("backbones")
     size = {"width": 16, "layers": 1, "heads": 2}
     texts = ["Mary went to the garden."]
@@ -143,6 +145,11 @@ def backbones(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempP
     TinyGPT(**size).decoder(gpt_tokenizer).model.save_pretrained(folder / "gpt")
     tokenizer.save_pretrained(folder / "bert")
     TinyBert(**size).encoder(tokenizer).model.save_pretrained(folder / "bert")
+    # A model that would have to be executed.
+    tokenizer.save_pretrained(folder / "code")
+    auto = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}
+    (folder / "code" / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": auto}))
+    (folder / "code" / "code.py").write_text("raise SystemExit('executed')")
     return folder
 
 
@@ -159,7 +166,7 @@ def here(
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 10)
     (tmp_path / "short.txt").write_text("One sentence. Another one. A third one.")
     (tmp_path / "notes").mkdir()
-    for name in ("bert", "gpt"):
+    for name in ("bert", "code", "gpt"):
         (tmp_path / name).symlink_to(backbones / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RMT_LIGHTNING_CACHE", environment["RMT_LIGHTNING_CACHE"])
@@ -192,6 +199,30 @@ def test_one_line(
     assert errors.count("\n") == 1, errors
     assert contents(here) == before
     assert not (here / "outputs").exists() or not list((here / "outputs").glob("*/*")), "an empty run folder is left"
+
+
+CLAIM = "from rmt_lightning.run_folder import *\nwith claimed(Path('run')): print('claimed', flush=True), input()"
+
+
+@pytest.mark.fault("the process that uses a run folder is killed", "until then the folder is refused, then it is free")
+def test_a_folder_in_use(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = subprocess.PIPE
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    other = subprocess.Popen([sys.executable, "-c", CLAIM], stdin=pipe, stdout=pipe, text=True, env=environment)
+    assert other.stdout is not None and other.stdout.readline() == "claimed\n"
+    before = contents(here)
+    for typed in (["resume=run"], [*SMALL, "hydra.run.dir=run"]):
+        monkeypatch.setattr(sys, "argv", ["train", *typed])
+        with pytest.raises(SystemExit) as exit_:
+            front_door.run()
+        errors = capsys.readouterr().err
+        assert exit_.value.code == 2 and errors.count("\n") == 1
+        assert errors.startswith(f"error: run: a run is going on there (process {other.pid} on "), errors
+    assert contents(here) == before
+    other.kill()
+    other.wait()
+    with claimed(Path("run")):
+        pass
 
 
 def test_the_real_command(train: Run, tmp_path: Path) -> None:

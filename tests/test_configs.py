@@ -22,6 +22,7 @@ CHOICES = sorted(
     for path in CONF.glob("*/*.yaml")
     if path.parent.name not in ("experiment", "sweep")
 )
+MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
 PRESETS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 BUILT = (
     "backbone.width=16", "backbone.layers=1", "backbone.heads=2", "noise.documents=20", "curriculum.max_segments=2",
@@ -82,6 +83,17 @@ def test_built(task: str, cache: Path) -> None:
     parts = build(compose(f"task={task}", *BUILT, f"cache_dir={cache}"))
     batch = next(iter(parts.data.train_dataloader()))
     assert parts.classifier(batch["input_ids"]).shape == (32, 6)
+
+
+@pytest.mark.parametrize(("model", "answer"), [*((model, "classify") for model in MODELS), ("rmt_decoder", "generate")])
+@pytest.mark.filterwarnings("ignore:.*self.log.*")
+def test_one_segment_uses_all_weights(model: str, answer: str, cache: Path) -> None:
+    """DDP waits for the gradient of every weight, and the first stage has no second segment to use them in."""
+    backbone = ["backbone=tiny_gpt"] if model == "rmt_decoder" else []
+    config = compose(f"model={model}", f"answer={answer}", *backbone, *BUILT, "data.batch_size=2", f"cache_dir={cache}")
+    parts = build(config)
+    parts.module.training_step(next(iter(parts.data.train_dataloader())), 0)["loss"].backward()
+    assert [name for name, weight in parts.module.named_parameters() if weight.grad is None] == []
 
 
 def test_a_new_component_needs_a_class_and_a_yaml(tmp_path: Path) -> None:

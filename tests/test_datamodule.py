@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.models.backbone import TinyBert
@@ -76,10 +77,13 @@ def test_no_sample_is_seen_twice_or_missed(placement: Placement, world_size: int
     assert sorted(validation) == sorted(expected)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_workers_give_the_same_and_never_a_stale_length(placement: Placement, workers: int) -> None:
+@pytest.mark.parametrize(("workers", "persistent"), [(1, True), (2, True), (2, False)])
+def test_workers_give_the_same_and_never_a_stale_length(placement: Placement, workers: int, persistent: bool) -> None:
     plain, parallel = module(placement), module(placement, num_workers=workers)
-    loaders = plain.train_dataloader(), parallel.train_dataloader()
+    loaders = [plain.train_dataloader(), parallel.train_dataloader()]
+    if not persistent:
+        own = loaders[1]
+        loaders[1] = DataLoader(own.dataset, batch_sampler=own.batch_sampler, num_workers=workers)
     for num_segments in (1, 3, 2):
         for data in (plain, parallel):
             data.num_segments, data.lengths = num_segments, "exact"

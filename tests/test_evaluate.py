@@ -160,7 +160,7 @@ def test_answers_in_another_order(here: Path, monkeypatch: pytest.MonkeyPatch) -
         ),
         (
             ["checkpoint=run/checkpoints/truncated.ckpt"],
-            "HERE/run/checkpoints/truncated.ckpt: is truncated or no checkpoint",
+            "HERE/run/checkpoints/truncated.ckpt: is damaged or no checkpoint",
         ),
         (["device=cuda"], "device=cuda: torch finds no GPU; give cpu or auto"),
     ],

@@ -168,6 +168,28 @@ def test_cache_is_memory_mapped_and_keyed_by_content(tokenizer: PreTrainedTokeni
     assert len(list(tmp_path.rglob("*.npy"))) == 2 * len(stamps)
 
 
+@pytest.mark.fault("a tokenised text in the cache is damaged", "it is built again, and said so")
+@pytest.mark.parametrize("name", ["train/tokens.npy", "test/document_bytes.npy", "checksums.json"])
+def test_a_damaged_cache_is_built_again(
+    name: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("rmt_lightning.tasks.noise.log.warning", lambda text, *values: said.append(text % values))
+    before = tokenise(Prose(10), tokenizer, tmp_path)["train"].tokens.tolist()
+    assert said == []
+    (path,) = tmp_path.rglob(name)
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    for damage in (None, path.unlink, lambda: os.truncate(path, 40)):
+        if damage:
+            damage()
+        assert tokenise(Prose(10), tokenizer, tmp_path)["train"].tokens.tolist() == before
+        assert said == [f"{next((tmp_path / 'noise').glob('*/'))} is damaged; tokenising again"]
+        said.clear()
+    assert len([path for path in (tmp_path / "noise").iterdir() if path.is_dir()]) == 1
+
+
 def test_a_changed_file_is_tokenised_anew(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     path = write(tmp_path, "jsonl", stories(20))
     before = tokenise(Files(str(path)), tokenizer, tmp_path / "cache")["train"].tokens[:8].tolist()

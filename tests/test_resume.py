@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
 
@@ -15,8 +19,12 @@ import pytest
 import torch
 from conftest import SMALL, Run
 
+from rmt_lightning.training.checkpoints import read_checkpoint
+
 # Dropout makes random numbers matter; three lengths make the curriculum matter.
 RUN = ("hydra.run.dir=run", "backbone.dropout=0.1", "seed=5")
+
+SAME = "the resumed run ends with the same weights"
 
 # The real command, which kills itself without warning in the middle of the n-th call of a function.
 KILLER = """
@@ -58,8 +66,6 @@ def assert_identical(left: dict[str, torch.Tensor], right: dict[str, torch.Tenso
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    import os
-
     folder = tmp_path_factory.mktemp("uninterrupted")
     environment = os.environ | {"RMT_LIGHTNING_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "rmt_lightning.train", *SMALL, *RUN]
@@ -76,17 +82,22 @@ def test_the_same_command_gives_the_same_weights_and_others_differ(
     assert not torch.equal(final(uninterrupted)["head.weight"], final(tmp_path / "other")["head.weight"])
 
 
+def killed(moment: str, where: str, calls: int, soak: bool = False) -> object:
+    marks = [pytest.mark.fault(f"SIGKILL {moment}", SAME), *([pytest.mark.soak] if soak else [])]
+    return pytest.param(where, calls, marks=marks, id=f"{where}-{calls}")
+
+
 @pytest.mark.parametrize(
     ("where", "calls"),
     [
-        pytest.param("step", 2, marks=pytest.mark.soak),  # before the first checkpoint
-        pytest.param("step", 5, marks=pytest.mark.soak),  # inside a stage
-        ("step", 8),  # inside the second stage, its first epoch
-        pytest.param("validation", 4, marks=pytest.mark.soak),  # between an epoch's last step and its checkpoint
-        ("writing", 3),  # a checkpoint is half written
-        pytest.param("moving", 2, marks=pytest.mark.soak),  # stage-1.ckpt is written, but not in its place
-        ("moving", 3),  # the border of a stage: stage-1.ckpt is there, last.ckpt is older
-        pytest.param("step", 18, marks=pytest.mark.soak),  # the very last step
+        killed("before the first checkpoint", "step", 2, soak=True),
+        killed("inside the first stage", "step", 5, soak=True),
+        killed("inside the second stage, its first epoch", "step", 8),
+        killed("between an epoch's last step and its checkpoint", "validation", 4, soak=True),
+        killed("while a checkpoint is written", "writing", 3),
+        killed("after stage-1.ckpt is written, before it is in its place", "moving", 2, soak=True),
+        killed("at the border of a stage: stage-1.ckpt is there, last.ckpt is older", "moving", 3),
+        killed("in the very last step", "step", 18, soak=True),
     ],
 )
 def test_killed_and_resumed(where: str, calls: int, uninterrupted: Path, train: Run, tmp_path: Path) -> None:
@@ -109,7 +120,7 @@ def test_killed_and_resumed(where: str, calls: int, uninterrupted: Path, train: 
                 expected.pop("seconds", None), found.pop("seconds", None)
                 assert expected == found
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [
-        "last.ckpt", "stage-1.ckpt", "stage-2.ckpt", "stage-3.ckpt",
+        "last.ckpt", "previous.ckpt", "stage-1.ckpt", "stage-2.ckpt", "stage-3.ckpt",
     ]  # fmt: skip
     assert [start["step"] for start in json.loads((folder / "hardware.json").read_text())] == [0, step]
     # What had been logged before the kill is still there.
@@ -129,7 +140,13 @@ run()
 
 
 @pytest.mark.parametrize(
-    ("signum", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.soak), (signal.SIGTERM, 143)]
+    ("signum", "code"),
+    [
+        pytest.param(
+            signal.SIGINT, 130, marks=[pytest.mark.soak, pytest.mark.fault("Ctrl-C", f"saved, exit code 130; {SAME}")]
+        ),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.fault("SIGTERM", f"saved, exit code 143; {SAME}")),
+    ],
 )
 def test_signals_save_and_exit_cleanly(
     signum: int, code: int, uninterrupted: Path, train: Run, environment: dict[str, str], tmp_path: Path
@@ -164,8 +181,6 @@ def test_resume_from_a_stage_goes_to_a_new_folder(uninterrupted: Path, train: Ru
 
 
 def test_resume_with_more_segments_and_a_finished_run(uninterrupted: Path, train: Run, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(uninterrupted, tmp_path / "run")
     again = train("resume=run", small=False)
     assert again.returncode == 0 and "has finished training" in again.stdout, again.stdout + again.stderr
@@ -212,6 +227,7 @@ FULL_DISK = dedent(
 )
 
 
+@pytest.mark.fault("the disk is full while a checkpoint is written", f"one line; {SAME}")
 def test_a_full_disk_leaves_the_previous_checkpoint(uninterrupted: Path, train: Run, tmp_path: Path) -> None:
     result = train(*RUN, driver=FULL_DISK)
     assert result.returncode == 1
@@ -227,3 +243,116 @@ def test_checkpoints_hold_plain_values_only(uninterrupted: Path) -> None:
     saved = torch.load(uninterrupted / "checkpoints" / "stage-2.ckpt", weights_only=True)
     assert saved["FactDataModule"] == {"num_segments": 3, "carried": 0, "consumed": 12}
     json.dumps(saved["callbacks"])
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit(path: Path) -> None:
+    """In the weights, where torch.load would take it for a number."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "damaged", "used"),
+    [
+        pytest.param(
+            flip_a_bit, ["last"], "previous.ckpt, step 15",
+            marks=pytest.mark.fault("a bit of last.ckpt has changed", f"previous.ckpt is used and named; {SAME}"),
+        ),
+        pytest.param(
+            truncate, ["last", "previous"], "stage-2.ckpt, step 12",
+            marks=[
+                pytest.mark.soak,
+                pytest.mark.fault("last and previous.ckpt are truncated", f"stage-2.ckpt is used and named; {SAME}"),
+            ],
+        ),
+    ],
+)  # fmt: skip
+def test_a_damaged_checkpoint_is_replaced_by_the_one_before(
+    damage: Callable[[Path], None], damaged: list[str], used: str, uninterrupted: Path, train: Run, tmp_path: Path
+) -> None:
+    # The run as it stood before its last stage was over: the last checkpoint was not yet written.
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "stage-3.ckpt").unlink()
+    for name in damaged:
+        damage(checkpoints / f"{name}.ckpt")
+    resumed = train("resume=run", small=False)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"run/checkpoints/last.ckpt is damaged; going on from {used}\n" in resumed.stdout
+    assert_identical(final(uninterrupted), final(tmp_path / "run"))
+    # What had been damaged was not kept as the previous one.
+    assert all(read_checkpoint(path) for path in checkpoints.iterdir())
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+@pytest.mark.fault("SIGKILL at 10 random moments, start-up included", SAME)
+def test_killed_again_and_again(uninterrupted: Path, environment: dict[str, str], tmp_path: Path) -> None:
+    chance = random.Random(1)
+    folder = tmp_path / "run"
+    (tmp_path / "driver.py").write_text(SLOW_STEPS)
+    command, ready, reached = [*SMALL, *RUN], 0.0, []
+    while len(reached) < 10:
+        began = time.monotonic()
+        process = subprocess.Popen(
+            [sys.executable, "driver.py", *command],
+            cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        while not ready:  # the first time, wait until training begins
+            time.sleep(0.02)
+            if (folder / "hardware.json").exists():
+                ready = time.monotonic() - began
+        try:
+            process.wait(began + ready + chance.uniform(-1.5, 3) - time.monotonic())
+        except subprocess.TimeoutExpired:
+            process.kill()
+            last = folder / "checkpoints" / "last.ckpt"
+            reached.append(read_checkpoint(last)["global_step"] if last.exists() else 0)
+        _, errors = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), errors
+        if (folder / "config.yaml").exists():
+            command = ["resume=run"]
+    assert reached == sorted(reached) and len(set(reached)) > 2, reached
+    subprocess.run([sys.executable, "-m", "rmt_lightning.train", *command], cwd=tmp_path, env=environment, check=True)
+    assert_identical(final(uninterrupted), final(folder))
+
+
+WAITING = """
+import time
+from pathlib import Path
+from rmt_lightning.training import classification
+from rmt_lightning.train import run
+
+def step(*arguments):
+    while not Path("go").exists():
+        time.sleep(0.1)
+    return original(*arguments)
+
+original = classification.FactClassifier.training_step
+classification.FactClassifier.training_step = step
+run()
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.fault("a run is started in the folder of another one that goes on", "the second one refuses in one line")
+def test_a_second_run_in_one_folder_refuses(
+    uninterrupted: Path, train: Run, environment: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "driver.py").write_text(WAITING)
+    first = subprocess.Popen([sys.executable, "driver.py", *SMALL, *RUN], cwd=tmp_path, env=environment)
+    while not (tmp_path / "run" / "hardware.json").exists():
+        time.sleep(0.02)
+    for command in (("resume=run",), (*SMALL, *RUN)):
+        second = train(*command, small=False)
+        assert second.returncode == 2 and second.stdout == "", second.stdout
+        assert second.stderr.startswith(f"error: run: a run is going on there (process {first.pid} on ")
+        assert second.stderr.count("\n") == 1
+    (tmp_path / "go").touch()
+    assert first.wait(120) == 0
+    assert_identical(final(uninterrupted), final(tmp_path / "run"))

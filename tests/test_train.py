@@ -39,7 +39,9 @@ LEARNING = (
 )  # fmt: skip
 
 
-def test_a_run_learns_and_leaves_everything_behind(train: Run, tmp_path: Path) -> None:
+def test_a_run_learns_and_leaves_everything_behind(train: Run, environment: dict[str, str], tmp_path: Path) -> None:
+    keys = {name: f"{name}-do-not-tell" for name in ("HF_TOKEN", "WANDB_API_KEY")}
+    environment |= keys
     result = train(*LEARNING, small=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stderr == ""
@@ -55,6 +57,10 @@ def test_a_run_learns_and_leaves_everything_behind(train: Run, tmp_path: Path) -
         assert float(row["accuracy"]) > 0.8 and row["samples"] == "128"
         assert float(row["low"]) <= float(row["accuracy"]) <= float(row["high"])
 
+    # Keys are told nowhere.
+    told = [result.stdout.encode(), *(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())]
+    assert not any(key.encode() in text for key in keys.values() for text in told)
+
     # Both tables are shown, and where everything is.
     for word in ("Curriculum", "Test on unseen text, 128 samples each", "converged", str(folder.relative_to(tmp_path))):
         assert word in result.stdout
@@ -62,7 +68,7 @@ def test_a_run_learns_and_leaves_everything_behind(train: Run, tmp_path: Path) -
     config = OmegaConf.load(folder / "config.yaml")
     assert config.optim.steps == config.curriculum.steps == 1500
     assert {"tokenizer.json", "tokenizer_config.json"} <= {p.name for p in (folder / "tokenizer").iterdir()}
-    names = {"last.ckpt", "stage-1.ckpt", "stage-2.ckpt"}
+    names = {"last.ckpt", "previous.ckpt", "stage-1.ckpt", "stage-2.ckpt"}
     assert {p.name for p in (folder / "checkpoints").iterdir()} == names
     assert (folder / "curriculum.png").read_bytes().startswith(b"\x89PNG")
 
@@ -86,7 +92,7 @@ def test_a_stage_that_is_stuck_stops_the_run_with_a_clear_result(train: Run, tmp
     result = train("curriculum.when_stuck=stop", "hydra.run.dir=run")
     assert result.returncode == 1
     assert "stage 1 did not converge: raise curriculum.steps and go on with resume=" in result.stdout
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert not list((tmp_path / "run" / "checkpoints").glob("stage-*"))
     (stage,) = rows(tmp_path / "run" / "stages.csv")
     assert (stage["stage"], stage["converged"], stage["steps"]) == ("1", "False", "6")
     assert "(not converged)" in result.stdout
@@ -155,6 +161,40 @@ def test_loader_workers_change_nothing(train: Run, tmp_path: Path) -> None:
     assert all(torch.equal(plain[name], parallel[name]) for name in plain)
 
 
+# The real command, which writes down what each rank reads, and what it has after 20 steps.
+WITNESS = """
+import os
+import torch
+from rmt_lightning.tasks.datamodule import data_of
+from rmt_lightning.training.checkpoints import AtomicCheckpointIO
+from rmt_lightning.training.classification import FactModule
+from rmt_lightning.train import run
+
+seen = {"stages": [], "rows": [], "unused": [], "written": [], "world": 0}
+training_step, save = FactModule.training_step, AtomicCheckpointIO.save_checkpoint
+
+def step(self, batch, batch_idx):
+    seen["world"] = self.trainer.world_size
+    seen["stages"].append((self.global_step, data_of(self.trainer).num_segments))
+    seen["rows"].append([tuple(row.flatten().tolist()) for row in batch["input_ids"]])
+    return training_step(self, batch, batch_idx)
+
+def look(self, optimizer):
+    seen["unused"] += [name for name, weight in self.named_parameters() if weight.grad is None]
+    if self.global_step == 20:
+        seen["weights"] = {name: weight.detach().clone() for name, weight in self.named_parameters()}
+        seen["gradients"] = {name: weight.grad.clone() for name, weight in self.named_parameters()}
+
+def write(self, checkpoint, path, storage_options=None):
+    seen["written"].append(os.path.basename(path))
+    save(self, checkpoint, path, storage_options)
+
+FactModule.training_step, FactModule.on_before_optimizer_step, AtomicCheckpointIO.save_checkpoint = step, look, write
+run()
+torch.save(seen, f"{seen['world']}-{os.environ.get('LOCAL_RANK', 0)}.pt")
+"""
+
+
 @pytest.mark.parametrize(
     "model",
     [
@@ -166,13 +206,24 @@ def test_loader_workers_change_nothing(train: Run, tmp_path: Path) -> None:
 )
 def test_two_processes(model: tuple[str, ...], train: Run, tmp_path: Path) -> None:
     """DDP: the same samples as one process with the whole batch, the curriculum in step, one set of files."""
-    settings = (*model, "curriculum.lengths=exact", "model.bptt_depth=1", "backbone.dropout=0")
-    alone = train(*settings, "hydra.run.dir=alone", "data.batch_size=8")
-    both = train(*settings, "trainer=ddp_cpu", "hydra.run.dir=both")
+    settings = (*model, "curriculum.lengths=exact", "model.bptt_depth=1", "backbone.dropout=0", "curriculum.steps=9")
+    alone = train(*settings, "hydra.run.dir=alone", "data.batch_size=8", driver=WITNESS)
+    both = train(*settings, "trainer=ddp_cpu", "hydra.run.dir=both", driver=WITNESS)
     assert alone.returncode == 0 and both.returncode == 0, alone.stderr + both.stderr
-    one, two = last(tmp_path / "alone"), last(tmp_path / "both")
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-4)
+    one, *ranks = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
+    for rank in ranks:
+        for kind in ("weights", "gradients"):  # after 20 steps
+            for name in one[kind]:
+                torch.testing.assert_close(rank[kind][name], one[kind][name], atol=1e-5, rtol=1e-4)
+        # Every rank goes on to the next stage at the same step, and uses all weights from the first one on.
+        assert rank["stages"] == one["stages"] == [(step, 1 + step // 9) for step in range(27)]
+        assert rank["unused"] == []
+    # Each sample is read by one rank, once.
+    for alone_, *shared in zip(one["rows"], *(rank["rows"] for rank in ranks), strict=True):
+        assert sorted(alone_) == sorted(row for rows in shared for row in rows) and len(set(alone_)) == 8
+    # Checkpoints are written once.
+    assert ranks[0]["written"] == one["written"] and ranks[1]["written"] == []
+    assert sorted(one["written"]) == ["last.ckpt"] * 9 + ["stage-1.ckpt", "stage-2.ckpt", "stage-3.ckpt"]
     without_time = [
         [{k: v for k, v in row.items() if k != "seconds"} for row in rows(tmp_path / folder / "stages.csv")]
         for folder in ("alone", "both")

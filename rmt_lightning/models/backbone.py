@@ -468,6 +468,11 @@ class Pretrained:
         try:
             return auto_class.from_pretrained(self.name, trust_remote_code=False, **options)
         except (OSError, ValueError, StrictDataclassError) as error:
+            if "custom code" in str(error):
+                raise UserError(
+                    f"backbone.name={self.name}: brings code of its own, which is not executed; give a model that "
+                    "transformers knows"
+                ) from None
             # The Hub's checks of a config tell what is wrong in their last line.
             reason = str(error).splitlines()[-1 if isinstance(error, StrictDataclassError) else 0].strip()
             raise UserError(
@@ -489,7 +494,7 @@ class Restored:
         self.config_folder = config_folder
 
     def config(self) -> PreTrainedConfig:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(self.config_folder)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(self.config_folder, trust_remote_code=False)
         return config
 
     def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -27,6 +28,8 @@ from rmt_lightning.errors import UserError
 from rmt_lightning.tasks import prose
 from rmt_lightning.tasks.facts import Split
 
+log = logging.getLogger(__name__)
+
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 # The space after a full stop, question or exclamation mark and perhaps a closing quote, before a capital or a quote;
 # not after titles and initials.
@@ -36,6 +39,7 @@ _SENTENCE_END = re.compile(
 )
 # A text with fewer documents than there are splits is cut into this many passages, which then count as documents.
 _PASSAGES = 20
+_CHECKSUMS = "checksums.json"
 
 
 class Noise(Protocol):
@@ -268,16 +272,20 @@ def tokenise(noise: Noise, tokenizer: PreTrainedTokenizerBase, cache_dir: str | 
     """Tokenise all splits of `noise`, or open what an earlier run has left in `cache_dir`.
 
     The cache is keyed by the content of the noise and of the tokenizer. It appears under its name only when it is
-    complete, and several processes may ask for it at once: one builds, the others wait.
+    complete, and several processes may ask for it at once: one builds, the others wait. Its checksums are compared each
+    time, which takes about half a second per GB, and what does not match is built again.
 
     Raises:
         UserError: if a split holds no text.
     """
-    key = hashlib.sha256(f"{noise.fingerprint()}|{_tokenizer_fingerprint(tokenizer)}|v2".encode()).hexdigest()[:32]
+    key = hashlib.sha256(f"{noise.fingerprint()}|{_tokenizer_fingerprint(tokenizer)}|v3".encode()).hexdigest()[:32]
     cache = Path(cache_dir).expanduser() / "noise"
     cache.mkdir(parents=True, exist_ok=True)
     folder = cache / key
     with FileLock(cache / f"{key}.lock"):
+        if folder.is_dir() and not _is_intact(folder):
+            log.warning("%s is damaged; tokenising again", folder)
+            shutil.rmtree(folder)
         if not folder.is_dir():
             partial = Path(tempfile.mkdtemp(prefix=f"{key}-", dir=cache))
             try:
@@ -287,6 +295,7 @@ def tokenise(noise: Noise, tokenizer: PreTrainedTokenizerBase, cache_dir: str | 
                         raise UserError(
                             f"noise: no document is left for {split}; give at least {len(SPLITS)} sentences"
                         )
+                (partial / _CHECKSUMS).write_text(json.dumps(_checksums(partial)))
                 os.rename(partial, folder)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -308,6 +317,17 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, sentences: list[str]) -> list[
 def _digest(file: Path) -> bytes:
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").digest()
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    return {str(file.relative_to(folder)): _digest(file).hex() for file in sorted(folder.rglob("*.npy"))}
+
+
+def _is_intact(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / _CHECKSUMS).read_text()) == _checksums(folder))
+    except (OSError, ValueError):
+        return False
 
 
 def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import logging
+import os
+import shutil
 import signal
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +20,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
 from rmt_lightning.errors import UserError
-from rmt_lightning.run_folder import LAST, STAGES, write_atomically, write_csv
+from rmt_lightning.run_folder import LAST, PREVIOUS, STAGES, write_atomically, write_csv
 from rmt_lightning.tasks.datamodule import data_of
 from rmt_lightning.training.curriculum import Curriculum
 
@@ -53,14 +56,44 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         UserError: if it is damaged.
     """
     try:
+        # torch notices that a file is too short, but not that a bit of it has changed.
+        with zipfile.ZipFile(path) as archive:
+            if (damaged := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(damaged)
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["state_dict"]
     except Exception as error:  # zip, pickle and torch each have their own way to say that a file is broken
         raise UserError(
-            f"{path}: is truncated or no checkpoint ({type(error).__name__}); "
+            f"{path}: is damaged or no checkpoint ({type(error).__name__}); "
             "give another one of the run's checkpoints/*.ckpt"
         ) from None
     return checkpoint
+
+
+def read_newest(checkpoint: Path) -> tuple[Path, dict[str, Any]]:
+    """Load a checkpoint to go on from, and say which; if last.ckpt is damaged, the newest one before it that is not.
+
+    Whichever it is, training from there ends with the same weights.
+
+    Raises:
+        UserError: if there is none.
+    """
+    try:
+        return checkpoint, read_checkpoint(checkpoint)
+    except UserError:
+        if checkpoint.name != LAST:
+            raise
+    folder = checkpoint.parent
+    stages = sorted(folder.glob("stage-*.ckpt"), key=lambda path: int(path.stem.removeprefix("stage-")), reverse=True)
+    for earlier in (folder / PREVIOUS, *stages):
+        try:
+            saved = read_checkpoint(earlier)
+        except UserError:
+            continue
+        shown = os.path.relpath(checkpoint)
+        log.info("%s is damaged; going on from %s, step %d", shown, earlier.name, saved["global_step"])
+        return earlier, saved
+    raise UserError(f"{checkpoint}: is damaged, and so is every earlier one; start a new run")
 
 
 def check_fits(module: nn.Module, state_dict: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -76,6 +109,7 @@ def check_fits(module: nn.Module, state_dict: Mapping[str, torch.Tensor], path: 
 class RunCheckpoints(Callback):
     """Saves `last.ckpt` after every validation, `stage-<n>.ckpt` and stages.csv when a stage is passed; obeys signals.
 
+    The `last.ckpt` before stays as `previous.ckpt`, for the case that a disk damages the new one.
     Must stand behind the curriculum in the list of callbacks, so that it saves what the curriculum has decided.
 
     Args:
@@ -92,6 +126,8 @@ class RunCheckpoints(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._kept = self._passed()
         self._saved_step = trainer.global_step
+        # A run that goes on from an earlier checkpoint because the last one is damaged must not keep that one.
+        self._last_is_whole = trainer.ckpt_path is not None and Path(trainer.ckpt_path).name == LAST
         self._handlers = {signum: signal.signal(signum, self._remember) for signum in (signal.SIGINT, signal.SIGTERM)}
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -140,5 +176,18 @@ class RunCheckpoints(Callback):
             self._save(trainer)
 
     def _save(self, trainer: L.Trainer) -> None:
-        trainer.save_checkpoint(self.folder / LAST)
+        last = self.folder / LAST
+        if trainer.is_global_zero and self._last_is_whole and last.exists():
+            _keep(last, self.folder / PREVIOUS)
+        trainer.save_checkpoint(last)
+        self._last_is_whole = True
         self._saved_step = trainer.global_step
+
+
+def _keep(path: Path, name: Path) -> None:
+    """Give a file a second name, which costs no space; where a file system has no links, copy it."""
+    name.unlink(missing_ok=True)
+    try:
+        os.link(path, name)
+    except OSError:
+        shutil.copyfile(path, name)
