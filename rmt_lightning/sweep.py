@@ -164,9 +164,7 @@ def _train(folder: Path, stop: Path) -> tuple[int, str]:
 def _reason(code: int, output: str) -> str:
     """Why a job ended, in one line: the first error that it told, else its last word."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [
-        line for line in lines if re.match(r"error: |[\w.]+(Error|Exception)\b|\[rank: \d+\] Child process", line)
-    ]
+    errors = [line for line in lines if re.match(r"error: |[\w.]+(Error|Exception)\b", line)]
     if code < 0 and not errors:
         name = signal.Signals(-code).name
         return f"killed by {name}{', perhaps for want of memory' if name == 'SIGKILL' else ''}"

@@ -293,7 +293,7 @@ def test_ddp(train: Run, environment: dict[str, str], tmp_path: Path) -> None:
         "devices_2-memory_size_3": "failed", "devices_2-memory_size_2": "finished",
     }, result.stdout + result.stderr  # fmt: skip
     assert result.returncode == 1
-    assert "Child process" in jobs["devices_2-memory_size_3"]["reason"]
+    assert jobs["devices_2-memory_size_3"]["reason"].startswith("rank 1 ended with exit code 7")
     # The sweep itself, and behind it each job's ranks; each in the folder of its job and none elsewhere.
     processes = [line.split(" ", 1) for line in record.read_text().splitlines()]
     ranks = {name: [rank for rank, words in processes if f"/{name}" in words] for name in jobs}

@@ -1,6 +1,6 @@
 """Train every variant on every text with every seed; then write results.csv, the figure and the table of the README.
 
-    python experiments/language_modeling/run.py --stories squality --wikitext wikitext-2/train.txt --jobs 2
+    python experiments/language_modeling/run.py --stories squality --wikitext wikitext-2/train.txt --seeds 1 2 --jobs 2
 
 `squality` holds train.jsonl and dev.jsonl. What is complete is not trained again, what was interrupted goes on.
 """
@@ -24,7 +24,6 @@ from rmt_lightning.run_folder import write_atomically, write_csv
 
 HERE = Path(__file__).parent
 TEXT_LENGTH, MEMORY = 32, 5
-SEEDS = (1, 2)
 SETTINGS = [
     "task=language_modeling", "model.width=96", "model.layers=3", "model.heads=4", "model.dropout=0.1",
     "backbone.vocabulary_size=1500", "data.batch_size=8", "data.num_segments=10", "data.steps_per_epoch=200",
@@ -100,11 +99,12 @@ def main() -> None:
     parser.add_argument("--stories", type=Path, help="left out without it")
     parser.add_argument("--wikitext", type=Path, help="left out without it")
     parser.add_argument("--outputs", type=Path, default=Path("outputs/language_modeling"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     given = parser.parse_args()
     runs = {
         (text, variant, seed): given.outputs / re.sub(r"\W+", "-", f"{text}-{variant}-{seed}")
-        for seed in SEEDS
+        for seed in given.seeds
         for text in texts(given.stories, given.wikitext)
         for variant in VARIANTS
     }
