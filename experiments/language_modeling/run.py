@@ -88,8 +88,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     names = list(dict.fromkeys(text for text, _ in found))
     lines = ["| variant | " + " | ".join(names) + " |", "| --- " * (1 + len(names)) + "|"]
     for variant in VARIANTS:
-        seeds = [found[text, variant] for text in names]
-        cells = (f"{mean(values):.2f} ({', '.join(f'{value:.2f}' for value in values)})" for values in seeds)
+        seeds = [found.get((text, variant), []) for text in names]
+        cells = (f"{mean(v):.2f} ({', '.join(f'{value:.2f}' for value in v)})" if v else "–" for v in seeds)
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -100,28 +100,28 @@ def main() -> None:
     parser.add_argument("--wikitext", type=Path, help="left out without it")
     parser.add_argument("--outputs", type=Path, default=Path("outputs/language_modeling"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="VARIANT")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     given = parser.parse_args()
+    chosen = texts(given.stories, given.wikitext)
     runs = {
         (text, variant, seed): given.outputs / re.sub(r"\W+", "-", f"{text}-{variant}-{seed}")
         for seed in given.seeds
-        for text in texts(given.stories, given.wikitext)
+        for text in chosen
         for variant in VARIANTS
     }
     with ThreadPoolExecutor(given.jobs) as pool:
         waiting = [
-            pool.submit(
-                train,
-                folder,
-                [*SETTINGS, *VARIANTS[variant], *texts(given.stories, given.wikitext)[text], f"seed={seed}"],
-            )
+            pool.submit(train, folder, [*SETTINGS, *VARIANTS[variant], *chosen[text], f"seed={seed}"])
             for (text, variant, seed), folder in runs.items()
+            if variant in given.only
         ]
         for run in waiting:
             run.result()
     rows = [
         {"text": text, "variant": variant, "seed": seed, **collect(folder)}
         for (text, variant, seed), folder in runs.items()
+        if (folder / "seconds").exists()
     ]
     write_csv(HERE / "results.csv", rows)
     figures.save(figures.language_models(rows), HERE / "figure")
