@@ -16,6 +16,8 @@ FIGURES = {
     ),
     "flops": figures.flops,
     "generalisation": figures.generalisation,
+    "language_modeling": figures.language_models,
+    "models_on_detect": figures.models,
 }
 
 for name, draw in FIGURES.items():
