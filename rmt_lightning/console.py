@@ -1,15 +1,47 @@
-"""The screen and the log file of a run."""
+"""Command lines that need no Hydra, the screen, and the log file of a run."""
 
 from __future__ import annotations
 
+import argparse
 import logging
+import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from rich import get_console
 
+from rmt_lightning.errors import UserError
+
 # What Lightning says at every start, and what does not apply to short epochs of samples that are pure functions.
 _NOT_FOR_US = ("does not have many workers", "The number of training batches", "not resumable", "treespec")
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells what is wrong with the arguments in one line.
+
+    Raises:
+        UserError: by `parse_args`.
+    """
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def command(main: Callable[[], None]) -> Callable[[], None]:
+    """Make a command of a function that reads its own arguments. What the user did wrong is told in one line."""
+
+    def run() -> None:
+        try:
+            main()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+    return run
 
 
 class ConsoleHandler(logging.Handler):

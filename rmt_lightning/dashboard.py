@@ -6,13 +6,12 @@ the same view to a JSON file.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from rmt_lightning.console import Parser, command
 from rmt_lightning.errors import UserError
 
 # wandb takes seconds to import; --help and spelling mistakes should not have to wait for it.
@@ -20,13 +19,8 @@ if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Section, Workspace
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
-
-
 def main(arguments: list[str] | None = None) -> None:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m rmt_lightning.dashboard",
         description="Lay out the W&B workspace of a project: curriculum, extrapolation, sweeps, text, hardware.",
         epilog="Without a key (wandb login, or WANDB_API_KEY) or a network, the view is written to a file.",
@@ -169,15 +163,7 @@ def _sections() -> list[Section]:
     ]
 
 
-def run() -> None:
-    """The command: what the user did wrong is told in one line."""
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+run = command(main)
 
 
 if __name__ == "__main__":

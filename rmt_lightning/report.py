@@ -7,25 +7,20 @@ also prints one table over all jobs, and writes sweep.csv (jobs), summary.csv (m
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from rmt_lightning.console import Parser, command
 from rmt_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from rmt_lightning.analysis.sweeps import Sweep
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
-
-
 def main(arguments: list[str] | None = None) -> None:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m rmt_lightning.report",
         description="Write one HTML page that compares runs and needs no network to be read.",
         epilog="Folders that are missing, broken or no runs are named and skipped.",
@@ -90,15 +85,7 @@ def sum_up(folder: Path) -> Sweep:
     return sweep
 
 
-def run() -> None:
-    """The command: what the user did wrong is told in one line."""
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+run = command(main)
 
 
 if __name__ == "__main__":

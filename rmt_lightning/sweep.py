@@ -179,24 +179,17 @@ def _known_settings(config: DictConfig, folder: Path) -> bool:
     """
     if not (folder / CONFIG).exists():
         return False
-    here, there = (
-        _flat(yaml.safe_load(text)) for text in (OmegaConf.to_yaml(config, resolve=True), (folder / CONFIG).read_text())
-    )
-    for key in here | there:
+    from rmt_lightning.analysis.runs import differences
+
+    texts = OmegaConf.to_yaml(config, resolve=True), (folder / CONFIG).read_text()
+    for key, (wanted, there) in differences([yaml.safe_load(text) for text in texts]).items():
         # Where metrics and tokenised noise go decides nothing.
-        if key.split(".")[0] not in ("logger", "cache_dir") and here.get(key) != there.get(key):
+        if key.split(".")[0] not in ("logger", "cache_dir"):
             raise UserError(
-                f"{os.path.relpath(folder)}: holds a run with {key}={there.get(key)}, not {here.get(key)}; "
+                f"{os.path.relpath(folder)}: holds a run with {key}={there}, not {wanted}; "
                 "choose another folder with hydra.sweep.dir=…"
             )
     return True
-
-
-def _flat(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
-    return flat
 
 
 def _refuse_what_goes_wrong(config: DictConfig) -> None:

@@ -90,14 +90,28 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("noise-cache")
 
 
+def trained(folder: Path, cache: Path, *settings: str) -> Path:
+    """The folder of a small run, trained to its end for several tests."""
+    environment = os.environ | {"RMT_LIGHTNING_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "rmt_lightning.train", *SMALL, "hydra.run.dir=run", *settings]
+    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, timeout=240)
+    return folder / "run"
+
+
+def final(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights that a run has ended with."""
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def assert_identical(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     """The folder of a run that was trained to three segments, to be copied."""
-    folder = tmp_path_factory.mktemp("finished")
-    environment = os.environ | {"RMT_LIGHTNING_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "rmt_lightning.train", *SMALL, "hydra.run.dir=run", "data.segment_length=48"]
-    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, timeout=240)
-    return folder / "run"
+    return trained(tmp_path_factory.mktemp("finished"), cache, "data.segment_length=48")
 
 
 @pytest.fixture

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run
-from test_resume import assert_identical, final
+from conftest import Run, assert_identical, final
 
 from rmt_lightning.analysis.retention import LossRate, follow
 from rmt_lightning.errors import UserError

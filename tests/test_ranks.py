@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SMALL, Run
+from conftest import Run, assert_identical, final, trained
 
 from rmt_lightning.training import ranks
 
@@ -20,15 +20,9 @@ RUN = ("trainer=ddp_cpu", "hydra.run.dir=run", "backbone.dropout=0.1", "seed=5")
 SAME = "the resumed run ends with the same weights"
 
 
-def final(folder: Path) -> dict[str, torch.Tensor]:
-    weights = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+def weights(folder: Path) -> dict[str, torch.Tensor]:
     # What is counted for the accuracy is counted anew by each process.
-    return {name: value for name, value in weights.items() if not name.startswith("accuracy")}
-
-
-def assert_identical(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
-    assert left.keys() == right.keys()
-    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+    return {name: value for name, value in final(folder).items() if not name.startswith("accuracy")}
 
 
 def gone(process: subprocess.Popen[bytes]) -> str | None:
@@ -75,11 +69,7 @@ time.sleep(100)
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    environment = os.environ | {"RMT_LIGHTNING_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "rmt_lightning.train", *SMALL, *RUN]
-    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, timeout=240)
-    return folder / "run"
+    return trained(tmp_path_factory.mktemp("uninterrupted"), cache, *RUN)
 
 
 def errors(result: subprocess.CompletedProcess[str]) -> list[str]:
@@ -132,7 +122,7 @@ def test_a_rank_is_killed(victim: int, hangs: bool, uninterrupted: Path, train: 
     assert errors(killed) == [f"error: {how}, and the others with it; go on with resume=run"]
     resumed = train("resume=run", small=False)
     assert resumed.returncode == 0, resumed.stderr
-    assert_identical(final(uninterrupted), final(tmp_path / "run"))
+    assert_identical(weights(uninterrupted), weights(tmp_path / "run"))
 
 
 # The real command, which asks itself to stop in a step of the second stage.
@@ -169,4 +159,4 @@ def test_sigterm(everyone: bool, uninterrupted: Path, train: Run, tmp_path: Path
     assert stopped.stdout.count("stopped by SIGTERM and saved; go on with resume=run") == 1
     assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 11
     assert train("resume=run", small=False).returncode == 0
-    assert_identical(final(uninterrupted), final(tmp_path / "run"))
+    assert_identical(weights(uninterrupted), weights(tmp_path / "run"))

@@ -23,9 +23,8 @@ from test_readme import COMMANDS
 
 from rmt_lightning import report as front_door
 from rmt_lightning.analysis import plots
-from rmt_lightning.analysis.page import differences
 from rmt_lightning.analysis.redaction import public, public_text
-from rmt_lightning.analysis.runs import LOSS, Point, Run, read_runs
+from rmt_lightning.analysis.runs import LOSS, Point, Run, differences, read_runs
 
 
 def rows(path: Path) -> list[dict[str, str]]:

@@ -17,7 +17,7 @@ from textwrap import dedent
 
 import pytest
 import torch
-from conftest import SMALL, Run
+from conftest import SMALL, Run, assert_identical, final, trained
 
 from rmt_lightning.training.checkpoints import read_checkpoint
 
@@ -55,22 +55,9 @@ run()
 """
 
 
-def final(folder: Path) -> dict[str, torch.Tensor]:
-    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-
-
-def assert_identical(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
-    assert left.keys() == right.keys()
-    assert [name for name in left if not torch.equal(left[name], right[name])] == []
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    environment = os.environ | {"RMT_LIGHTNING_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "rmt_lightning.train", *SMALL, *RUN]
-    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, timeout=240)
-    return folder / "run"
+    return trained(tmp_path_factory.mktemp("uninterrupted"), cache, *RUN)
 
 
 def test_the_same_command_gives_the_same_weights_and_others_differ(

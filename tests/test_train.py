@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, Run
+from conftest import ROOT, SMALL, Run, final
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -25,10 +25,6 @@ def metrics(folder: Path) -> dict[str, list[float]]:
     """Every column of the metrics of a run, without the empty cells."""
     table = rows(folder / "metrics" / "version_0" / "metrics.csv")
     return {name: [float(row[name]) for row in table if row[name]] for name in table[0]}
-
-
-def last(folder: Path) -> dict[str, torch.Tensor]:
-    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
 # Large enough to learn memorize in a minute: what the paper calls convergence really happens.
@@ -157,7 +153,7 @@ def test_loader_workers_change_nothing(train: Run, tmp_path: Path) -> None:
     for workers in (0, 2):
         result = train(f"data.num_workers={workers}", f"hydra.run.dir=workers-{workers}")
         assert result.returncode == 0 and result.stderr == "", result.stderr
-    plain, parallel = last(tmp_path / "workers-0"), last(tmp_path / "workers-2")
+    plain, parallel = final(tmp_path / "workers-0"), final(tmp_path / "workers-2")
     assert all(torch.equal(plain[name], parallel[name]) for name in plain)
 
 
@@ -243,7 +239,7 @@ def test_two_processes_resume(train: Run, tmp_path: Path) -> None:
     assert first.returncode == 0, first.stderr
     second = train("resume=parts", "curriculum.max_segments=3", small=False)
     assert second.returncode == 0, second.stderr
-    whole, parts = last(tmp_path / "whole"), last(tmp_path / "parts")
+    whole, parts = final(tmp_path / "whole"), final(tmp_path / "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole if not name.startswith("accuracy"))
 
 

@@ -300,7 +300,9 @@ def panels(spec: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return {section["name"]: [panel["config"] for panel in section["panels"]] for section in sections}
 
 
-def test_a_dashboard_without_a_key_is_a_file(environment: dict[str, str], tmp_path: Path) -> None:
+def test_a_dashboard_without_a_key_is_a_file(
+    environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     result = dashboard_of("--project", "mine", folder=tmp_path, environment=environment)
     assert result.returncode == 0 and result.stderr == "", result.stderr
     assert "no key" in result.stdout and "dashboard.json holds the view" in result.stdout
@@ -320,8 +322,9 @@ def test_a_dashboard_without_a_key_is_a_file(environment: dict[str, str], tmp_pa
     ]  # fmt: skip
     # It may be written again, but nothing else is overwritten.
     (tmp_path / "other.json").write_text("{}")
+    monkeypatch.setenv("WANDB_MODE", "offline")
     with pytest.raises(UserError, match="is something else than a dashboard"):
-        dashboard._write(None, tmp_path / "other.json")  # type: ignore[arg-type]
+        dashboard.main(["--output", str(tmp_path / "other.json")])
     assert (tmp_path / "other.json").read_text() == "{}" and dashboard._is_view(tmp_path / "dashboard.json")
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from base64 import b64encode
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import yaml
 from jinja2 import Environment, FileSystemLoader
@@ -17,7 +15,17 @@ from plotly import graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from rmt_lightning.analysis import plots
-from rmt_lightning.analysis.runs import ACCURACY, DEVICE_MEMORY, HOST_MEMORY, LOSS, PERPLEXITY, SPEED, Run, kind
+from rmt_lightning.analysis.runs import (
+    ACCURACY,
+    DEVICE_MEMORY,
+    HOST_MEMORY,
+    LOSS,
+    PERPLEXITY,
+    SPEED,
+    Run,
+    differences,
+    kind,
+)
 from rmt_lightning.analysis.sweeps import Sweep, in_words, with_interval
 
 
@@ -62,23 +70,6 @@ def _figures(runs: Sequence[Run], sweeps: Sequence[Sweep]) -> dict[str, go.Figur
         "speed": plots.curve(runs, SPEED, "tokens per second", ",.0f", rangemode="tozero"),
         "memory": plots.memory_by_length(runs),
     }
-
-
-def differences(configs: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
-    """The settings that are not the same in all configs, by dotted key, with their value in each."""
-    flat = [dict(_flat(config)) for config in configs]
-    groups = list(dict.fromkeys(key for config in configs for key in config))
-    keys = sorted({key: None for config in flat for key in config}, key=lambda key: groups.index(key.split(".")[0]))
-    rows = {key: [config.get(key, "–") for config in flat] for key in keys}
-    return {key: values for key, values in rows.items() if len(set(values)) > 1}
-
-
-def _flat(config: dict[str, Any], above: str = "") -> Iterable[tuple[str, str]]:
-    for key, value in config.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{above}{key}.")
-        else:
-            yield f"{above}{key}", value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _environment() -> Environment:

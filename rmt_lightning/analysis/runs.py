@@ -400,6 +400,23 @@ def _text_score(path: Path, problems: list[str]) -> Row | None:
     return next(iter(_rows(path, ("documents", "tokens", "perplexity", "bits_per_byte"), problems)), None)
 
 
+def differences(configs: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """The settings that are not the same in all configs, by dotted key, with their value in each."""
+    flat = [dict(_flat(config)) for config in configs]
+    groups = list(dict.fromkeys(key for config in configs for key in config))
+    keys = sorted({key: None for config in flat for key in config}, key=lambda key: groups.index(key.split(".")[0]))
+    rows = {key: [config.get(key, "–") for config in flat] for key in keys}
+    return {key: values for key, values in rows.items() if len(set(values)) > 1}
+
+
+def _flat(config: dict[str, Any], above: str = "") -> Iterable[tuple[str, str]]:
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value if isinstance(value, str) else json.dumps(value, default=str)
+
+
 def kind(part: Any) -> str:
     """A component of a config in a word: its class, and the name or the path that tells it from its like."""
     if not isinstance(part, dict):
