@@ -117,11 +117,17 @@ def test_killed_and_resumed(where: str, calls: int, uninterrupted: Path, train: 
 
 SLOW_STEPS = """
 import time
+from pathlib import Path
 from rmt_lightning.training import classification
 from rmt_lightning.train import run
 
+def step(*arguments):
+    Path("training").touch()
+    time.sleep(0.3)
+    return original(*arguments)
+
 original = classification.FactClassifier.training_step
-classification.FactClassifier.training_step = lambda *a: (time.sleep(0.3), original(*a))[1]
+classification.FactClassifier.training_step = step
 run()
 """
 
@@ -281,21 +287,25 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(
 @pytest.mark.fault("SIGKILL at 10 random moments, start-up included", SAME)
 def test_killed_again_and_again(uninterrupted: Path, environment: dict[str, str], tmp_path: Path) -> None:
     chance = random.Random(1)
-    folder = tmp_path / "run"
+    folder, training = tmp_path / "run", tmp_path / "training"
     (tmp_path / "driver.py").write_text(SLOW_STEPS)
-    command, ready, reached = [*SMALL, *RUN], 0.0, []
+    command, start_up, reached = [*SMALL, *RUN], 0.0, []
     while len(reached) < 10:
+        training.unlink(missing_ok=True)
         began = time.monotonic()
         process = subprocess.Popen(
             [sys.executable, "driver.py", *command],
             cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         )  # fmt: skip
-        while not ready:  # the first time, wait until training begins
-            time.sleep(0.02)
-            if (folder / "hardware.json").exists():
-                ready = time.monotonic() - began
+        if start_up and chance.random() < 0.3:
+            moment = chance.uniform(0, start_up)
+        else:
+            while process.poll() is None and not training.exists():
+                time.sleep(0.02)
+            start_up = time.monotonic() - began
+            moment = chance.uniform(0, 3)
         try:
-            process.wait(began + ready + chance.uniform(-1.5, 3) - time.monotonic())
+            process.wait(moment)
         except subprocess.TimeoutExpired:
             process.kill()
             last = folder / "checkpoints" / "last.ckpt"

@@ -229,23 +229,29 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def language_models(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Variants of a language model side by side, a dot for each seed and a line at their mean.
+    """Variants of a language model side by side, a dot in the colour of each seed and a line at their mean.
 
     Args:
-        rows: text, variant and perplexity of each run.
+        rows: text, variant, seed and perplexity of each run.
     """
-    texts, variants = (list(dict.fromkeys(row[column] for row in rows)) for column in ("text", "variant"))
+    texts, variants, seeds = (
+        list(dict.fromkeys(row[column] for row in rows)) for column in ("text", "variant", "seed")
+    )
     figure = Figure(figsize=(3 + 3.5 * len(texts), 0.8 + 0.36 * len(variants)), layout="constrained")
     panels = figure.subplots(1, len(texts), squeeze=False)[0]
     for axes, text in zip(panels, texts, strict=True):
         for place, variant in enumerate(variants):
-            values = [float(row["perplexity"]) for row in rows if (row["text"], row["variant"]) == (text, variant)]
-            axes.plot(values, [place] * len(values), "o", color="tab:blue", markersize=5, alpha=0.7)
+            runs = [row for row in rows if (row["text"], row["variant"]) == (text, variant)]
+            values = [float(row["perplexity"]) for row in runs]
+            for row, value in zip(runs, values, strict=True):
+                colour, label = f"C{seeds.index(row['seed'])}", "_" if place else f"seed {row['seed']}"
+                axes.plot([value], [place], "o", color=colour, markersize=5, label=label)
             axes.plot([sum(values) / len(values)], [place], "|", color="black", markersize=14)
         axes.set(xlabel="test perplexity", title=text, yticks=range(len(variants)), ylim=(len(variants) - 0.5, -0.5))
         axes.set_yticklabels(variants if axes.get_subplotspec().is_first_col() else [])
         axes.grid(axis="y", color="0.93")
         axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside lower right", ncols=len(seeds), frameon=False)
     return figure
 
 
