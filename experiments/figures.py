@@ -18,6 +18,7 @@ FIGURES = {
     "generalisation": figures.generalisation,
     "language_modeling": figures.language_models,
     "models_on_detect": figures.models,
+    "two_million_tokens": figures.extrapolation,
 }
 
 for name, draw in FIGURES.items():

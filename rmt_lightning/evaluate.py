@@ -97,8 +97,10 @@ def evaluate(
     from rmt_lightning.console import start_logging
     from rmt_lightning.results import length_table
     from rmt_lightning.training.classification import FactClassifier
+    from rmt_lightning.training.hardware import keep_heap_flat
 
     start_logging(None, first_process=True)
+    keep_heap_flat()
     device, hardware = find_device(config.device)
     parts = load(run_config, run, checkpoint)
     fitting = parts.classifier.model.fitting("segments", config.segments)

@@ -189,6 +189,24 @@ def test_resume_with_more_segments_and_a_finished_run(uninterrupted: Path, train
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize(
+    "model",
+    [
+        "rmt_decoder backbone=tiny_gpt model.memory_size=3", "transformer_xl backbone=tiny_gpt",
+        "rmt_transformer_xl backbone=tiny_gpt model.memory_size=3", "full_attention backbone.max_positions=256",
+        "longformer backbone=tiny_longformer", "bigbird backbone=tiny_bigbird", "lstm", "memory_network", "ntm",
+    ],
+)  # fmt: skip
+def test_every_model_resumes(model: str, train: Run, tmp_path: Path) -> None:
+    settings = f"model={model}".split()
+    assert train(*settings, "hydra.run.dir=whole").returncode == 0
+    stopped = train(*settings, "hydra.run.dir=run", "trainer.max_steps=7")
+    assert "stopped by trainer.max_steps=7" in stopped.stdout, stopped.stderr
+    assert train("resume=run", "trainer.max_steps=-1", small=False).returncode == 0
+    assert_identical(final(tmp_path / "whole"), final(tmp_path / "run"))
+
+
+@pytest.mark.soak
 def test_max_steps_saves_where_it_stops(uninterrupted: Path, train: Run, tmp_path: Path) -> None:
     result = train(*RUN, "trainer.max_steps=7")
     assert result.returncode == 0, result.stderr

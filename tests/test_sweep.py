@@ -403,6 +403,15 @@ def test_submitit_runs_what_slurm_would(train: Run, environment: dict[str, str],
 
 
 @pytest.mark.soak
+def test_ray_runs_jobs_of_several_processes(train: Run, environment: dict[str, str], tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="the extra ray is not installed")
+    environment |= {"RAY_AUTH_MODE": "disabled"}
+    result = train("hydra/launcher=ray", "trainer=ddp_cpu", "model.memory_size=2,99", "--multirun")
+    assert result.returncode == 1, result.stderr
+    assert [row["status"] for row in rows(only(tmp_path) / "sweep.csv")] == ["finished", "failed"]
+
+
+@pytest.mark.soak
 @WITH_PLUGINS
 def test_optuna_searches(train: Run, tmp_path: Path) -> None:
     words = ("+sweep=search", "hydra.sweeper.n_trials=3", "hydra.sweeper.params={model.memory_size:'choice(2,3,99)'}")

@@ -243,6 +243,15 @@ def test_one_process_of_several_logs(train: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
+def test_runs_of_a_sweep_share_group_and_job_type(train: Run, tmp_path: Path) -> None:
+    result = train("logger=wandb", "seed=1,2", "hydra.sweep.dir=seeds", "--multirun")
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = [run for folder in sorted(tmp_path.glob("seeds/*/")) for run in offline_runs(folder)]
+    assert [(run.run.run_group, run.run.job_type) for run in found] == [("seeds", "sweep")] * 2
+    assert len({run.run.run_id for run in found}) == 2
+
+
+@pytest.mark.soak
 def test_with_a_key_and_no_network_a_run_is_kept_offline(
     train: Run, environment: dict[str, str], tmp_path: Path
 ) -> None:

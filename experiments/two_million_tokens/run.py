@@ -8,6 +8,8 @@ What an earlier call has tested is not tested again.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +45,14 @@ def evaluate(name: str, folder: str) -> list[dict[str, str]]:
         settings = [f"checkpoint={folder}", lengths, f"samples={samples}", "batch_size=64", "follow=0"]
         subprocess.run([sys.executable, "-m", "rmt_lightning.evaluate", *settings], check=True)
     task = OmegaConf.load(Path(folder) / CONFIG).task._target_.rsplit(".", 1)[-1].lower()
-    tested = [row for path in Path(folder).glob(f"evaluations/last-{task}-*/evaluation.csv") for row in read_csv(path)]
+    weights = hashlib.sha256((Path(folder) / "checkpoints/last.ckpt").read_bytes()).hexdigest()
+    tested = [
+        row
+        for path in Path(folder).glob(f"evaluations/last-{task}-*/evaluation.csv")
+        # Not what an earlier state of the run could do.
+        if json.loads(path.with_suffix(".json").read_text())["settings"]["sha256"] == weights
+        for row in read_csv(path)
+    ]
     return [
         {"run": name, "task": task} | row
         for samples, segments in LENGTHS.items()
