@@ -20,9 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils._pytree import tree_leaves
 
 from rmt_lightning.analysis import figures
-from rmt_lightning.build import load
+from rmt_lightning.build import Parts, load
 from rmt_lightning.run_folder import CHECKPOINTS, CONFIG, LAST, read_csv, write_csv
-from rmt_lightning.training.classification import FactModule
 
 HERE = Path(__file__).parent
 TRAINED_TO = 7
@@ -99,8 +98,8 @@ def summary(name: str, run: Path, lengths: list[dict[str, str]]) -> dict[str, An
     """Size, cost and accuracy of a model."""
     config = OmegaConf.load(run / CONFIG)
     assert isinstance(config, DictConfig)
-    classifier = load(config, run, run / CHECKPOINTS / LAST).classifier
-    model = classifier.model
+    parts = load(config, run, run / CHECKPOINTS / LAST)
+    model = parts.classifier.model
     assert model.text_length == TEXT, f"{name} reads {model.text_length} tokens of text a segment, the others {TEXT}"
     _, state = model(torch.ones(1, TRAINED_TO, TEXT, dtype=torch.long))
     accuracy = {row["segments"]: row["accuracy"] for row in lengths}
@@ -110,16 +109,17 @@ def summary(name: str, run: Path, lengths: list[dict[str, str]]) -> dict[str, An
         "state_bytes_at_7": sum(leaf.nbytes for leaf in tree_leaves(state) if leaf is not None),
         "steps": sum(int(stage["steps"]) for stage in read_csv(run / "stages.csv")),
         "seconds": round(sum(float(stage["seconds"]) for stage in read_csv(run / "stages.csv"))),
-        "tokens_per_second": round(training_speed(classifier, config.data.batch_size)),
+        "tokens_per_second": round(training_speed(parts)),
         "peak_megabytes": round(float((run / "peak_megabytes").read_text())),
     } | {f"accuracy_at_{length}": accuracy.get(str(length), "too long") for length in (1, 7, 10, 15, 20, 32)}
 
 
-def training_speed(classifier: FactModule, batch_size: int, steps: int = 5) -> float:
+def training_speed(parts: Parts, steps: int = 5) -> float:
     """Text tokens a second of training on 7 segments, weights included: the median step, after one to warm up."""
+    classifier = parts.classifier
     optimizer = torch.optim.AdamW(classifier.parameters())
-    segments = torch.randint(300, (batch_size, TRAINED_TO, TEXT))
-    labels = torch.zeros(batch_size, dtype=torch.long)
+    stream, labels, _ = parts.data.stream("train", TRAINED_TO, range(parts.data.batch_size))
+    segments = torch.stack(list(stream), dim=1)
     times = []
     for _ in range(steps + 1):
         began = time.perf_counter()
