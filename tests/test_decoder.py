@@ -15,8 +15,10 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    CohereConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     OPTConfig,
     PreTrainedConfig,
@@ -252,6 +254,9 @@ def test_what_cannot_serve_is_refused(tokenizer: PreTrainedTokenizerBase) -> Non
     with pytest.raises(UserError, match=r"^backbone: bloom "):
         Decoder(bloom, tokenizer)
     decoder = TinyGPT(width=16, layers=1, heads=2, max_positions=32).decoder(tokenizer)
+    for config in (CohereConfig(**SMALL, **HEADS), GraniteConfig(**SMALL, **HEADS, logits_scaling=8.0)):
+        with pytest.raises(UserError, match=rf"^backbone: {config.model_type} scales or bounds its scores of words"):
+            Decoder(AutoModelForCausalLM.from_config(config), tokenizer)
     with pytest.raises(UserError, match=r"at most 32 tokens; give 32 or less"):
         RMTDecoder(decoder, segment_length=33)
     with pytest.raises(UserError, match=r"10 read memory and 10 write memory tokens leave no room .* more than 20"):

@@ -158,7 +158,8 @@ class Decoder(Transformer):
         tokenizer: the one that goes with it.
 
     Raises:
-        UserError: if the model cannot be told which tokens see which, or where they stand.
+        UserError: if the model cannot be told which tokens see which, or where they stand, or if it reads words off its
+            last states by more than a linear map.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -171,6 +172,10 @@ class Decoder(Transformer):
             )
         if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
             raise UserError(f"backbone: {kind} cannot be told the positions of tokens; choose {_DECODERS}")
+        if not _reads_words_linearly(model):
+            raise UserError(
+                f"backbone: {kind} scales or bounds its scores of words, and only plain ones are read; choose {_DECODERS}"
+            )
         super().__init__(model, tokenizer)
 
     @property
@@ -207,6 +212,18 @@ class Decoder(Transformer):
         """Scores of the words that may come next: (…, D) -> (…, V)."""
         scores: Tensor = self._to_words(hidden)
         return scores
+
+
+@torch.no_grad()
+def _reads_words_linearly(model: PreTrainedModel) -> bool:
+    """Whether its scores are what `Decoder.logits` makes of them; those of Gemma 2, Cohere and Granite are not."""
+    tokens = torch.tensor([[1, 2, 3]], device=model.device)
+    was_training = model.training
+    model.eval()
+    scores = model(input_ids=tokens).logits
+    linear = model.get_output_embeddings()(model.base_model(input_ids=tokens)[0])
+    model.train(was_training)
+    return torch.allclose(scores, linear, rtol=1e-3, atol=1e-5)
 
 
 _DECODERS = "a causal language model such as GPT-2, OPT, GPT-NeoX, Llama or Qwen"
