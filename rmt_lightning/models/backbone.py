@@ -174,7 +174,8 @@ class Decoder(Transformer):
             raise UserError(f"backbone: {kind} cannot be told the positions of tokens; choose {_DECODERS}")
         if not _reads_words_linearly(model):
             raise UserError(
-                f"backbone: {kind} scales or bounds its scores of words, and only plain ones are read; choose {_DECODERS}"
+                f"backbone: {kind} scales or bounds its scores of words, and only plain ones are read; "
+                f"choose {_DECODERS}"
             )
         super().__init__(model, tokenizer)
 
