@@ -8,16 +8,16 @@ What an earlier call has tested is not tested again.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from rmt_lightning.analysis import figures
-from rmt_lightning.run_folder import CONFIG, read_csv, write_csv
+from rmt_lightning.config import provenance
+from rmt_lightning.run_folder import CHECKPOINTS, CONFIG, LAST, read_csv, write_csv
 
 HERE = Path(__file__).parent
 # How many samples of which numbers of segments; 40,077 segments of 51 tokens are 2,043,927.
@@ -44,13 +44,15 @@ def evaluate(name: str, folder: str) -> list[dict[str, str]]:
         lengths = f"segments=[{','.join(map(str, segments))}]"
         settings = [f"checkpoint={folder}", lengths, f"samples={samples}", "batch_size=64", "follow=0"]
         subprocess.run([sys.executable, "-m", "rmt_lightning.evaluate", *settings], check=True)
-    task = OmegaConf.load(Path(folder) / CONFIG).task._target_.rsplit(".", 1)[-1].lower()
-    weights = hashlib.sha256((Path(folder) / "checkpoints/last.ckpt").read_bytes()).hexdigest()
+    config = OmegaConf.load(Path(folder) / CONFIG)
+    assert isinstance(config, DictConfig)
+    task = config.task._target_.rsplit(".", 1)[-1].lower()
+    # Other evaluations tell what an earlier state of the run could do, or what it makes of another text.
+    made_of = provenance(config, Path(folder) / CHECKPOINTS / LAST).items()
     tested = [
         row
         for path in Path(folder).glob(f"evaluations/last-{task}-*/evaluation.csv")
-        # Not what an earlier state of the run could do.
-        if json.loads(path.with_suffix(".json").read_text())["settings"]["sha256"] == weights
+        if made_of <= json.loads(path.with_suffix(".json").read_text())["settings"].items()
         for row in read_csv(path)
     ]
     return [
