@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         TinyBigBird,
         TinyGPT,
         TinyLongformer,
+        TinyRoFormer,
     )
     from rmt_lightning.models.full_attention import FullAttention
     from rmt_lightning.models.generation import generate
@@ -58,6 +59,7 @@ _HOMES = {
     "TinyGPT": "models.backbone",
     "TinyBigBird": "models.backbone",
     "TinyLongformer": "models.backbone",
+    "TinyRoFormer": "models.backbone",
     "TransformerXL": "models.transformer_xl",
     "UserError": "errors",
     "generate": "models.generation",
@@ -89,6 +91,7 @@ __all__ = [
     "TinyBigBird",
     "TinyGPT",
     "TinyLongformer",
+    "TinyRoFormer",
     "TransformerXL",
     "UserError",
     "generate",

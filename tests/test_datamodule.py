@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.models.backbone import TinyBert
 from rmt_lightning.models.rmt import RMTEncoder
-from rmt_lightning.tasks.datamodule import FactDataModule
+from rmt_lightning.tasks.datamodule import LESSONS, FactDataModule
 from rmt_lightning.tasks.facts import Detect, Split
 from rmt_lightning.tasks.noise import Corpus
 from rmt_lightning.tasks.placement import Key, Placement
@@ -43,6 +43,26 @@ def test_uniform_lengths_cover_all_up_to_the_stage(placement: Placement) -> None
     shares = torch.bincount(torch.tensor(lengths))[1:]
     assert len(shares) == 5 and shares.min() > 150
     assert lengths == [data.draw_length(batch) for batch in range(1000)]
+
+
+def test_lessons_go_from_easy_samples_without_noise_to_the_task_as_it_is(placement: Placement) -> None:
+    data = module(placement)
+    room, full = placement.tightest, placement.text_length
+    assert room < full
+
+    def shown(loader: DataLoader) -> tuple[set[bool], list[int]]:
+        keys = [key for batch in loader.batch_sampler for key in batch]
+        return {key.easy for key in keys}, sorted({key.text_length or full for key in keys})
+
+    for lesson, expected in ((1, ({True}, [room])), (2, ({False}, [room])), (None, ({False}, [full]))):
+        data.lesson = lesson
+        assert shown(data.train_dataloader()) == shown(data.val_dataloader()) == expected
+        assert next(iter(data.train_dataloader()))["input_ids"].shape == (4, 1, expected[1][0])
+    data.lesson = LESSONS
+    assert shown(data.val_dataloader()) == ({False}, [full])
+    lengths = [data.draw_lesson(batch)[1] for batch in range(1000)]
+    assert 450 < lengths.count(room) < 600 and set(lengths) == set(range(room, full + 1))
+    assert lengths == [data.draw_lesson(batch)[1] for batch in range(1000)]
 
 
 def test_epochs_go_on_where_the_last_one_ended(placement: Placement) -> None:

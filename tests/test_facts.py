@@ -55,6 +55,17 @@ def test_reasoning() -> None:
             assert PLACES[example.answer] in example.facts[needed]
 
 
+def test_the_easier_reasoning_repeats_the_words_of_a_fact() -> None:
+    rng = generator()
+    for _ in range(300):
+        example = Reasoning().easier.draw(rng, "train")
+        assert answer_of_relations(example.facts, example.question) == PLACES[example.answer]
+        middle = re.fullmatch(r"What is \w+ of the (\w+)\?", example.question)[1]
+        assert all(fact.endswith(f" of the {middle}.") for fact in example.facts)
+        (needed,) = example.support
+        assert example.facts[needed] == f"The {PLACES[example.answer]} is{example.question[7:-1]}."
+
+
 def test_reasoning_has_the_forms_of_the_published_rows(shared_data: Path) -> None:
     """The shares of the ways in which two facts share a place, in bAbI task 4 and here."""
 

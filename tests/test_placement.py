@@ -44,6 +44,21 @@ def test_every_segment_is_full_and_facts_are_whole(
             assert found == facts_of
 
 
+def test_the_tightest_segment_holds_any_example_and_hardly_any_noise(
+    corpora: Corpora, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    for task in (Reasoning(), Carried()):
+        placement = Placement(task, corpora, tokenizer, text_length=60, seed=3)
+        room = placement.tightest
+        noise = []
+        for number in range(200):
+            sample = placement.sample("train", Key(1, number, easy=number % 2 == 0, text_length=room))
+            (pieces,) = sample.pieces
+            assert sum(len(piece.ids) for piece in pieces) == room
+            noise.append(sum(len(piece.ids) for piece in pieces if piece.source == "noise"))
+        assert min(noise) == 0 and max(noise) < room / 2
+
+
 def test_facts_stand_between_sentences(corpora: Corpora, tokenizer: PreTrainedTokenizerBase) -> None:
     """Taking the facts and the question out leaves running noise, cut at the fact only where a sentence ends."""
     placement = Placement(Detect(), corpora, tokenizer, text_length=60, seed=3)

@@ -15,6 +15,8 @@ from conftest import ROOT, SMALL, Run, final
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from rmt_lightning.training.checkpoints import read_checkpoint
+
 
 def rows(path: Path) -> list[dict[str, str]]:
     with path.open() as file:
@@ -102,6 +104,22 @@ def test_a_stage_that_is_stuck_stops_the_run_with_a_clear_result(train: Run, tmp
     assert [(row["stage"], row["converged"], row["steps"]) for row in stages] == [
         ("1", "True", "9"), ("2", "True", "3"), ("3", "True", "3"),
     ]  # fmt: skip
+
+
+def test_lessons_come_before_the_first_stage_and_are_resumed(train: Run, tmp_path: Path) -> None:
+    lessons = ("task=reasoning", "curriculum.lessons=true", "backbone=tiny_roformer", "hydra.run.dir=run")
+    easy = ("curriculum.threshold=0.01", "curriculum.validations=1")
+    stuck = train(*lessons, "curriculum.when_stuck=stop")
+    assert stuck.returncode == 1 and "stage 1, lesson 1 did not converge" in stuck.stdout
+    result = train("resume=run", "curriculum.steps=9", "curriculum.max_segments=1", *easy, small=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert read_checkpoint(tmp_path / "run/checkpoints/last.ckpt")["FactDataModule"]["lesson"] is None
+    result = train("resume=run", "curriculum.steps=9", "curriculum.max_segments=3", *easy, small=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    log = (tmp_path / "run" / "train.log").read_text()
+    for name in ("stage 1, lesson 1", "stage 1, lesson 2", "stage 1, lesson 3", "stage 2", "stage 3"):
+        assert f"{name} converged after" in log
+    assert [row["stage"] for row in rows(tmp_path / "run" / "stages.csv")] == ["1", "2", "3"]
 
 
 def test_the_learning_rate_starts_anew_at_each_stage(train: Run, tmp_path: Path) -> None:

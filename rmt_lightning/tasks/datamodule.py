@@ -20,6 +20,10 @@ from rmt_lightning.tasks.placement import Key, Placement, Sample
 
 Lengths = Literal["exact", "uniform"]
 
+# The lessons of which stage 1 may consist, numbered from 1: the easier form of the task without noise, the task without
+# noise, and the task with more and more noise.
+LESSONS = 3
+
 
 class ShortEpochs(L.LightningDataModule):
     """Training in short epochs, between which there is a validation and the length of inputs may change.
@@ -62,10 +66,10 @@ class ShortEpochs(L.LightningDataModule):
             **options,
         )
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         return {"consumed": self.consumed}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.consumed = state_dict["consumed"]
 
 
@@ -79,7 +83,7 @@ class FactDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, key: Key) -> dict[str, Any]:
         sample = self.placement.sample(self.split, key)
         # The question where it stands in the last segment, (S,); -1 is where it leaves the noise as it is.
-        question = np.full(self.placement.text_length, -1)
+        question = np.full(key.text_length or self.placement.text_length, -1)
         question[len(question) - len(sample.question) :] = sample.question
         return {
             "input_ids": torch.from_numpy(np.stack(list(sample.segments))),  # (T, S)
@@ -109,8 +113,11 @@ class TrainingKeys(Sampler[list[Key]]):
             num_segments = data.draw_length(batch)
             start = (batch * data.world_size + data.rank) * data.batch_size
             fresh = data.batch_size - data.carried
+            easy, text_length = data.draw_lesson(batch)
             yield [
-                Key(num_segments, start + row) if row < fresh else Key(num_segments, start + row, False, data.fragments)
+                Key(num_segments, start + row, easy=easy, text_length=text_length)
+                if row < fresh
+                else Key(num_segments, start + row, False, data.fragments)
                 for row in range(data.batch_size)
             ]
 
@@ -127,11 +134,12 @@ class ValidationKeys(Sampler[list[Key]]):
 
     def __iter__(self) -> Iterator[list[Key]]:
         data = self.data
+        easy, text_length = data.asked_in_lesson()
         shortest = 1 if data.lengths == "uniform" else data.num_segments
         for num_segments in range(shortest, data.num_segments + 1):
             share = 1 if num_segments == data.num_segments else 8
             numbers = range(-(-data.validation_samples // share))[data.rank :: data.world_size]
-            keys = [Key(num_segments, number) for number in numbers]
+            keys = [Key(num_segments, number, easy=easy, text_length=text_length) for number in numbers]
             yield from (keys[i : i + 2 * data.batch_size] for i in range(0, len(keys), 2 * data.batch_size))
 
 
@@ -139,9 +147,9 @@ class FactDataModule(ShortEpochs):
     """Fact samples for training and validation.
 
     `num_segments` lives here and travels in checkpoints; the curriculum is the only one that changes it. It also says
-    whether training is on inputs of exactly that length ("exact") or of all up to it ("uniform"). The last `carried`
-    samples of each training batch are mere noise with `fragments` pieces of facts in a segment, for memories of earlier
-    batches (see training/carried_states.py).
+    whether training is on inputs of exactly that length ("exact") or of all up to it ("uniform"), and which `lesson`
+    stage 1 has come to, if it has lessons. The last `carried` samples of each training batch are mere noise with
+    `fragments` pieces of facts in a segment, for memories of earlier batches (see training/carried_states.py).
 
     Args:
         placement: makes the samples.
@@ -167,6 +175,7 @@ class FactDataModule(ShortEpochs):
         self.validation_samples = validation_samples
         self.lengths: Lengths = "uniform"
         self.num_segments = 1
+        self.lesson: int | None = None
         self.carried = 0
         self.fragments = 0.0
 
@@ -176,6 +185,21 @@ class FactDataModule(ShortEpochs):
             return self.num_segments
         rng = np.random.Generator(np.random.Philox(key=[self.placement.seed, 2**32], counter=[0, 0, 0, batch]))
         return int(rng.integers(1, self.num_segments + 1))
+
+    def asked_in_lesson(self) -> tuple[bool, int | None]:
+        """Whether validation is on the easier form of the task, and S if its segments are shorter than they could be.
+
+        The last lesson is over when the task is mastered in full segments.
+        """
+        return self.lesson == 1, self.placement.tightest if self.lesson in (1, 2) else None
+
+    def draw_lesson(self, batch: int) -> tuple[bool, int | None]:
+        """The same for training batch number `batch`. In the last lesson half of the batches have no noise."""
+        if self.lesson != LESSONS:
+            return self.asked_in_lesson()
+        rng = np.random.Generator(np.random.Philox(key=[self.placement.seed, 2**33], counter=[0, 0, 0, batch]))
+        noisy = rng.integers(self.placement.tightest, self.placement.text_length + 1)
+        return False, self.placement.tightest if rng.random() < 0.5 else int(noisy)
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         return self.loader(FactDataset(self.placement, "train"), batch_sampler=TrainingKeys(self))
@@ -198,12 +222,18 @@ class FactDataModule(ShortEpochs):
         return _side_by_side([self.placement.sample(split, Key(num_segments, n, facts=False)) for n in numbers])
 
     def state_dict(self) -> dict[str, int]:
-        return {"num_segments": self.num_segments, "carried": self.carried, **super().state_dict()}
+        return {
+            "num_segments": self.num_segments,
+            "lesson": self.lesson,
+            "carried": self.carried,
+            **super().state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         super().load_state_dict(state_dict)
         self.num_segments = state_dict["num_segments"]
-        # Checkpoints from before there were carried states have none.
+        # Checkpoints from before there were lessons or carried states have none.
+        self.lesson = state_dict.get("lesson")
         self.carried = state_dict.get("carried", 0)
 
 

@@ -1,6 +1,7 @@
 """Worlds that state facts, ask a question and know the answer.
 
-To add a task, write a class with the five members of `Task` and one yaml in conf/task/.
+To add a task, write a class with the five members of `Task` and one yaml in conf/task/. A task that small models from
+scratch do not learn at once may offer another one as `easier`: what `curriculum.lessons=true` begins with.
 
 Every world holds a fifth of its statements back from training, so that validation asks about sentences
 the model has never read. (The published code drew both from the same ones.)
@@ -125,11 +126,24 @@ class Reasoning:
 
     As in bAbI, the question is answered by one of the two facts or by its inverse; the other one names the wrong place.
     For a task in which both facts are needed see `Carried`.
+
+    Args:
+        plain: whether both facts end with the middle place and the question repeats the words of one of them, as above.
+            Such questions are answered by comparing directions; small models from scratch learn that quickly, and the
+            inverses behind it, while without it they find the two outer places and then guess between them.
     """
 
     name = "reasoning"
     where: Literal["start", "anywhere"] = "anywhere"
     answers = PLACES
+
+    def __init__(self, plain: bool = False) -> None:
+        self.plain = plain
+
+    @property
+    def easier(self) -> Reasoning:
+        """What to begin with (see `SegmentCurriculum`)."""
+        return Reasoning(plain=True)
 
     def draw(self, rng: np.random.Generator, split: Split) -> Example:
         while True:
@@ -142,11 +156,13 @@ class Reasoning:
         left, right = ((middle + 1 + behind) % len(PLACES) for behind in (one, other))
         # `left` lies in direction d of `middle`, and `right` on the other side of it.
         d = DIRECTIONS[axis]
-        facts = [self._state(rng, left, d, middle), self._state(rng, right, OPPOSITE[d], middle)]
+        facts = [(left, d, middle), (right, OPPOSITE[d], middle)]
+        if not self.plain:
+            facts = [self._tell(rng, *fact) for fact in facts]
         rng.shuffle(facts)
         asked = int(rng.integers(2))
         subject, direction, reference = facts[asked]
-        if rng.integers(2):
+        if self.plain or rng.integers(2):
             question = f"What is {direction} of the {PLACES[reference]}?"
         else:
             question = f"What is the {PLACES[reference]} {OPPOSITE[direction]} of?"
@@ -154,7 +170,7 @@ class Reasoning:
         return Example(sentences, question, subject, support=(asked,))
 
     @staticmethod
-    def _state(rng: np.random.Generator, place: int, direction: str, middle: int) -> tuple[int, str, int]:
+    def _tell(rng: np.random.Generator, place: int, direction: str, middle: int) -> tuple[int, str, int]:
         # Two times in three the middle place comes last, as in the published rows.
         if rng.integers(3):
             return place, direction, middle

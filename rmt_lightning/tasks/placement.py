@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from typing import Literal, NamedTuple
 
@@ -32,12 +33,16 @@ class Key(NamedTuple):
         number: its number.
         facts: whether anything is told and asked in all the noise.
         fragments: how many fragments of facts a segment of mere noise holds on average.
+        easy: whether it is a sample of the task's easier form, if there is one.
+        text_length: S, if segments are to be shorter than those of the placement.
     """
 
     num_segments: int
     number: int
     facts: bool = True
     fragments: float = 0.0
+    easy: bool = False
+    text_length: int | None = None
 
 
 class Piece(NamedTuple):
@@ -122,11 +127,13 @@ class Placement:
         if not key.facts:
             noise = self._noise(Reader(self.corpora[split], rng), rng, split, key)
             return Sample(None, np.zeros(0, np.int64), homes=(), distance=0, pieces=noise)
+        task = getattr(self.task, "easier", self.task) if key.easy else self.task
+        length = key.text_length or self.text_length
         for _ in range(_ATTEMPTS):
-            example = self.task.draw(rng, split)
+            example = task.draw(rng, split)
             facts = [self._ids(fact) for fact in example.facts]
             question = self._ids(example.question)
-            homes = self._choose_segments(rng, facts, len(question), key.num_segments)
+            homes = self._choose_segments(rng, facts, len(question), key.num_segments, length)
             if homes is not None:
                 break
         else:
@@ -134,7 +141,7 @@ class Placement:
                 f"data.segment_length: leaves room for {self.text_length} tokens of text, too small for the facts and "
                 f"the question of task={self.task.name} ({self._size(example)} tokens); raise it"
             )
-        pieces = self._fill(Reader(self.corpora[split], rng), rng, facts, homes, question, key.num_segments)
+        pieces = self._fill(Reader(self.corpora[split], rng), rng, facts, homes, question, key.num_segments, length)
         first_needed = min(homes[fact] for fact in example.support)
         return Sample(example, question, tuple(homes), key.num_segments - 1 - first_needed, pieces)
 
@@ -143,18 +150,29 @@ class Placement:
             self._token_ids[sentence] = np.array(token_ids(self.tokenizer, [sentence])[0], dtype=np.int64)
         return self._token_ids[sentence]
 
+    @cached_property
+    def tightest(self) -> int:
+        """The smallest S at which one segment holds any example, the longest of a thousand: hardly any noise."""
+        rng = np.random.default_rng(0)
+        return min(self.text_length, max(self._size(self.task.draw(rng, "train")) for _ in range(1000)))
+
     def _size(self, example: Example) -> int:
         return sum(len(self._ids(sentence)) for sentence in (*example.facts, example.question))
 
     def _choose_segments(
-        self, rng: np.random.Generator, facts: list[np.ndarray], question_length: int, num_segments: int
+        self,
+        rng: np.random.Generator,
+        facts: list[np.ndarray],
+        question_length: int,
+        num_segments: int,
+        text_length: int,
     ) -> list[int] | None:
         """The segment of each fact, in order; None if they do not fit.
 
         Segments are drawn uniformly and sorted. Where facts crowd, a fact moves on to the next segment with room, but
         never past the last one from which those that follow still find theirs.
         """
-        room = [self.text_length] * num_segments
+        room = [text_length] * num_segments
         room[-1] -= question_length
         latest = [0] * len(facts)
         spare, segment = list(room), num_segments - 1
@@ -203,13 +221,14 @@ class Placement:
         homes: list[int],
         question: np.ndarray,
         num_segments: int,
+        text_length: int,
     ) -> Iterator[list[Piece]]:
         """Yield what each of the T segments, S tokens long, is woven of; read no more noise than the next one needs."""
         for segment in range(num_segments):
             stated = zip(facts, homes, strict=True)
             here = [Piece(fact, ids) for fact, (ids, home) in enumerate(stated) if home == segment]
             end = [Piece("question", question)] if segment == num_segments - 1 else []
-            length = self.text_length - sum(len(piece.ids) for piece in (*here, *end))
+            length = text_length - sum(len(piece.ids) for piece in (*here, *end))
             spans = reader.spans(length)
             if not here:
                 yield [Piece("noise", reader.tokens(spans)), *end]

@@ -13,7 +13,7 @@ import lightning as L
 from annotated_types import Ge, Gt, Le
 from lightning.pytorch.callbacks import Callback
 
-from rmt_lightning.tasks.datamodule import Lengths, data_of
+from rmt_lightning.tasks.datamodule import LESSONS, Lengths, data_of
 from rmt_lightning.training.optimization import at_stage
 
 log = logging.getLogger(__name__)
@@ -113,6 +113,9 @@ class SegmentCurriculum(Curriculum):
         threshold: accuracy at which a stage has converged.
         validations: how many in a row must reach it.
         patience: validations without improvement after which a stage counts as converged; None: never.
+        lessons: whether stage 1 is cut into lessons, for small models from scratch: the task's easier form without
+            noise, the task without noise, and the task with more and more noise. Each converges, and has its budget, as
+            a stage does.
         when_stuck: what to do if the budget is spent: "stop" the run, or "continue" with the next stage.
     """
 
@@ -124,6 +127,7 @@ class SegmentCurriculum(Curriculum):
         threshold: Annotated[float, Gt(0), Le(1)] = 0.99,
         validations: Annotated[int, Ge(1)] = 1,
         patience: Annotated[int, Ge(1)] | None = None,
+        lessons: bool = False,
         when_stuck: Literal["stop", "continue"] = "stop",
     ) -> None:
         super().__init__()
@@ -133,6 +137,7 @@ class SegmentCurriculum(Curriculum):
         self.threshold = threshold
         self.validations = validations
         self.patience = patience
+        self.lessons = lessons
         self.when_stuck = when_stuck
         self.results: list[StageResult] = []
         # (optimizer step of the run, stage, accuracy) of every validation
@@ -160,6 +165,10 @@ class SegmentCurriculum(Curriculum):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Go on at once if a run that had reached its last stage is resumed with a later one, or end with fewer."""
         stage = data_of(trainer).num_segments = min(data_of(trainer).num_segments, self.max_segments)
+        if not self.lessons:
+            data_of(trainer).lesson = None
+        elif not self.history:
+            data_of(trainer).lesson = 1
         self._resumed_between_stages = (
             any(result.stage == stage and self.passed(result) for result in self.results) and stage < self.max_segments
         )
@@ -191,16 +200,25 @@ class SegmentCurriculum(Curriculum):
         steps = trainer.global_step - self.first_step
         converged = self._converged(accuracy)
         self.history.append((trainer.global_step, stage, accuracy))
-        log.info("stage %d: step %d, accuracy %.4f on %d segments", stage, steps, accuracy, stage)
+        name = self._name(trainer)
+        log.info("%s: step %d, accuracy %.4f on %d segments", name, steps, accuracy, stage)
         if not converged and steps < at_stage(self.steps, stage):
+            return
+        lesson = data_of(trainer).lesson
+        if converged and lesson is not None and lesson < LESSONS:
+            log.info("%s converged after %d steps and %.1f s", name, steps, self.seconds)
+            data_of(trainer).lesson = lesson + 1
+            self._restart_optimization(trainer)
             return
         # A stage that was stuck and has been resumed has a result already, which this one replaces.
         result = StageResult(stage, steps, self.seconds, accuracy, converged)
         self.results = [*(earlier for earlier in self.results if earlier.stage != stage), result]
         log.info(
-            "stage %d %s after %d steps and %.1f s with accuracy %.4f",
-            stage, "converged" if converged else "did not converge", steps, self.seconds, accuracy,
+            "%s %s after %d steps and %.1f s with accuracy %.4f",
+            name, "converged" if converged else "did not converge", steps, self.seconds, accuracy,
         )  # fmt: skip
+        if self.passed(result):
+            data_of(trainer).lesson = None
         if stage >= self.max_segments or not self.passed(result):
             trainer.should_stop = True
             return
@@ -211,8 +229,15 @@ class SegmentCurriculum(Curriculum):
         stage, metrics = data_of(trainer).num_segments, trainer.callback_metrics
         segments = stage if self.lengths == "exact" else f"1–{stage}"
         accuracy = f"{float(metrics['val/accuracy']):.3f}" if "val/accuracy" in metrics else "–"
-        shown = f"stage {stage}/{self.max_segments} · {segments} segments · accuracy {accuracy}"
+        lesson = f" · lesson {data_of(trainer).lesson}/{LESSONS}" if data_of(trainer).lesson else ""
+        shown = f"stage {stage}/{self.max_segments}{lesson} · {segments} segments · accuracy {accuracy}"
         return shown, trainer.global_step - self.first_step, at_stage(self.steps, stage)
+
+    @staticmethod
+    def _name(trainer: L.Trainer) -> str:
+        """What is being learnt now, as logs call it."""
+        lesson = data_of(trainer).lesson
+        return f"stage {data_of(trainer).num_segments}" + (f", lesson {lesson}" if lesson else "")
 
     def _restart_optimization(self, trainer: L.Trainer) -> None:
         self._begin_stage(first_step=trainer.global_step)
