@@ -252,7 +252,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(uninterrupted: Path, train: 
 
 def test_checkpoints_hold_plain_values_only(uninterrupted: Path) -> None:
     saved = torch.load(uninterrupted / "checkpoints" / "stage-2.ckpt", weights_only=True)
-    assert saved["FactDataModule"] == {"num_segments": 3, "carried": 0, "consumed": 12}
+    assert saved["FactDataModule"] == {"num_segments": 3, "lesson": None, "carried": 0, "consumed": 12}
     json.dumps(saved["callbacks"])
 
 
