@@ -67,8 +67,9 @@ def test_encoder(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
     changed[:, 0] = changed[:, 0].flip(1)
     assert not torch.equal(model(changed)[0][:, 0], hidden[:, 0])
     hidden[:, 0, 0].sum().backward()
-    unused = [key for key, value in model.named_parameters() if value.requires_grad and value.grad is None]
-    assert unused == []
+    unused = {key: value.requires_grad for key, value in model.named_parameters() if value.grad is None}
+    # RoFormer keeps the table of its rotations, which is never trained, among the parameters.
+    assert unused == ({"encoder.model.encoder.embed_positions.weight": False} if name == "roformer" else {})
     assert model.memory.grad is not None and model.memory.grad.abs().sum() > 0
 
     # A row gives the same alone and beside a longer one.

@@ -451,6 +451,7 @@ class TinyGPT(Tiny):
             n_layer=self.layers,
             n_head=self.heads,
             n_positions=self.max_positions,
+            initializer_range=self.initializer_range,
             embd_pdrop=self.dropout,
             attn_pdrop=self.dropout,
             resid_pdrop=self.dropout,
