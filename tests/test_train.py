@@ -110,16 +110,27 @@ def test_lessons_come_before_the_first_stage_and_are_resumed(train: Run, tmp_pat
     lessons = ("task=reasoning", "curriculum.lessons=true", "backbone=tiny_roformer", "hydra.run.dir=run")
     easy = ("curriculum.threshold=0.01", "curriculum.validations=1")
     stuck = train(*lessons, "curriculum.when_stuck=stop")
-    assert stuck.returncode == 1 and "stage 1, lesson 1 did not converge" in stuck.stdout
-    result = train("resume=run", "curriculum.steps=9", "curriculum.max_segments=1", *easy, small=False)
+    assert stuck.returncode == 1 and "stage 1 did not converge" in stuck.stdout
+    assert "stage 1, lesson 1: step" in stuck.stdout and "lesson 2" not in stuck.stdout
+    # Stopped within lesson 2, the run goes on there.
+    assert train("resume=run", "curriculum.steps=9", "trainer.max_steps=10", *easy, small=False).returncode == 0
+    assert read_checkpoint(tmp_path / "run/checkpoints/last.ckpt")["FactDataModule"]["lesson"] == 2
+    limits = ("curriculum.steps=9", "trainer.max_steps=-1", "curriculum.max_segments=1")
+    result = train("resume=run", *limits, *easy, small=False)
     assert result.returncode == 0, result.stdout + result.stderr
+    assert "lesson 2: step" in result.stdout and "lesson 1" not in result.stdout
     assert read_checkpoint(tmp_path / "run/checkpoints/last.ckpt")["FactDataModule"]["lesson"] is None
     result = train("resume=run", "curriculum.steps=9", "curriculum.max_segments=3", *easy, small=False)
     assert result.returncode == 0, result.stdout + result.stderr
     log = (tmp_path / "run" / "train.log").read_text()
     for name in ("stage 1, lesson 1", "stage 1, lesson 2", "stage 1, lesson 3", "stage 2", "stage 3"):
         assert f"{name} converged after" in log
-    assert [row["stage"] for row in rows(tmp_path / "run" / "stages.csv")] == ["1", "2", "3"]
+    # A stage counts the steps of its lessons, so that stages and steps of the run agree.
+    stages = rows(tmp_path / "run" / "stages.csv")
+    last = read_checkpoint(tmp_path / "run/checkpoints/last.ckpt")
+    assert [row["stage"] for row in stages] == ["1", "2", "3"]
+    assert sum(int(row["steps"]) for row in stages) == last["global_step"]
+    assert {row["lesson"] for row in rows(tmp_path / "run/metrics/version_0/metrics.csv")} >= {"1.0"}
 
 
 def test_the_learning_rate_starts_anew_at_each_stage(train: Run, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from rmt_lightning.tasks.placement import Key, Placement, Sample
 Lengths = Literal["exact", "uniform"]
 
 # The lessons of which stage 1 may consist, numbered from 1: the easier form of the task without noise, the task without
-# noise, and the task with more and more noise.
+# noise, and the task with noise of all lengths.
 LESSONS = 3
 
 
@@ -221,7 +221,7 @@ class FactDataModule(ShortEpochs):
         """Mere noise, side by side, one segment (B, S) at a time."""
         return _side_by_side([self.placement.sample(split, Key(num_segments, n, facts=False)) for n in numbers])
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         return {
             "num_segments": self.num_segments,
             "lesson": self.lesson,
@@ -229,7 +229,7 @@ class FactDataModule(ShortEpochs):
             **super().state_dict(),
         }
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.num_segments = state_dict["num_segments"]
         # Checkpoints from before there were lessons or carried states have none.

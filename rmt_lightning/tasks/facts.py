@@ -129,8 +129,7 @@ class Reasoning:
 
     Args:
         plain: whether both facts end with the middle place and the question repeats the words of one of them, as above.
-            Such questions are answered by comparing directions; small models from scratch learn that quickly, and the
-            inverses behind it, while without it they find the two outer places and then guess between them.
+            Such questions are answered by comparing directions alone.
     """
 
     name = "reasoning"

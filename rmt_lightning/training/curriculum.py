@@ -25,8 +25,8 @@ class StageResult:
 
     Attributes:
         stage: its number, which is also the number of segments of its longest inputs.
-        steps: optimizer steps it took.
-        seconds: wall-clock time it took.
+        steps: optimizer steps it took, lessons included.
+        seconds: wall-clock time it took, lessons included.
         accuracy: at the last validation, on inputs of `stage` segments.
         converged: whether it ended by converging rather than by running out of steps.
     """
@@ -113,9 +113,9 @@ class SegmentCurriculum(Curriculum):
         threshold: accuracy at which a stage has converged.
         validations: how many in a row must reach it.
         patience: validations without improvement after which a stage counts as converged; None: never.
-        lessons: whether stage 1 is cut into lessons, for small models from scratch: the task's easier form without
-            noise, the task without noise, and the task with more and more noise. Each converges, and has its budget, as
-            a stage does.
+        lessons: whether stage 1 is cut into lessons, for small models from scratch: the task's easier form, if it has
+            one, without noise; the task without noise; the task with noise of all lengths. Each converges, and has its
+            budget, as a stage does.
         when_stuck: what to do if the budget is spent: "stop" the run, or "continue" with the next stage.
     """
 
@@ -140,13 +140,17 @@ class SegmentCurriculum(Curriculum):
         self.lessons = lessons
         self.when_stuck = when_stuck
         self.results: list[StageResult] = []
-        # (optimizer step of the run, stage, accuracy) of every validation
+        # (optimizer step of the run, stage, accuracy) of every validation on the task itself
         self.history: list[tuple[int, int, float]] = []
         self._begin_stage(first_step=0)
 
     def _begin_stage(self, first_step: int) -> None:
-        self.first_step = first_step
+        self.lesson_steps = 0
         self.seconds = 0.0
+        self._begin_schedule(first_step)
+
+    def _begin_schedule(self, first_step: int) -> None:
+        self.first_step = first_step
         self.successes = 0
         self.best = -1.0
         self.since_best = 0
@@ -167,7 +171,7 @@ class SegmentCurriculum(Curriculum):
         stage = data_of(trainer).num_segments = min(data_of(trainer).num_segments, self.max_segments)
         if not self.lessons:
             data_of(trainer).lesson = None
-        elif not self.history:
+        elif data_of(trainer).lesson is None and not self.history:
             data_of(trainer).lesson = 1
         self._resumed_between_stages = (
             any(result.stage == stage and self.passed(result) for result in self.results) and stage < self.max_segments
@@ -178,7 +182,8 @@ class SegmentCurriculum(Curriculum):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._clock = time.perf_counter()
         if self._resumed_between_stages:
-            self._restart_optimization(trainer)
+            self._begin_stage(first_step=trainer.global_step)
+            trainer.strategy.setup_optimizers(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         self._count_time()
@@ -190,6 +195,8 @@ class SegmentCurriculum(Curriculum):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         pl_module.log("stage", float(data_of(trainer).num_segments))
+        if self.lessons:
+            pl_module.log("lesson", float(data_of(trainer).lesson or 0))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.finished:
@@ -199,23 +206,27 @@ class SegmentCurriculum(Curriculum):
         stage = data_of(trainer).num_segments
         steps = trainer.global_step - self.first_step
         converged = self._converged(accuracy)
-        self.history.append((trainer.global_step, stage, accuracy))
-        name = self._name(trainer)
+        lesson = data_of(trainer).lesson
+        name = f"stage {stage}, lesson {lesson}" if lesson else f"stage {stage}"
+        if lesson in (None, LESSONS):
+            self.history.append((trainer.global_step, stage, accuracy))
         log.info("%s: step %d, accuracy %.4f on %d segments", name, steps, accuracy, stage)
         if not converged and steps < at_stage(self.steps, stage):
             return
-        lesson = data_of(trainer).lesson
-        if converged and lesson is not None and lesson < LESSONS:
-            log.info("%s converged after %d steps and %.1f s", name, steps, self.seconds)
-            data_of(trainer).lesson = lesson + 1
-            self._restart_optimization(trainer)
-            return
+        if converged and lesson:
+            log.info("%s converged after %d steps", name, steps)
+            if lesson < LESSONS:
+                data_of(trainer).lesson = lesson + 1
+                self.lesson_steps += steps
+                self._begin_schedule(first_step=trainer.global_step)
+                trainer.strategy.setup_optimizers(trainer)
+                return
         # A stage that was stuck and has been resumed has a result already, which this one replaces.
-        result = StageResult(stage, steps, self.seconds, accuracy, converged)
+        result = StageResult(stage, self.lesson_steps + steps, self.seconds, accuracy, converged)
         self.results = [*(earlier for earlier in self.results if earlier.stage != stage), result]
         log.info(
-            "%s %s after %d steps and %.1f s with accuracy %.4f",
-            name, "converged" if converged else "did not converge", steps, self.seconds, accuracy,
+            "stage %d %s after %d steps and %.1f s with accuracy %.4f",
+            stage, "converged" if converged else "did not converge", result.steps, self.seconds, accuracy,
         )  # fmt: skip
         if self.passed(result):
             data_of(trainer).lesson = None
@@ -223,7 +234,8 @@ class SegmentCurriculum(Curriculum):
             trainer.should_stop = True
             return
         data_of(trainer).num_segments = stage + 1
-        self._restart_optimization(trainer)
+        self._begin_stage(first_step=trainer.global_step)
+        trainer.strategy.setup_optimizers(trainer)
 
     def progress(self, trainer: L.Trainer) -> tuple[str, int, int]:
         stage, metrics = data_of(trainer).num_segments, trainer.callback_metrics
@@ -233,16 +245,6 @@ class SegmentCurriculum(Curriculum):
         shown = f"stage {stage}/{self.max_segments}{lesson} · {segments} segments · accuracy {accuracy}"
         return shown, trainer.global_step - self.first_step, at_stage(self.steps, stage)
 
-    @staticmethod
-    def _name(trainer: L.Trainer) -> str:
-        """What is being learnt now, as logs call it."""
-        lesson = data_of(trainer).lesson
-        return f"stage {data_of(trainer).num_segments}" + (f", lesson {lesson}" if lesson else "")
-
-    def _restart_optimization(self, trainer: L.Trainer) -> None:
-        self._begin_stage(first_step=trainer.global_step)
-        trainer.strategy.setup_optimizers(trainer)
-
     def _converged(self, accuracy: float) -> bool:
         self.successes = self.successes + 1 if accuracy >= self.threshold else 0
         self.since_best = 0 if accuracy > self.best else self.since_best + 1
@@ -251,7 +253,7 @@ class SegmentCurriculum(Curriculum):
         return self.successes >= self.validations or on_plateau
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("history", "first_step", "seconds", "successes", "best", "since_best")
+        names = ("history", "first_step", "lesson_steps", "seconds", "successes", "best", "since_best")
         return {name: getattr(self, name) for name in names} | {"results": [asdict(result) for result in self.results]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
