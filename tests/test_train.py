@@ -15,6 +15,7 @@ from conftest import ROOT, SMALL, Run, final
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from rmt_lightning.analysis.runs import read_runs
 from rmt_lightning.training.checkpoints import read_checkpoint
 
 
@@ -130,7 +131,12 @@ def test_lessons_come_before_the_first_stage_and_are_resumed(train: Run, tmp_pat
     last = read_checkpoint(tmp_path / "run/checkpoints/last.ckpt")
     assert [row["stage"] for row in stages] == ["1", "2", "3"]
     assert sum(int(row["steps"]) for row in stages) == last["global_step"]
-    assert {row["lesson"] for row in rows(tmp_path / "run/metrics/version_0/metrics.csv")} >= {"1.0"}
+    # Accuracy on easier samples is in no curve, though it was logged.
+    logged = [row for path in tmp_path.glob("run/metrics/*/metrics.csv") for row in rows(path) if row["val/accuracy"]]
+    task = {int(row["step"]) + 1 for row in logged if row["lesson"] == "0.0"}
+    assert {row["lesson"] for row in logged} == {"0.0", "1.0", "2.0"}
+    (run,), _ = read_runs([str(tmp_path / "run")])
+    assert {point.step for point in run.curves["val/accuracy"]} == task
 
 
 def test_the_learning_rate_starts_anew_at_each_stage(train: Run, tmp_path: Path) -> None:

@@ -196,7 +196,8 @@ class SegmentCurriculum(Curriculum):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         pl_module.log("stage", float(data_of(trainer).num_segments))
         if self.lessons:
-            pl_module.log("lesson", float(data_of(trainer).lesson or 0))
+            # 0 where validation is on the task itself.
+            pl_module.log("lesson", float((data_of(trainer).lesson or 0) % LESSONS))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.finished:
