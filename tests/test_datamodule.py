@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.models.backbone import TinyBert
 from rmt_lightning.models.rmt import RMTEncoder
-from rmt_lightning.tasks.datamodule import LESSONS, FactDataModule
-from rmt_lightning.tasks.facts import Detect, Split
+from rmt_lightning.tasks.datamodule import FactDataModule
+from rmt_lightning.tasks.facts import Carried, Detect, Reasoning, Split, Task
 from rmt_lightning.tasks.noise import Corpus
 from rmt_lightning.tasks.placement import Key, Placement
 
@@ -45,24 +46,42 @@ def test_uniform_lengths_cover_all_up_to_the_stage(placement: Placement) -> None
     assert lengths == [data.draw_length(batch) for batch in range(1000)]
 
 
-def test_lessons_go_from_easy_samples_without_noise_to_the_task_as_it_is(placement: Placement) -> None:
-    data = module(placement)
-    room, full = placement.tightest, placement.text_length
-    assert room < full
+@pytest.mark.parametrize("task", [Detect(), Reasoning(), Carried()], ids=lambda task: task.name)
+def test_lessons_go_from_easy_samples_without_noise_to_the_task_as_it_is(
+    task: Task, corpora: dict[Split, Corpus], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    data = module(Placement(task, corpora, tokenizer, text_length=60, seed=3))
+    full, tightest = data.placement.text_length, data.placement.tightest
 
-    def shown(loader: DataLoader) -> tuple[set[bool], list[int]]:
+    def shown(loader: DataLoader) -> tuple[set[int | None], list[int]]:
         keys = [key for batch in loader.batch_sampler for key in batch]
-        return {key.easy for key in keys}, sorted({key.text_length or full for key in keys})
+        return {key.easier for key in keys}, sorted({key.text_length or full for key in keys})
 
-    for lesson, expected in ((1, ({True}, [room])), (2, ({False}, [room])), (None, ({False}, [full]))):
+    # First without noise; a quarter of the batches repeat a lesson.
+    plain = list(zip((*range(len(tightest) - 1), None), tightest, strict=True))
+    for lesson in range(1, len(plain) + 1):
         data.lesson = lesson
-        assert shown(data.train_dataloader()) == shown(data.val_dataloader()) == expected
-        assert next(iter(data.train_dataloader()))["input_ids"].shape == (4, 1, expected[1][0])
-    data.lesson = LESSONS
-    assert shown(data.val_dataloader()) == ({False}, [full])
-    lengths = [data.draw_lesson(batch)[1] for batch in range(1000)]
-    assert 450 < lengths.count(room) < 600 and set(lengths) == set(range(room, full + 1))
-    assert lengths == [data.draw_lesson(batch)[1] for batch in range(1000)]
+        form, room = plain[lesson - 1]
+        assert shown(data.val_dataloader()) == ({form}, [room])
+        drawn = Counter(data.draw_lesson(batch) for batch in range(1000))
+        assert drawn == Counter(data.draw_lesson(batch) for batch in range(1000))
+        assert set(drawn) == set(plain[:lesson]) and drawn[form, room] > 700
+        assert next(iter(data.train_dataloader()))["input_ids"].shape[:2] == (4, 1)
+    # Then with more and more, in training up to as much as in validation.
+    asked = []
+    for lesson in range(len(plain) + 1, data.lessons + 1):
+        data.lesson = lesson
+        form, (longest,) = shown(data.val_dataloader())
+        asked.append(longest)
+        drawn = Counter(data.draw_lesson(batch) for batch in range(2000))
+        assert form == {None} and {room for form, room in drawn if form is None} == set(
+            range(tightest[-1], longest + 1)
+        )
+        assert {form for form, _ in drawn} == {form for form, _ in plain}
+    assert asked == sorted(set(asked)) and asked[0] > tightest[-1] and asked[-1] == full
+    # And behind them, the task as it is.
+    data.lesson = None
+    assert shown(data.train_dataloader()) == shown(data.val_dataloader()) == ({None}, [full])
 
 
 def test_epochs_go_on_where_the_last_one_ended(placement: Placement) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rmt_lightning.errors import UserError
-from rmt_lightning.tasks.facts import OPPOSITE, PLACES, Babi, Carried, Detect, Memorize, Reasoning, Split, Task
+from rmt_lightning.tasks.facts import OPPOSITE, PEOPLE, PLACES, Babi, Carried, Detect, Memorize, Reasoning, Split, Task
 
 BUILT_IN: list[Task] = [Memorize(), Detect(), Reasoning(), Carried()]
 
@@ -58,7 +58,8 @@ def test_reasoning() -> None:
 def test_the_easier_reasoning_repeats_the_words_of_a_fact() -> None:
     rng = generator()
     for _ in range(300):
-        example = Reasoning().easier.draw(rng, "train")
+        (easier,) = Reasoning().easier
+        example = easier.draw(rng, "train")
         assert answer_of_relations(example.facts, example.question) == PLACES[example.answer]
         middle = re.fullmatch(r"What is \w+ of the (\w+)\?", example.question)[1]
         assert all(fact.endswith(f" of the {middle}.") for fact in example.facts)
@@ -129,6 +130,26 @@ BABI = """1 Mary moved to the bathroom.
 4 Mary went back to the garden.
 5 Where is Mary? \tgarden\t4
 """
+
+
+def test_the_easier_forms_of_carried_ask_for_people() -> None:
+    rng = generator()
+    plain, full = Carried().easier
+    pairs = set()
+    for task, facts in ((plain, 2), (full, 4)):
+        for _ in range(300):
+            example = task.draw(rng, "train")
+            person = re.fullmatch(r"Where is (\w+)\?", example.question)[1]
+            assert person in PEOPLE and len(example.facts) == facts
+            (needed,) = example.support
+            assert re.fullmatch(rf"{person} .* to the {PLACES[example.answer]}\.", example.facts[needed])
+            # Somebody else went somewhere else.
+            other = next(fact for fact in example.facts if " to the " in fact and not fact.startswith(person))
+            assert not other.endswith(f" {PLACES[example.answer]}.")
+            if facts == 2:
+                pairs.add((person, other.split()[0]))
+                assert all(" went to the " in fact for fact in example.facts)
+    assert pairs == {("Mary", "John"), ("John", "Mary"), ("Daniel", "Sandra"), ("Sandra", "Daniel")}
 
 
 def test_babi_file(tmp_path: Path) -> None:

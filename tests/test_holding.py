@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import Run, assert_identical, final
+from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.analysis.retention import LossRate, follow
 from rmt_lightning.errors import UserError
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.rmt import RMTEncoder
 from rmt_lightning.tasks.datamodule import FactDataModule, FactDataset
+from rmt_lightning.tasks.facts import Reasoning, Split
+from rmt_lightning.tasks.noise import Corpus
 from rmt_lightning.tasks.placement import Key, Placement
 from rmt_lightning.training.carried_states import CarriedStates
 from rmt_lightning.training.classification import FactClassifier
@@ -77,15 +80,16 @@ def test_an_empty_pool_asks_nothing(phase: Callable[..., Phase]) -> None:
 def test_fresh_memories_are_taken_in_as_they_were_before_the_question(phase: Callable[..., Phase]) -> None:
     p = phase()
     batch, states = p.step(ALL)
-    taken = [row for row in range(4) if batch["told"][row] < 2]
+    taken = [row for row in range(4) if batch["last_told"][row] < 2]
     assert taken, "the seed gives no sample whose fact is told before the last segment"
     held = p.carried.old.age >= 0
     assert held.sum() == len(taken)
-    memory, question, label = p.carried.old.content
+    memory, rest, late, label = p.carried.old.content
+    assert not late[held].any()
     torch.testing.assert_close(memory[held], states[-1][taken])
-    assert torch.equal(question[held], batch["question"][taken])
+    assert torch.equal(rest[held, -1], batch["told"][taken][:, -1])
     assert torch.equal(label[held], batch["label"][taken])
-    assert torch.equal(p.carried.old.age[held], 2 - batch["told"][taken])
+    assert torch.equal(p.carried.old.age[held], 2 - batch["last_told"][taken])
 
 
 def test_memories_of_nothing_are_taken_in_as_they_were_before_the_fact(phase: Callable[..., Phase]) -> None:
@@ -118,9 +122,9 @@ def test_old_memories_are_asked_behind_noise_and_go_back_or_get_lost(phase: Call
     assert len(held) == 3
     # What was read: the memory from the pool, noise, and its question at the end, which hides as much of the noise.
     torch.testing.assert_close(batch["state"][4:], before[held])
-    memory, questions, labels = p.carried.old.content
-    question = questions[held[0]]
-    assert torch.equal(batch["question"][4], question)
+    memory, rests, _, labels = p.carried.old.content
+    question = rests[held[0], -1]
+    assert torch.equal(batch["rest"][4, -1], question)
     assert torch.equal(batch["input_ids"][4, -1], torch.where(question >= 0, question, noise[-1]))
     assert torch.equal(batch["input_ids"][4, :-1], noise[:-1])
     assert torch.equal(batch["label"][4:], labels[held])
@@ -128,6 +132,39 @@ def test_old_memories_are_asked_behind_noise_and_go_back_or_get_lost(phase: Call
     assert p.carried.old.age[held].tolist() == [ages[held[0]] + 2, -1, ages[held[2]] + 2]
     torch.testing.assert_close(memory[held[[0, 2]]], states[-1][[4, 6]])
     assert (p.carried.counts["lost"], p.carried.counts["segments"] - read) == (1, 9)
+
+
+def test_old_memories_of_some_facts_are_told_the_others(
+    corpora: dict[Split, Corpus], tokenizer: PreTrainedTokenizerBase, make_model: Callable[..., RMTEncoder]
+) -> None:
+    placement = Placement(Reasoning(), corpora, tokenizer, text_length=30, seed=3)
+    # None retires.
+    p = Phase(placement, make_model(37, 4, double=False), youth=10**6)
+    until_full(p)
+    late: list[bool] = []
+    while len(set(late)) < 2:
+        ages, number = p.carried.old.age.clone(), 7 * p.trainer.global_step
+        batch, states = p.step(ALL)
+        late = batch["late"][4:].tolist()
+    for row in (4, 5, 6):
+        noise = FactDataset(p.placement, "train")[Key(3, number + row, facts=False)]["input_ids"]
+        rest, border = batch["rest"][row], batch["border"][row]
+        # What a memory waits for: one more fact or none, and the question. The rest is noise, before and between.
+        *facts, question = tokenizer.decode(rest[rest >= 0]).split(".")
+        assert len(facts) == late[row - 4] and question.endswith("?")
+        assert (rest[:border] == -1).all() and (rest[border] >= 0).any()
+        assert torch.equal(batch["input_ids"][row], torch.where(rest >= 0, rest, noise))
+        # It goes back as it was before that.
+        place = p.carried._drawn_old[row - 4]
+        torch.testing.assert_close(p.carried.old.content[0][place], states[border][row])
+        assert p.carried.old.age[place] == ages[place] + border
+    # A wrong answer is a memory lost, or a late fact missed.
+    before = dict(p.carried.counts)
+    batch, _ = p.step([False] * 7)
+    num_late = int(batch["late"][4:].sum())
+    assert (p.carried.old.age[p.carried._drawn_old] == -1).all()
+    counted = [p.carried.counts[name] - before[name] for name in ("segments", "lost", "told", "missed")]
+    assert counted == [3 * (3 - num_late), 3 - num_late, 2 + num_late, 2 + num_late]
 
 
 def test_old_memories_of_nothing_are_told_facts(phase: Callable[..., Phase]) -> None:
@@ -154,14 +191,16 @@ def test_the_other_samples_start_from_the_trained_memory_and_teach_it(phase: Cal
     assert (gradient == 2).all()
 
 
-def test_memories_retire_after_their_lifetime(phase: Callable[..., Phase]) -> None:
-    p = phase(lifetime=20, pool=64)
+def test_each_order_of_age_is_as_frequent_in_the_pool(phase: Callable[..., Phase]) -> None:
+    p = phase(youth=4, pool=64)
     ages = []
-    for _ in range(400):
+    for step in range(600):
         p.step(ALL)
-        ages.append(p.carried.old.age[p.carried.old.age >= 0].float().mean().item())
-    # Of the segments by which memories grow older, one in 20 ends one.
-    assert 10 < sum(ages[200:]) / 200 < 40
+        if step >= 200:
+            ages.append(p.carried.old.age[p.carried.old.age >= 0])
+    # Age plus youth doubles from 8 to 16 and from 16 to 32.
+    counts = torch.histogram(torch.cat(ages).float(), torch.tensor([3.5, 11.5, 27.5])).hist
+    assert 0.7 < counts[0] / counts[1] < 1.4
 
 
 def test_jitter_disturbs_old_memories_alone(phase: Callable[..., Phase]) -> None:
@@ -229,7 +268,7 @@ class Forgetful(RMTEncoder):
 def test_following_counts_what_is_lost_and_when(placement: Placement) -> None:
     data = FactDataModule(placement, segment_length=37, batch_size=5)
     dataset = FactDataset(placement, "test")
-    told = [sample for sample in (dataset[Key(4, number)] for number in range(60)) if sample["told"] < 3][:4]
+    told = [sample for sample in (dataset[Key(4, number)] for number in range(60)) if sample["last_told"] < 3][:4]
     answers = torch.tensor([sample["label"] for sample in told])
     # Four memories: two last for ever, one is lost after 3 segments, one after 9.
     model = Forgetful(torch.tensor([99, 3, 9, 99]), answers)

@@ -10,7 +10,18 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.errors import UserError
-from rmt_lightning.tasks.facts import Babi, Carried, Detect, Memorize, Reasoning, Split, Task
+from rmt_lightning.tasks.facts import (
+    OBJECTS,
+    PEOPLE,
+    PLACES,
+    Babi,
+    Carried,
+    Detect,
+    Memorize,
+    Reasoning,
+    Split,
+    Task,
+)  # fmt: skip
 from rmt_lightning.tasks.noise import Corpus
 from rmt_lightning.tasks.placement import Key, Placement
 
@@ -47,16 +58,17 @@ def test_every_segment_is_full_and_facts_are_whole(
 def test_the_tightest_segment_holds_any_example_and_hardly_any_noise(
     corpora: Corpora, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    for task in (Reasoning(), Carried()):
+    for task in (Reasoning(), Carried(), Detect()):
         placement = Placement(task, corpora, tokenizer, text_length=60, seed=3)
-        room = placement.tightest
-        noise = []
-        for number in range(200):
-            sample = placement.sample("train", Key(1, number, easy=number % 2 == 0, text_length=room))
-            (pieces,) = sample.pieces
-            assert sum(len(piece.ids) for piece in pieces) == room
-            noise.append(sum(len(piece.ids) for piece in pieces if piece.source == "noise"))
-        assert min(noise) == 0 and max(noise) < room / 2
+        assert len(placement.tightest) == len(placement.easier) + 1
+        for easier, room in zip((*range(len(placement.easier)), None), placement.tightest, strict=True):
+            noise = []
+            for number in range(200):
+                sample = placement.sample("train", Key(1, number, easier=easier, text_length=room))
+                (pieces,) = sample.pieces
+                assert sum(len(piece.ids) for piece in pieces) == room
+                noise.append(sum(len(piece.ids) for piece in pieces if piece.source == "noise"))
+            assert min(noise) == 0 and max(noise) < room / 2
 
 
 def test_facts_stand_between_sentences(corpora: Corpora, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -192,3 +204,22 @@ def test_noise_holds_fragments_of_facts_but_no_whole_one(placement: Placement) -
     assert sum(text.count(piece) for piece in pieces for text in mixed) > 20
     assert sum(text.count(piece) for piece in pieces for text in plain) < 10
     assert [len(ids) for ids in placement.sample("train", Key(2, 5, False, 3.0)).segments] == [30, 30]
+
+
+def test_a_fragment_tells_nothing(corpora: Corpora, tokenizer: PreTrainedTokenizerBase) -> None:
+    """No piece of a fact names two of the people, things and places that it brings together."""
+
+    class OneFragment(np.random.Generator):
+        def poisson(self, *_: object) -> int:
+            return 1
+
+    rng = OneFragment(np.random.Philox(0))
+    names = {word.lower() for word in (*PEOPLE, *OBJECTS, *PLACES)}
+    for task in (Detect(), Reasoning(), Carried()):
+        placement = Placement(task, corpora, tokenizer, text_length=45, seed=3)
+        named = []
+        for _ in range(300):
+            ids = placement._scatter_fragments(np.full(45, -1), rng, "train", mean=1.0)
+            words = re.findall(r"\w+", tokenizer.decode(ids[ids >= 0]))
+            named.append(len(names & set(words)))
+        assert set(named) == {0, 1}

@@ -135,9 +135,9 @@ def _beginnings(data: FactDataModule, streams: int) -> tuple[Tensor, Tensor, Ten
     told: list[dict[str, Any]] = []
     for number in count():
         sample = samples[Key(_LEAD, number)]
-        if sample["told"] < _LEAD - 1:
+        if sample["last_told"] < _LEAD - 1:
             told.append(sample)
         if len(told) == streams:
             break
-    ids, questions = (torch.stack([sample[name] for sample in told]) for name in ("input_ids", "question"))
-    return ids, questions, torch.tensor([sample["label"] for sample in told])
+    ids, spoken = (torch.stack([sample[name] for sample in told]) for name in ("input_ids", "told"))
+    return ids, spoken[:, -1], torch.tensor([sample["label"] for sample in told])

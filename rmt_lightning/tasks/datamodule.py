@@ -20,9 +20,8 @@ from rmt_lightning.tasks.placement import Key, Placement, Sample
 
 Lengths = Literal["exact", "uniform"]
 
-# The lessons of which stage 1 may consist, numbered from 1: the easier form of the task without noise, the task without
-# noise, and the task with noise of all lengths.
-LESSONS = 3
+# In how many lessons noise grows to what a segment holds.
+NOISY_LESSONS = 5
 
 
 class ShortEpochs(L.LightningDataModule):
@@ -74,7 +73,18 @@ class ShortEpochs(L.LightningDataModule):
 
 
 class FactDataset(Dataset[dict[str, Any]]):
-    """Samples by key. What a key means never changes, so copies of the data set in loader workers cannot be stale."""
+    """Samples by key. What a key means never changes, so copies of the data set in loader workers cannot be stale.
+
+    A sample is a dictionary of
+
+    - input_ids: (T, S).
+    - told: (T, S), the facts and the question where they stand; -1 is noise.
+    - label: the class of the answer, -1 in mere noise.
+    - distance: segments between the first fact that is needed and the question.
+    - first_told, last_told: the segments of the first and of the last fact.
+    - border: a segment behind the first fact in which another one is told or the question asked. What is known of the
+      sample before it has to be remembered from earlier segments. 0 if there is none.
+    """
 
     def __init__(self, placement: Placement, split: Split) -> None:
         self.placement = placement
@@ -82,16 +92,17 @@ class FactDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         sample = self.placement.sample(self.split, key)
-        # The question where it stands in the last segment, (S,); -1 is where it leaves the noise as it is.
-        question = np.full(key.text_length or self.placement.text_length, -1)
-        question[len(question) - len(sample.question) :] = sample.question
+        pieces = list(sample.pieces)
+        first, last = min(sample.homes, default=0), max(sample.homes, default=0)
+        borders = sorted({*sample.homes, key.num_segments - 1} - {first})
         return {
-            "input_ids": torch.from_numpy(np.stack(list(sample.segments))),  # (T, S)
-            "question": torch.from_numpy(question),
+            "input_ids": torch.from_numpy(np.stack([np.concatenate([p.ids for p in segment]) for segment in pieces])),
+            "told": torch.from_numpy(np.stack([np.concatenate([p.told for p in segment]) for segment in pieces])),
             "label": sample.answer,
             "distance": sample.distance,
-            "first_told": min(sample.homes, default=0),
-            "told": max(sample.homes, default=0),
+            "first_told": first,
+            "last_told": last,
+            "border": borders[key.number % len(borders)] if borders else 0,
         }
 
 
@@ -113,9 +124,9 @@ class TrainingKeys(Sampler[list[Key]]):
             num_segments = data.draw_length(batch)
             start = (batch * data.world_size + data.rank) * data.batch_size
             fresh = data.batch_size - data.carried
-            easy, text_length = data.draw_lesson(batch)
+            easier, text_length = data.draw_lesson(batch)
             yield [
-                Key(num_segments, start + row, easy=easy, text_length=text_length)
+                Key(num_segments, start + row, easier=easier, text_length=text_length)
                 if row < fresh
                 else Key(num_segments, start + row, False, data.fragments)
                 for row in range(data.batch_size)
@@ -134,12 +145,12 @@ class ValidationKeys(Sampler[list[Key]]):
 
     def __iter__(self) -> Iterator[list[Key]]:
         data = self.data
-        easy, text_length = data.asked_in_lesson()
+        easier, text_length = data.asked_in_lesson(data.lesson)
         shortest = 1 if data.lengths == "uniform" else data.num_segments
         for num_segments in range(shortest, data.num_segments + 1):
             share = 1 if num_segments == data.num_segments else 8
             numbers = range(-(-data.validation_samples // share))[data.rank :: data.world_size]
-            keys = [Key(num_segments, number, easy=easy, text_length=text_length) for number in numbers]
+            keys = [Key(num_segments, number, easier=easier, text_length=text_length) for number in numbers]
             yield from (keys[i : i + 2 * data.batch_size] for i in range(0, len(keys), 2 * data.batch_size))
 
 
@@ -186,20 +197,31 @@ class FactDataModule(ShortEpochs):
         rng = np.random.Generator(np.random.Philox(key=[self.placement.seed, 2**32], counter=[0, 0, 0, batch]))
         return int(rng.integers(1, self.num_segments + 1))
 
-    def asked_in_lesson(self) -> tuple[bool, int | None]:
-        """Whether validation is on the easier form of the task, and S if its segments are shorter than they could be.
+    @property
+    def lessons(self) -> int:
+        """How many lessons stage 1 may have: the easier forms and the task without noise, then more and more noise."""
+        return len(self.placement.easier) + 1 + NOISY_LESSONS
 
-        The last lesson is over when the task is mastered in full segments.
-        """
-        return self.lesson == 1, self.placement.tightest if self.lesson in (1, 2) else None
+    def asked_in_lesson(self, lesson: int | None) -> tuple[int | None, int | None]:
+        """Which easier form of the task a lesson is on, if any, and S at the most, if it is less than it could be."""
+        if lesson is None:
+            return None, None
+        tightest, full = self.placement.tightest, self.placement.text_length
+        noisy = lesson - len(tightest)
+        if noisy < 0:
+            return lesson - 1, tightest[lesson - 1]
+        return None, tightest[-1] + (full - tightest[-1]) * noisy // NOISY_LESSONS
 
-    def draw_lesson(self, batch: int) -> tuple[bool, int | None]:
-        """The same for training batch number `batch`. In the last lesson half of the batches have no noise."""
-        if self.lesson != LESSONS:
-            return self.asked_in_lesson()
+    def draw_lesson(self, batch: int) -> tuple[int | None, int | None]:
+        """The same for training batch number `batch`. A quarter repeat some lesson; there may be less noise as well."""
+        if self.lesson is None:
+            return None, None
         rng = np.random.Generator(np.random.Philox(key=[self.placement.seed, 2**33], counter=[0, 0, 0, batch]))
-        noisy = rng.integers(self.placement.tightest, self.placement.text_length + 1)
-        return False, self.placement.tightest if rng.random() < 0.5 else int(noisy)
+        lesson = int(rng.integers(1, self.lesson + 1)) if rng.random() < 0.25 else self.lesson
+        easier, longest = self.asked_in_lesson(lesson)
+        if easier is not None or longest is None:
+            return easier, longest
+        return None, int(rng.integers(self.placement.tightest[-1], longest + 1))
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         return self.loader(FactDataset(self.placement, "train"), batch_sampler=TrainingKeys(self))

@@ -1,7 +1,8 @@
 """Worlds that state facts, ask a question and know the answer.
 
 To add a task, write a class with the five members of `Task` and one yaml in conf/task/. A task that small models from
-scratch do not learn at once may offer another one as `easier`: what `curriculum.lessons=true` begins with.
+scratch do not learn at once may offer a tuple of `easier` ones, easiest first: what `curriculum.lessons=true` begins
+with.
 
 Every world holds a fifth of its statements back from training, so that validation asks about sentences
 the model has never read. (The published code drew both from the same ones.)
@@ -25,6 +26,7 @@ Split = Literal["train", "validation", "test"]
 PLACES = ("bathroom", "hallway", "garden", "office", "bedroom", "kitchen")
 PEOPLE = ("Mary", "John", "Daniel", "Sandra")
 VERBS = ("moved", "went", "went back", "journeyed", "travelled")
+_WENT = VERBS.index("went")
 OBJECTS = ("apple", "football", "milk")
 PICK_UPS = ("picked up", "took", "got", "grabbed")
 OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
@@ -140,9 +142,9 @@ class Reasoning:
         self.plain = plain
 
     @property
-    def easier(self) -> Reasoning:
+    def easier(self) -> tuple[Reasoning, ...]:
         """What to begin with (see `SegmentCurriculum`)."""
-        return Reasoning(plain=True)
+        return (Reasoning(plain=True),)
 
     def draw(self, rng: np.random.Generator, split: Split) -> Example:
         while True:
@@ -192,11 +194,25 @@ class Carried:
     ```
 
     A second person with a second object is the decoy, so neither the object nor the places alone tell the answer.
+
+    Args:
+        asked: "thing" as above, or "person": "Where is Mary?", for which one fact is enough.
+        plain: whether nobody takes anything, everybody "went", and people come in pairs: Mary with John, Daniel with
+            Sandra.
     """
 
     name = "carried"
     where: Literal["start", "anywhere"] = "anywhere"
     answers = PLACES
+
+    def __init__(self, asked: Literal["thing", "person"] = "thing", plain: bool = False) -> None:
+        self.asked = asked
+        self.plain = plain
+
+    @property
+    def easier(self) -> tuple[Carried, ...]:
+        """What to begin with (see `SegmentCurriculum`): the second of the two steps, first by itself."""
+        return Carried("person", plain=True), Carried("person")
 
     def draw(self, rng: np.random.Generator, split: Split) -> Example:
         who, what, where, verb = pick(rng, split, len(PEOPLE), len(OBJECTS), len(PLACES), len(VERBS))
@@ -205,12 +221,18 @@ class Carried:
             for own, size in ((who, len(PEOPLE)), (what, len(OBJECTS)), (where, len(PLACES)))
         )
         other_verb = int(rng.integers(len(VERBS)))
-        mine = [self._take(rng, who, what), self._go(who, verb, where)]
-        theirs = [self._take(rng, other_who, other_what), self._go(other_who, other_verb, other_where)]
+        mine, theirs = [self._take(rng, who, what)], [self._take(rng, other_who, other_what)]
+        if self.plain:
+            mine, theirs = [], []
+            other_who, verb, other_verb = who ^ 1, _WENT, _WENT
+        mine.append(self._go(who, verb, where))
+        theirs.append(self._go(other_who, other_verb, other_where))
         # Everybody takes before they go; apart from that the two stories are interleaved at random.
-        slots = rng.permutation(np.array([True, True, False, False]))
-        support = (int(np.flatnonzero(slots)[0]), int(np.flatnonzero(slots)[1]))
+        slots = rng.permutation(np.repeat([True, False], len(mine)))
         facts = tuple(mine.pop(0) if own else theirs.pop(0) for own in slots)
+        support = tuple(np.flatnonzero(slots).tolist())
+        if self.asked == "person":
+            return Example(facts, f"Where is {PEOPLE[who]}?", where, support[-1:])
         return Example(facts, f"Where is the {OBJECTS[what]}?", where, support)
 
     @staticmethod

@@ -33,7 +33,7 @@ class Key(NamedTuple):
         number: its number.
         facts: whether anything is told and asked in all the noise.
         fragments: how many fragments of facts a segment of mere noise holds on average.
-        easy: whether it is a sample of the task's easier form, if there is one.
+        easier: which of the task's easier forms it is a sample of, if it is not of the task itself.
         text_length: S, if segments are to be shorter than those of the placement.
     """
 
@@ -41,7 +41,7 @@ class Key(NamedTuple):
     number: int
     facts: bool = True
     fragments: float = 0.0
-    easy: bool = False
+    easier: int | None = None
     text_length: int | None = None
 
 
@@ -55,6 +55,11 @@ class Piece(NamedTuple):
 
     source: int | Literal["noise", "question"]
     ids: np.ndarray
+
+    @property
+    def told(self) -> np.ndarray:
+        """(n,) the same where something is told or asked; -1 where it is noise."""
+        return np.full_like(self.ids, -1) if self.source == "noise" else self.ids
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ class Placement:
         if not key.facts:
             noise = self._noise(Reader(self.corpora[split], rng), rng, split, key)
             return Sample(None, np.zeros(0, np.int64), homes=(), distance=0, pieces=noise)
-        task = getattr(self.task, "easier", self.task) if key.easy else self.task
+        task = self.task if key.easier is None else self.easier[key.easier]
         length = key.text_length or self.text_length
         for _ in range(_ATTEMPTS):
             example = task.draw(rng, split)
@@ -145,16 +150,27 @@ class Placement:
         first_needed = min(homes[fact] for fact in example.support)
         return Sample(example, question, tuple(homes), key.num_segments - 1 - first_needed, pieces)
 
+    @property
+    def easier(self) -> tuple[Task, ...]:
+        """The task's easier forms, easiest first; most tasks have none."""
+        return getattr(self.task, "easier", ())
+
     def _ids(self, sentence: str) -> np.ndarray:
         if sentence not in self._token_ids:
             self._token_ids[sentence] = np.array(token_ids(self.tokenizer, [sentence])[0], dtype=np.int64)
         return self._token_ids[sentence]
 
     @cached_property
-    def tightest(self) -> int:
-        """The smallest S at which one segment holds any example, the longest of a thousand: hardly any noise."""
+    def tightest(self) -> tuple[int, ...]:
+        """The smallest S at which one segment holds any example, the longest of a thousand, with hardly any noise.
+
+        One for each of the easier forms and the last one for the task itself.
+        """
+        return tuple(map(self._longest, (*self.easier, self.task)))
+
+    def _longest(self, task: Task) -> int:
         rng = np.random.default_rng(0)
-        return min(self.text_length, max(self._size(self.task.draw(rng, "train")) for _ in range(1000)))
+        return min(self.text_length, max(self._size(task.draw(rng, "train")) for _ in range(1000)))
 
     def _size(self, example: Example) -> int:
         return sum(len(self._ids(sentence)) for sentence in (*example.facts, example.question))
@@ -203,12 +219,12 @@ class Placement:
             yield [Piece("noise", self._scatter_fragments(ids, rng, split, key.fragments))]
 
     def _scatter_fragments(self, ids: np.ndarray, rng: np.random.Generator, split: Split, mean: float) -> np.ndarray:
-        """Overwrite noise (S,) with pieces of facts, never a whole one: text that looks like a fact and is none."""
+        """Overwrite noise (S,) with pieces of facts, too short to tell anything: text that looks like a fact."""
         for _ in range(rng.poisson(mean)):
             facts = self.task.draw(rng, split).facts
             fact = self._ids(facts[rng.integers(len(facts))])
             start, stop = np.sort(rng.choice(len(fact) + 1, size=2, replace=False))
-            piece = fact[start:stop] if stop - start < len(fact) else fact[1:]
+            piece = fact[start : min(stop, start + 2 * len(fact) // 3)]
             place = rng.integers(len(ids) - len(piece))
             ids[place : place + len(piece)] = piece
         return ids

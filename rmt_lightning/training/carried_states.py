@@ -12,7 +12,7 @@ from typing import Annotated, Any, cast
 import lightning as L
 import torch
 from annotated_types import Ge, Gt, Lt
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from rmt_lightning.errors import UserError
@@ -33,8 +33,8 @@ class Losses:
         segments: how many segments were read by memories from the pool.
         lost: how many of these memories then gave a wrong answer.
         age: mean age of the memories in the pool, in segments.
-        told: how many facts were told to old memories that knew of none.
-        missed: how many of these facts were not known when they were asked for.
+        told: how many old memories that knew no fact, or not all, were told the others.
+        missed: how many of these then gave a wrong answer.
     """
 
     step: int
@@ -63,10 +63,11 @@ class Pool:
         pool.content, pool.age = content, age
         return pool
 
-    def draw(self, count: int, random: torch.Generator) -> Tensor:
-        """The places of at most `count` memories."""
+    def draw(self, count: int, random: torch.Generator, among: Tensor | None = None) -> Tensor:
+        """The places of at most `count` memories, of all or `among` some (P,)."""
+        wanted = self.age >= 0 if among is None else among & (self.age >= 0)
         order = torch.randperm(len(self.age), generator=random).to(self.age.device)
-        return order[self.age[order] >= 0][:count]
+        return order[wanted[order]][:count]
 
     def take(self, places: Tensor) -> Any:
         return tree_map(lambda part: part[places], self.content)
@@ -89,16 +90,17 @@ class CarriedStates(Curriculum):
     ```
     fresh    [first memory] noise … fact … noise question        as in the curriculum, 1 … n segments
     blank    [old memory, of nothing] noise … fact … noise question
-    carried  [old memory, of a fact] noise … noise question
+    carried  [old memory, of all facts] noise … noise question
+             [old memory, of some facts] noise … fact … noise question
     ```
 
-    In a share of each batch, noise is read by memories from a pool, and the question of their facts asked behind it. A
-    memory goes back as it was before the segment with the question if the answer was right, and is lost if it was
-    wrong. Fresh memories take the free places. Half of the other samples begin with an old memory that has read noise
-    alone, for a fact may be told late. So ages grow without limit, while a step costs what it did in the curriculum,
-    and gradients still flow through up to n segments. Training on states that are passed on is enough for recurrent
-    models to go far beyond their training length (Buitrago Ruiz and Gu 2025, arXiv 2507.02782); keeping only memories
-    that still answer, and asking them, is what is added here.
+    In a share of each batch, noise is read by memories from a pool, and what they wait for stands behind it: the
+    question, or facts that are still to come and the question. A memory goes back as it was before that if the answer
+    was right, and is lost if it was wrong. Fresh memories take the free places. Half of the other samples begin with an
+    old memory that has read noise alone, for a fact may be told late. So ages grow without limit, while a step costs
+    what it did in the curriculum, and gradients still flow through up to n segments. Training on states that are passed
+    on is enough for recurrent models to go far beyond their training length (Buitrago Ruiz and Gu 2025, arXiv
+    2507.02782); keeping only memories that still answer, and asking them, is what is added here.
 
     Args:
         curriculum: what comes before.
@@ -107,7 +109,8 @@ class CarriedStates(Curriculum):
         weight_decay: of all weights.
         share: part of each batch that is carried on.
         pool: P, how many memories of facts are kept on each device; beside them an eighth as many of nothing.
-        lifetime: after how many segments, on average, a memory that holds makes room for a fresh one.
+        youth: age in segments up to which memories are most frequent in the pool. Beyond it each doubling of age is as
+            frequent as the one before, for memories are lost when they are young as well as when they are old.
         jitter: standard deviation of the noise that is added to memories from the pool, so that the model learns to
             pull them back to where they belong.
         fragments: how many pieces of facts stand in a segment of noise on average. What destroys memory is text that
@@ -125,7 +128,7 @@ class CarriedStates(Curriculum):
         weight_decay: Annotated[float, Ge(0)] = 1e-3,
         share: Annotated[float, Gt(0), Lt(1)] = 0.5,
         pool: Annotated[int, Ge(1)] = 256,
-        lifetime: Annotated[int, Ge(1)] = 1000,
+        youth: Annotated[int, Ge(1)] = 10,
         jitter: Annotated[float, Ge(0)] = 0.0,
         fragments: Annotated[float, Ge(0)] = 1.0,
     ) -> None:
@@ -137,7 +140,7 @@ class CarriedStates(Curriculum):
         self.optimization = WarmupDecay(steps, lr, weight_decay, warmup=min(1.0, 20 / steps))
         self.share = share
         self.size = pool
-        self.lifetime = lifetime
+        self.youth = youth
         self.jitter = jitter
         self.fragments = fragments
         self.first_step: int | None = None
@@ -181,6 +184,9 @@ class CarriedStates(Curriculum):
     def _begin(self, trainer: L.Trainer) -> None:
         data = data_of(trainer)
         self.first_step = trainer.global_step
+        if hasattr(self, "old"):
+            # The pools of an earlier phase are those of shorter inputs.
+            del self.old, self.blank
         data.lengths = "uniform"
         data.carried = min(data.batch_size - 1, max(1, round(self.share * data.batch_size)))
         log.info("holding: %d of %d samples of a batch go on with old memories", data.carried, data.batch_size)
@@ -220,20 +226,23 @@ class CarriedStates(Curriculum):
         if not carried:
             return
         classifier = cast(FactClassifier, pl_module)
-        samples = len(batch["label"])
+        samples, num_segments, _ = batch["input_ids"].shape
         initial = classifier.model.initial_state(samples)
+        batch["rest"] = _rest(batch["told"], batch["border"], self.curriculum.max_segments)
+        batch["late"] = batch["last_told"] >= batch["border"]
         if not hasattr(self, "old"):
-            self.old = Pool(self.size, (initial, batch["question"], batch["label"]))
+            self.old = Pool(self.size, (initial, batch["rest"], batch["late"], batch["label"]))
             # Those of nothing are much alike; fewer of them grow older.
             self.blank = Pool(max(1, self.size // 8), initial)
         self._random = torch.Generator().manual_seed(_mix(classifier.seed, trainer.global_step, trainer.global_rank))
         first = samples - carried
         self._drawn_blank = self.blank.draw(first // 2, self._random)
-        self._drawn_old = self.old.draw(carried, self._random)
+        self._drawn_old = self.old.draw(carried, self._random, among=_length(self.old.content[1]) <= num_segments)
         rows = slice(first, first + len(self._drawn_old))
-        memory, batch["question"][rows], batch["label"][rows] = self.old.take(self._drawn_old)
-        last, question = batch["input_ids"][:, -1], batch["question"]
-        batch["input_ids"][:, -1] = torch.where(question >= 0, question, last)
+        memory, batch["rest"][rows], batch["late"][rows], batch["label"][rows] = self.old.take(self._drawn_old)
+        batch["border"][rows] = num_segments - _length(batch["rest"][rows])
+        told = batch["rest"][:, -num_segments:]
+        batch["input_ids"] = torch.where(told >= 0, told, batch["input_ids"])
         batch["state"] = tree_map(
             lambda new, blank, old: torch.cat(
                 [self._disturbed(blank), new[len(blank) : first], self._disturbed(old), new[rows.stop :]]
@@ -256,51 +265,47 @@ class CarriedStates(Curriculum):
             return
         samples, num_segments, _ = batch["input_ids"].shape
         first, num_blank, num_old = samples - carried, len(self._drawn_blank), len(self._drawn_old)
-        right, told, states = outputs["right"], batch["told"], outputs["states"]
+        right, early, border, states = outputs["right"], batch["first_told"], batch["border"], outputs["states"]
 
-        # Memories of facts, as they were before the question.
-        rows = slice(first, first + num_old)
-        content = (states[-1], batch["question"], batch["label"])
-        kept = right[rows] & ~self._retired(num_old, num_segments - 1)
-        age = self.old.age[self._drawn_old] + num_segments - 1
-        self.old.put_back(self._drawn_old, _rows(content, rows), age, kept)
-        # What was told in the segment with the question is not in the memory before it.
-        wanted = right & (told < num_segments - 1)
-        self.old.admit(_rows(content, slice(first)), (num_segments - 1 - told)[:first], wanted[:first])
+        # Memories of facts, as they were before the segment with what they wait for.
+        known = _before(border, states), batch["rest"], batch["late"], batch["label"]
+        old = slice(first, first + num_old)
+        age = self.old.age[self._drawn_old] + border[old]
+        kept = right[old] & ~self._retired(age, border[old])
+        self.old.put_back(self._drawn_old, _rows(known, old), age, kept)
+        self.old.admit(_rows(known, slice(first)), (border - early)[:first], (right & (border > 0))[:first])
 
         # Memories of nothing, as they were before the segment with the first fact.
-        early = batch["first_told"]
-        before = tree_map(lambda *parts: torch.stack(parts)[early, torch.arange(samples, device=early.device)], *states)
-        rows = slice(num_blank)
-        kept = right[rows] & ~self._retired(num_blank, early[rows])
-        self.blank.put_back(
-            self._drawn_blank, _rows(before, rows), self.blank.age[self._drawn_blank] + early[rows], kept
-        )
-        rows = slice(num_blank, first)
-        self.blank.admit(_rows(before, rows), early[rows], right[rows] & (early[rows] > 0))
+        nothing = _before(early, states)
+        blank, fresh = slice(num_blank), slice(num_blank, first)
+        age = self.blank.age[self._drawn_blank] + early[blank]
+        kept = right[blank] & ~self._retired(age, early[blank])
+        self.blank.put_back(self._drawn_blank, _rows(nothing, blank), age, kept)
+        self.blank.admit(_rows(nothing, fresh), early[fresh], (right & (early > 0))[fresh])
 
-        self.counts["segments"] += num_segments * num_old
-        self.counts["lost"] += num_old - int(right[first : first + num_old].sum())
-        self.counts["told"] += num_blank
-        self.counts["missed"] += num_blank - int(right[:num_blank].sum())
+        late = batch["late"][old]
+        self.counts["segments"] += num_segments * int((~late).sum())
+        self.counts["lost"] += int((~late & ~right[old]).sum())
+        self.counts["told"] += num_blank + int(late.sum())
+        self.counts["missed"] += int((~right[blank]).sum()) + int((late & ~right[old]).sum())
 
-    def _retired(self, count: int, segments: Tensor | int) -> Tensor:
-        """Which of some memories that have read some more segments make room now."""
-        return torch.rand(count, generator=self._random).to(self.old.age.device) < segments / self.lifetime
+    def _retired(self, age: Tensor, segments: Tensor) -> Tensor:
+        """Which memories, that have come to some age by reading some more segments, make room now."""
+        return torch.rand(len(age), generator=self._random).to(age.device) < segments / (age + self.youth)
 
     # Checkpoints hold the pools of all ranks, so that a resumed run goes on as an uninterrupted one does.
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if hasattr(self, "old"):
-            checkpoint["pools"] = tree_map(
+            checkpoint["carried"] = tree_map(
                 lambda part: trainer.strategy.all_gather(part).view(trainer.world_size, *part.shape).cpu(),
                 [(pool.content, pool.age) for pool in (self.old, self.blank)],
             )
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        if "pools" in checkpoint:
+        if "carried" in checkpoint:
             own = tree_map(
-                lambda parts: parts[trainer.global_rank % len(parts)].to(pl_module.device), checkpoint["pools"]
+                lambda parts: parts[trainer.global_rank % len(parts)].to(pl_module.device), checkpoint["carried"]
             )
             self.old, self.blank = (Pool.restored(content, age) for content, age in own)
 
@@ -314,6 +319,25 @@ class CarriedStates(Curriculum):
 
 
 _COUNTS = ("segments", "lost", "told", "missed")
+
+
+def _rest(told: Tensor, border: Tensor, longest: int) -> Tensor:
+    """What `told` (B, T, S) holds from segment `border` (B,) on: (B, longest, S), its end at the end."""
+    ahead = longest - told.shape[1]
+    rest = nn.functional.pad(told, (0, 0, ahead, 0), value=-1)
+    before = torch.arange(longest, device=told.device) < ahead + border[:, None]
+    return rest.masked_fill(before[:, :, None], -1)
+
+
+def _length(rest: Tensor) -> Tensor:
+    """How many segments (B,) each rest (B, longest, S) takes."""
+    return rest.shape[1] - (rest >= 0).any(dim=2).int().argmax(dim=1)
+
+
+def _before(segment: Tensor, states: list[Any]) -> Any:
+    """The state before some segment (B,) of each row."""
+    rows = torch.arange(len(segment), device=segment.device)
+    return tree_map(lambda *parts: torch.stack(parts)[segment, rows], *states)
 
 
 def _rows(tree: Any, rows: slice) -> Any:

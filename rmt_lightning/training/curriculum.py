@@ -13,7 +13,7 @@ import lightning as L
 from annotated_types import Ge, Gt, Le
 from lightning.pytorch.callbacks import Callback
 
-from rmt_lightning.tasks.datamodule import LESSONS, Lengths, data_of
+from rmt_lightning.tasks.datamodule import Lengths, data_of
 from rmt_lightning.training.optimization import at_stage
 
 log = logging.getLogger(__name__)
@@ -113,9 +113,9 @@ class SegmentCurriculum(Curriculum):
         threshold: accuracy at which a stage has converged.
         validations: how many in a row must reach it.
         patience: validations without improvement after which a stage counts as converged; None: never.
-        lessons: whether stage 1 is cut into lessons, for small models from scratch: the task's easier form, if it has
-            one, without noise; the task without noise; the task with noise of all lengths. Each converges, and has its
-            budget, as a stage does.
+        lessons: whether stage 1 is cut into lessons, for small models from scratch: the task's easier forms, if it
+            has any, without noise; the task without noise; the task with more and more noise. Each converges, and
+            has its budget, as a stage does.
         when_stuck: what to do if the budget is spent: "stop" the run, or "continue" with the next stage.
     """
 
@@ -197,7 +197,7 @@ class SegmentCurriculum(Curriculum):
         pl_module.log("stage", float(data_of(trainer).num_segments))
         if self.lessons:
             # 0 where validation is on the task itself.
-            pl_module.log("lesson", float((data_of(trainer).lesson or 0) % LESSONS))
+            pl_module.log("lesson", float((data_of(trainer).lesson or 0) % data_of(trainer).lessons))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.finished:
@@ -207,16 +207,16 @@ class SegmentCurriculum(Curriculum):
         stage = data_of(trainer).num_segments
         steps = trainer.global_step - self.first_step
         converged = self._converged(accuracy)
-        lesson = data_of(trainer).lesson
+        lesson, lessons = data_of(trainer).lesson, data_of(trainer).lessons
         name = f"stage {stage}, lesson {lesson}" if lesson else f"stage {stage}"
-        if lesson in (None, LESSONS):
+        if lesson in (None, lessons):
             self.history.append((trainer.global_step, stage, accuracy))
         log.info("%s: step %d, accuracy %.4f on %d segments", name, steps, accuracy, stage)
         if not converged and steps < at_stage(self.steps, stage):
             return
         if converged and lesson:
             log.info("%s converged after %d steps", name, steps)
-            if lesson < LESSONS:
+            if lesson < lessons:
                 data_of(trainer).lesson = lesson + 1
                 self.lesson_steps += steps
                 self._begin_schedule(first_step=trainer.global_step)
@@ -242,7 +242,7 @@ class SegmentCurriculum(Curriculum):
         stage, metrics = data_of(trainer).num_segments, trainer.callback_metrics
         segments = stage if self.lengths == "exact" else f"1–{stage}"
         accuracy = f"{float(metrics['val/accuracy']):.3f}" if "val/accuracy" in metrics else "–"
-        lesson = f" · lesson {data_of(trainer).lesson}/{LESSONS}" if data_of(trainer).lesson else ""
+        lesson = f" · lesson {data_of(trainer).lesson}/{data_of(trainer).lessons}" if data_of(trainer).lesson else ""
         shown = f"stage {stage}/{self.max_segments}{lesson} · {segments} segments · accuracy {accuracy}"
         return shown, trainer.global_step - self.first_step, at_stage(self.steps, stage)
 
