@@ -161,7 +161,10 @@ def _run_folder(resume: str | None, fresh: str) -> str:
     if resume is None:
         return fresh
     run, checkpoint = locate(resume, "resume")
-    return os.path.relpath(run) if checkpoint is None or checkpoint.name == LAST else fresh
+    if checkpoint is None or checkpoint.name == LAST:
+        return os.path.relpath(run)
+    # The task that a fresh run would be named after is not that of this one.
+    return f"{fresh.rpartition('-')[0]}-{checkpoint.stem}-of-{run.name}"
 
 
 def _resumed_config(source: Path, composed: DictConfig, overrides: list[str]) -> DictConfig:

@@ -170,6 +170,7 @@ def test_resume_from_a_stage_goes_to_a_new_folder(uninterrupted: Path, train: Ru
     assert result.returncode == 0, result.stderr
     assert {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")} == before
     (folder,) = (tmp_path / "outputs").glob("*/*")
+    assert folder.name.endswith(f"-stage-1-of-{uninterrupted.name}")
     assert_identical(final(uninterrupted), final(folder))
 
 
