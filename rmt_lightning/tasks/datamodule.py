@@ -145,7 +145,7 @@ class ValidationKeys(Sampler[list[Key]]):
 
     def __iter__(self) -> Iterator[list[Key]]:
         data = self.data
-        easier, text_length = data.asked_in_lesson(data.lesson)
+        easier, text_length = data.asked_in_lesson()
         shortest = 1 if data.lengths == "uniform" else data.num_segments
         for num_segments in range(shortest, data.num_segments + 1):
             share = 1 if num_segments == data.num_segments else 8
@@ -202,25 +202,22 @@ class FactDataModule(ShortEpochs):
         """How many lessons stage 1 may have: the easier forms and the task without noise, then more and more noise."""
         return len(self.placement.easier) + 1 + NOISY_LESSONS
 
-    def asked_in_lesson(self, lesson: int | None) -> tuple[int | None, int | None]:
-        """Which easier form of the task a lesson is on, if any, and S at the most, if it is less than it could be."""
-        if lesson is None:
+    def asked_in_lesson(self) -> tuple[int | None, int | None]:
+        """Which easier form of the task validation is on, if any, and S if segments are shorter than they could be."""
+        if self.lesson is None:
             return None, None
         tightest, full = self.placement.tightest, self.placement.text_length
-        noisy = lesson - len(tightest)
+        noisy = self.lesson - len(tightest)
         if noisy < 0:
-            return lesson - 1, tightest[lesson - 1]
+            return self.lesson - 1, tightest[self.lesson - 1]
         return None, tightest[-1] + (full - tightest[-1]) * noisy // NOISY_LESSONS
 
     def draw_lesson(self, batch: int) -> tuple[int | None, int | None]:
-        """The same for training batch number `batch`. A quarter repeat some lesson; there may be less noise as well."""
-        if self.lesson is None:
-            return None, None
-        rng = np.random.Generator(np.random.Philox(key=[self.placement.seed, 2**33], counter=[0, 0, 0, batch]))
-        lesson = int(rng.integers(1, self.lesson + 1)) if rng.random() < 0.25 else self.lesson
-        easier, longest = self.asked_in_lesson(lesson)
+        """The same for training batch number `batch`, which may have less noise than that."""
+        easier, longest = self.asked_in_lesson()
         if easier is not None or longest is None:
             return easier, longest
+        rng = np.random.Generator(np.random.Philox(key=[self.placement.seed, 2**33], counter=[0, 0, 0, batch]))
         return None, int(rng.integers(self.placement.tightest[-1], longest + 1))
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
