@@ -168,7 +168,7 @@ def _run_folder(resume: str | None, fresh: str) -> str:
 
 
 def _resumed_config(source: Path, composed: DictConfig, overrides: list[str]) -> DictConfig:
-    """The config of an earlier run, with what the command line changes of it; a phase to hold memory may be added."""
+    """The config of an earlier run, with what the command line changes of it; hold=… may be added to it."""
     config = OmegaConf.load(source / CONFIG)
     assert isinstance(config, DictConfig)
     OmegaConf.set_struct(config, True)
@@ -178,7 +178,10 @@ def _resumed_config(source: Path, composed: DictConfig, overrides: list[str]) ->
         if key == "resume":
             continue
         if group == "hold":
-            OmegaConf.update(config, "hold", composed.get("hold"), force_add=True)
+            if not (config.get("hold") and composed.get("hold")):
+                OmegaConf.update(config, "hold", composed.get("hold"), force_add=True)
+            elif key != group:
+                config.merge_with_dotlist([f"{key}={value}"])
             continue
         if group in ("task", "backbone", "experiment") or isinstance(OmegaConf.select(config, key), DictConfig):
             raise UserError(f"{override}: a resumed run keeps its {group}; start a new run to change it")

@@ -18,7 +18,9 @@ from textwrap import dedent
 import pytest
 import torch
 from conftest import SMALL, Run, assert_identical, final, trained
+from omegaconf import OmegaConf
 
+from rmt_lightning.train import _resumed_config
 from rmt_lightning.training.checkpoints import read_checkpoint
 
 # Dropout makes random numbers matter; three lengths make the curriculum matter.
@@ -372,3 +374,15 @@ def test_a_second_run_in_one_folder_refuses(
     (tmp_path / "go").touch()
     assert first.wait(120) == 0
     assert_identical(final(uninterrupted), final(tmp_path / "run"))
+
+
+def test_a_phase_that_holds_is_added_and_changed_setting_by_setting(tmp_path: Path) -> None:
+    composed = OmegaConf.create({"hold": {"_target_": "a.b", "steps": 9, "fragments": 1.0}})
+    given = ["resume=run", "hold=carried_states", "hold.steps=9"]
+    for before, after in (
+        (None, {"_target_": "a.b", "steps": 9, "fragments": 1.0}),
+        ({"_target_": "a.b", "steps": 5, "fragments": 0.0}, {"_target_": "a.b", "steps": 9, "fragments": 0.0}),
+    ):
+        OmegaConf.save(OmegaConf.create({"seed": 1, "hold": before}), tmp_path / "config.yaml")
+        assert _resumed_config(tmp_path, composed, given) == {"seed": 1, "hold": after}
+    assert _resumed_config(tmp_path, OmegaConf.create({"hold": None}), ["resume=run", "hold=null"]).hold is None
