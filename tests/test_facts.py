@@ -149,6 +149,8 @@ def test_the_easier_forms_of_carried_ask_for_people() -> None:
             if facts == 2:
                 pairs.add((person, other.split()[0]))
                 assert all(" went to the " in fact for fact in example.facts)
+    with pytest.raises(UserError, match=r"task\.plain=true: nobody takes anything"):
+        Carried("thing", plain=True)
     assert pairs == {("Mary", "John"), ("John", "Mary"), ("Daniel", "Sandra"), ("Sandra", "Daniel")}
 
 

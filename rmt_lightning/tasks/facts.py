@@ -199,6 +199,9 @@ class Carried:
         asked: "thing" as above, or "person": "Where is Mary?", for which one fact is enough.
         plain: whether nobody takes anything, everybody "went", and people come in pairs: Mary with John, Daniel with
             Sandra.
+
+    Raises:
+        UserError: if it is asked for things that nobody takes.
     """
 
     name = "carried"
@@ -206,6 +209,8 @@ class Carried:
     answers = PLACES
 
     def __init__(self, asked: Literal["thing", "person"] = "thing", plain: bool = False) -> None:
+        if plain and asked == "thing":
+            raise UserError("task.plain=true: nobody takes anything then; give task.asked=person, too")
         self.asked = asked
         self.plain = plain
 
