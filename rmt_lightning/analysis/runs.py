@@ -359,9 +359,11 @@ def _curves(logged: list[Row], stages: list[Stage]) -> dict[str, list[Point]]:
         step = int(row["step"]) + 1
         place = bisect_left(ends, step)
         stage = validations[place][1] if place < len(ends) else after
-        # Accuracy on the easier samples of a lesson is not that of the task.
-        accuracy = set() if row.get("lesson") else {ACCURACY}
-        for name in row.keys() & {LOSS, PERPLEXITY, SPEED, HOST_MEMORY, DEVICE_MEMORY} | row.keys() & accuracy:
+        names = row.keys() & {LOSS, ACCURACY, PERPLEXITY, SPEED, HOST_MEMORY, DEVICE_MEMORY}
+        if row.get("lesson"):
+            # Accuracy on the easier samples of a lesson is not that of the task.
+            names -= {ACCURACY}
+        for name in names:
             curves.setdefault(name, []).append(Point(step, stage, row[name]))
     return curves
 

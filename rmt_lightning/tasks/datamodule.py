@@ -83,7 +83,7 @@ class FactDataset(Dataset[dict[str, Any]]):
     - distance: segments between the first fact that is needed and the question.
     - first_told, last_told: the segments of the first and of the last fact.
     - border: a segment behind the first fact in which another one is told or the question asked. What is known of the
-      sample before it has to be remembered from earlier segments. 0 if there is none.
+      sample before it has to be remembered from earlier segments. 0 if there is none; of no meaning in mere noise.
     """
 
     def __init__(self, placement: Placement, split: Split) -> None:

@@ -68,14 +68,12 @@ class Sample:
 
     Attributes:
         example: what is stated, asked and answered; None if the sample is mere noise.
-        question: token ids with which the last segment ends; none in mere noise.
         homes: the segment in which each fact stands.
         distance: segments between the first fact that is needed and the question; 0 if they share one.
         pieces: yields what each of the T segments is woven of; can be read once.
     """
 
     example: Example | None
-    question: np.ndarray
     homes: tuple[int, ...]
     distance: int
     pieces: Iterator[list[Piece]]
@@ -131,7 +129,7 @@ class Placement:
         rng = np.random.Generator(np.random.Philox(key=[self.seed, SPLITS.index(split)], counter=counter))
         if not key.facts:
             noise = self._noise(Reader(self.corpora[split], rng), rng, split, key)
-            return Sample(None, np.zeros(0, np.int64), homes=(), distance=0, pieces=noise)
+            return Sample(None, homes=(), distance=0, pieces=noise)
         task = self.task if key.easier is None else self.easier[key.easier]
         length = key.text_length or self.text_length
         for _ in range(_ATTEMPTS):
@@ -148,7 +146,7 @@ class Placement:
             )
         pieces = self._fill(Reader(self.corpora[split], rng), rng, facts, homes, question, key.num_segments, length)
         first_needed = min(homes[fact] for fact in example.support)
-        return Sample(example, question, tuple(homes), key.num_segments - 1 - first_needed, pieces)
+        return Sample(example, tuple(homes), key.num_segments - 1 - first_needed, pieces)
 
     @property
     def easier(self) -> tuple[Task, ...]:

@@ -63,9 +63,9 @@ class Pool:
         pool.content, pool.age = content, age
         return pool
 
-    def draw(self, count: int, random: torch.Generator, among: Tensor | None = None) -> Tensor:
+    def draw(self, count: int, random: torch.Generator, among: Tensor | bool = True) -> Tensor:
         """The places of at most `count` memories, of all or `among` some (P,)."""
-        wanted = self.age >= 0 if among is None else among & (self.age >= 0)
+        wanted = (self.age >= 0) & among
         order = torch.randperm(len(self.age), generator=random).to(self.age.device)
         return order[wanted[order]][:count]
 
