@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Run, assert_identical, final
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.analysis.retention import LossRate, follow
@@ -84,11 +85,13 @@ def test_fresh_memories_are_taken_in_as_they_were_before_the_question(phase: Cal
     assert taken, "the seed gives no sample whose fact is told before the last segment"
     held = p.carried.old.age >= 0
     assert held.sum() == len(taken)
-    memory, rest, late, label = p.carried.old.content
-    assert not late[held].any()
-    torch.testing.assert_close(memory[held], states[-1][taken])
-    assert torch.equal(rest[held, -1], batch["told"][taken][:, -1])
-    assert torch.equal(label[held], batch["label"][taken])
+    kept = {name: part[held] for name, part in p.carried.old.content.items()}
+    torch.testing.assert_close(kept["state"], states[-1][taken])
+    # They wait for the question alone; what has been told them is kept beside it.
+    assert (kept["rest"][:, :-1] == -1).all()
+    assert torch.equal(kept["rest"][:, -1], batch["told"][taken][:, -1])
+    assert torch.equal(kept["story"], batch["told"][taken])
+    assert torch.equal(kept["label"], batch["label"][taken])
     assert torch.equal(p.carried.old.age[held], 2 - batch["last_told"][taken])
 
 
@@ -111,10 +114,10 @@ def test_a_fact_told_beside_the_question_is_not_in_the_memory_before_it(phase: C
     assert (p.carried.blank.age < 0).all()
 
 
-def test_old_memories_are_asked_behind_noise_and_go_back_or_get_lost(phase: Callable[..., Phase]) -> None:
-    p = phase()
+def test_old_memories_are_asked_behind_noise_and_go_back_or_are_told_again(phase: Callable[..., Phase]) -> None:
+    p = phase(youth=10**6)
     until_full(p)
-    before, ages, read = p.carried.old.content[0].clone(), p.carried.old.age.clone(), p.carried.counts["segments"]
+    before, ages, read = p.carried.old.content["state"].clone(), p.carried.old.age.clone(), p.carried.counts["segments"]
     number = 7 * p.trainer.global_step
     noise = FactDataset(p.placement, "train")[Key(3, number + 4, facts=False)]["input_ids"]
     batch, states = p.step([False, False, False, False, True, False, True])
@@ -122,15 +125,17 @@ def test_old_memories_are_asked_behind_noise_and_go_back_or_get_lost(phase: Call
     assert len(held) == 3
     # What was read: the memory from the pool, noise, and its question at the end, which hides as much of the noise.
     torch.testing.assert_close(batch["state"][4:], before[held])
-    memory, rests, _, labels = p.carried.old.content
-    question = rests[held[0], -1]
-    assert torch.equal(batch["rest"][4, -1], question)
+    content = {name: part[held] for name, part in p.carried.old.content.items()}
+    question = content["story"][0, -1]
     assert torch.equal(batch["input_ids"][4, -1], torch.where(question >= 0, question, noise[-1]))
     assert torch.equal(batch["input_ids"][4, :-1], noise[:-1])
-    assert torch.equal(batch["label"][4:], labels[held])
+    assert torch.equal(batch["label"][4:], content["label"])
     # What became of them.
-    assert p.carried.old.age[held].tolist() == [ages[held[0]] + 2, -1, ages[held[2]] + 2]
-    torch.testing.assert_close(memory[held[[0, 2]]], states[-1][[4, 6]])
+    assert p.carried.old.age[held].tolist() == [ages[held[0]] + 2, 0, ages[held[2]] + 2]
+    torch.testing.assert_close(content["state"][[0, 2]], states[-1][[4, 6]])
+    assert (content["rest"][[0, 2], :-1] == -1).all()
+    assert torch.equal(content["state"][1], p.classifier.model.memory)
+    assert torch.equal(content["rest"][1], content["story"][1])
     assert (p.carried.counts["lost"], p.carried.counts["segments"] - read) == (1, 9)
 
 
@@ -141,30 +146,55 @@ def test_old_memories_of_some_facts_are_told_the_others(
     # None retires.
     p = Phase(placement, make_model(37, 4, double=False), youth=10**6)
     until_full(p)
-    late: list[bool] = []
-    while len(set(late)) < 2:
+    # How many facts were to come, and whether the memory was kept behind them.
+    seen: set[tuple[int, bool]] = set()
+    while len(seen) < 3:
+        before = tree_map(torch.clone, p.carried.old.content)
         ages, number = p.carried.old.age.clone(), 7 * p.trainer.global_step
         batch, states = p.step(ALL)
-        late = batch["late"][4:].tolist()
-    for row in (4, 5, 6):
-        noise = FactDataset(p.placement, "train")[Key(3, number + row, facts=False)]["input_ids"]
-        rest, border = batch["rest"][row], batch["border"][row]
-        # What a memory waits for: one more fact or none, and the question. The rest is noise, before and between.
-        *facts, question = tokenizer.decode(rest[rest >= 0]).split(".")
-        assert len(facts) == late[row - 4] and question.endswith("?")
-        assert (rest[:border] == -1).all() and (rest[border] >= 0).any()
-        assert torch.equal(batch["input_ids"][row], torch.where(rest >= 0, rest, noise))
-        # It goes back as it was before that.
-        place = p.carried._drawn_old[row - 4]
-        torch.testing.assert_close(p.carried.old.content[0][place], states[border][row])
-        assert p.carried.old.age[place] == ages[place] + border
+        for row, place in zip((4, 5, 6), p.carried._drawn_old, strict=True):
+            rest, border = before["rest"][place], batch["border"][row]
+            begin = int((rest >= 0).any(dim=1).int().argmax())
+            # What a memory waits for: one more fact or none, and the question. The rest is noise, before and between.
+            *facts, question = tokenizer.decode(rest[rest >= 0]).split(".")
+            assert question.endswith("?")
+            noise = FactDataset(p.placement, "train")[Key(3, number + row, facts=False)]["input_ids"]
+            assert torch.equal(batch["input_ids"][row], torch.where(rest >= 0, rest, noise))
+            # It is kept as it was before that, or before the question alone.
+            assert border in (begin, 2)
+            seen.add((len(facts), bool(border > begin)))
+            left = p.carried.old.content["rest"][place]
+            assert (left[:border] == -1).all() and torch.equal(left[border:], rest[border:])
+            torch.testing.assert_close(p.carried.old.content["state"][place], states[border][row])
+            assert p.carried.old.age[place] == ages[place] + border
+    assert seen == {(0, False), (1, False), (1, True)}
     # A wrong answer is a memory lost, or a late fact missed.
-    before = dict(p.carried.counts)
+    counts = dict(p.carried.counts)
     batch, _ = p.step([False] * 7)
-    num_late = int(batch["late"][4:].sum())
-    assert (p.carried.old.age[p.carried._drawn_old] == -1).all()
-    counted = [p.carried.counts[name] - before[name] for name in ("segments", "lost", "told", "missed")]
+    num_late = int((batch["last_told"][4:] >= 0).sum())
+    counted = [p.carried.counts[name] - counts[name] for name in ("segments", "lost", "told", "missed")]
     assert counted == [3 * (3 - num_late), 3 - num_late, 2 + num_late, 2 + num_late]
+
+
+def test_what_was_lost_is_told_again_and_then_remembered_from_there(phase: Callable[..., Phase]) -> None:
+    p = phase(youth=10**6, pool=4)
+    until_full(p)
+    p.step([False] * 7)
+    lost = {int(place) for place in p.carried._drawn_old}
+    content = tree_map(torch.clone, p.carried.old.content)
+    place = -1
+    while place not in lost:
+        batch, states = p.step(ALL)
+        place, row = int(p.carried._drawn_old[0]), 4
+        assert (p.carried.old.age >= 0).all()
+    # The memory of nothing was told the story, and waits for the question now.
+    torch.testing.assert_close(batch["state"][row], content["state"][place])
+    story = content["story"][place]
+    assert torch.equal(batch["input_ids"][row][story >= 0], story[story >= 0])
+    assert (p.carried.old.content["rest"][place][:-1] == -1).all()
+    torch.testing.assert_close(p.carried.old.content["state"][place], states[-1][row])
+    told = int((story >= 0).any(dim=1).int().argmax())
+    assert p.carried.old.age[place] == 2 - told
 
 
 def test_old_memories_of_nothing_are_told_facts(phase: Callable[..., Phase]) -> None:
@@ -206,7 +236,7 @@ def test_each_order_of_age_is_as_frequent_in_the_pool(phase: Callable[..., Phase
 def test_jitter_disturbs_old_memories_alone(phase: Callable[..., Phase]) -> None:
     p = phase(jitter=0.5, pool=64)
     until_full(p)
-    before = p.carried.old.content[0].clone()
+    before = p.carried.old.content["state"].clone()
     batch, _ = p.step(ALL)
     noise = batch["state"][4:] - before[p.carried._drawn_old]
     assert 0.3 < noise.std() < 0.7

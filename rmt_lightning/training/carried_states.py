@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Annotated, Any, cast
 
 import lightning as L
@@ -95,12 +96,14 @@ class CarriedStates(Curriculum):
     ```
 
     In a share of each batch, noise is read by memories from a pool, and what they wait for stands behind it: the
-    question, or facts that are still to come and the question. A memory goes back as it was before that if the answer
-    was right, and is lost if it was wrong. Fresh memories take the free places. Half of the other samples begin with an
-    old memory that has read noise alone, for a fact may be told late. So ages grow without limit, while a step costs
-    what it did in the curriculum, and gradients still flow through up to n segments. Training on states that are passed
-    on is enough for recurrent models to go far beyond their training length (Buitrago Ruiz and Gu 2025, arXiv
-    2507.02782); keeping only memories that still answer, and asking them, is what is added here.
+    question, or facts that are still to come and the question. If the answer was right, a memory goes back as it was
+    before that, or as it was before the question alone. If it was wrong, the memory is lost, and its place is taken by
+    one of nothing that waits for the same facts: what is hard to remember is told more often. Fresh memories take the
+    free places. Half of the other samples begin with an old memory that has read noise alone, for a fact may be told
+    late. So ages grow without limit, while a step costs what it did in the curriculum, and gradients still flow through
+    up to n segments. Training on states that are passed on is enough for recurrent models to go far beyond their
+    training length (Buitrago Ruiz and Gu 2025, arXiv 2507.02782); asking them, keeping those that still answer and
+    telling the others again is what is added here.
 
     Args:
         curriculum: what comes before.
@@ -228,27 +231,50 @@ class CarriedStates(Curriculum):
         classifier = cast(FactClassifier, pl_module)
         samples, num_segments, _ = batch["input_ids"].shape
         initial = classifier.model.initial_state(samples)
-        batch["rest"] = _rest(batch["told"], batch["border"], self.curriculum.max_segments)
-        batch["late"] = batch["last_told"] >= batch["border"]
+        batch["story"] = _ending(batch["told"], batch["first_told"], self.curriculum.max_segments)
+        batch["gap"] = num_segments - 1 - batch["last_told"]
+        batch["age"] = torch.zeros_like(batch["border"])
         if not hasattr(self, "old"):
-            self.old = Pool(self.size, (initial, batch["rest"], batch["late"], batch["label"]))
+            self.old = Pool(self.size, self._memories(batch, initial, batch["story"]))
             # Those of nothing are much alike; fewer of them grow older.
             self.blank = Pool(max(1, self.size // 8), initial)
         self._random = torch.Generator().manual_seed(_mix(classifier.seed, trainer.global_step, trainer.global_rank))
         first = samples - carried
         self._drawn_blank = self.blank.draw(first // 2, self._random)
-        self._drawn_old = self.old.draw(carried, self._random, among=_length(self.old.content[1]) <= num_segments)
+        self._drawn_old = self.old.draw(carried, self._random, among=_length(self.old.content["rest"]) <= num_segments)
         rows = slice(first, first + len(self._drawn_old))
-        memory, batch["rest"][rows], batch["late"][rows], batch["label"][rows] = self.old.take(self._drawn_old)
-        batch["border"][rows] = num_segments - _length(batch["rest"][rows])
-        told = batch["rest"][:, -num_segments:]
-        batch["input_ids"] = torch.where(told >= 0, told, batch["input_ids"])
+        old = self.old.take(self._drawn_old)
+        self._tell(_rows(batch, rows), old, self.old.age[self._drawn_old])
         batch["state"] = tree_map(
-            lambda new, blank, old: torch.cat(
-                [self._disturbed(blank), new[len(blank) : first], self._disturbed(old), new[rows.stop :]]
+            lambda new, blank, memory: torch.cat(
+                [self._disturbed(blank), new[len(blank) : first], self._disturbed(memory), new[rows.stop :]]
             ),
-            initial, self.blank.take(self._drawn_blank), memory,
+            initial, self.blank.take(self._drawn_blank), old["state"],
         )  # fmt: skip
+
+    def _tell(self, batch: dict[str, Tensor], old: dict[str, Any], age: Tensor) -> None:
+        """Write what old memories wait for over the ends of some rows, and choose before which segment to keep them.
+
+        That is where they begin to wait; or the question, of which they need to know nothing else: always for those who
+        know nothing, and half of the time for those who know some facts.
+        """
+        num_segments = batch["input_ids"].shape[1]
+        for name in _STORY:
+            batch[name].copy_(old[name])
+        batch["age"].copy_(age)
+        told = old["rest"][:, -num_segments:]
+        batch["input_ids"].copy_(torch.where(told >= 0, told, batch["input_ids"]))
+        begin = num_segments - _length(old["rest"])
+        knows_nothing = (old["rest"] == old["story"]).all(dim=2).all(dim=1)
+        chosen = torch.rand(len(age), generator=self._random).to(age.device) < 0.5
+        goes_on = (knows_nothing | chosen) & (old["gap"] > 0)
+        batch["border"].copy_(torch.where(goes_on, num_segments - 1, begin))
+        batch["first_told"].copy_(torch.where(knows_nothing, begin, 0))
+        batch["last_told"].copy_(torch.where(num_segments - 1 - old["gap"] >= begin, num_segments - 1 - old["gap"], -1))
+
+    def _memories(self, batch: dict[str, Tensor], state: Any, rest: Tensor) -> dict[str, Any]:
+        """What the pool keeps of a batch."""
+        return {"state": state, "rest": rest} | {name: batch[name] for name in _STORY}
 
     def _disturbed(self, memories: Tensor) -> Tensor:
         if not self.jitter or not memories.is_floating_point():
@@ -259,7 +285,7 @@ class CarriedStates(Curriculum):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Tensor], batch_idx: int
     ) -> None:
-        """Put back the memories whose answers were right, and take in new ones."""
+        """Put back the memories whose answers were right, tell the others again, and take in new ones."""
         carried = data_of(trainer).carried
         if not carried:
             return
@@ -267,13 +293,18 @@ class CarriedStates(Curriculum):
         first, num_blank, num_old = samples - carried, len(self._drawn_blank), len(self._drawn_old)
         right, early, border, states = outputs["right"], batch["first_told"], batch["border"], outputs["states"]
 
-        # Memories of facts, as they were before the segment with what they wait for.
-        known = _before(border, states), batch["rest"], batch["late"], batch["label"]
+        # Memories of facts, as they were before the segment with what they wait for. What was lost is told again.
+        rest = _ending(batch["story"][:, -num_segments:], border, self.curriculum.max_segments)
+        known = self._memories(batch, _before(border, states), rest)
+        initial = cast(FactClassifier, pl_module).model.initial_state(samples)
+        again = ~right & (batch["gap"] > 0)
+        memories = tree_map(partial(_where, again), self._memories(batch, initial, batch["story"]), known)
+        age = batch["age"] + border - early
+        kept = (right | again) & ~self._retired(age, border)
+        age = age.masked_fill(again, 0)
         old = slice(first, first + num_old)
-        age = self.old.age[self._drawn_old] + border[old]
-        kept = right[old] & ~self._retired(age, border[old])
-        self.old.put_back(self._drawn_old, _rows(known, old), age, kept)
-        self.old.admit(_rows(known, slice(first)), (border - early)[:first], (right & (border > 0))[:first])
+        self.old.put_back(self._drawn_old, _rows(memories, old), age[old], kept[old])
+        self.old.admit(_rows(memories, slice(first)), age[:first], ((right | again) & (border > 0))[:first])
 
         # Memories of nothing, as they were before the segment with the first fact.
         nothing = _before(early, states)
@@ -283,7 +314,7 @@ class CarriedStates(Curriculum):
         self.blank.put_back(self._drawn_blank, _rows(nothing, blank), age, kept)
         self.blank.admit(_rows(nothing, fresh), early[fresh], (right & (early > 0))[fresh])
 
-        late = batch["late"][old]
+        late = batch["last_told"][old] >= 0
         self.counts["segments"] += num_segments * int((~late).sum())
         self.counts["lost"] += int((~late & ~right[old]).sum())
         self.counts["told"] += num_blank + int(late.sum())
@@ -297,15 +328,15 @@ class CarriedStates(Curriculum):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if hasattr(self, "old"):
-            checkpoint["carried"] = tree_map(
+            checkpoint["memories"] = tree_map(
                 lambda part: trainer.strategy.all_gather(part).view(trainer.world_size, *part.shape).cpu(),
                 [(pool.content, pool.age) for pool in (self.old, self.blank)],
             )
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        if "carried" in checkpoint:
+        if "memories" in checkpoint:
             own = tree_map(
-                lambda parts: parts[trainer.global_rank % len(parts)].to(pl_module.device), checkpoint["carried"]
+                lambda parts: parts[trainer.global_rank % len(parts)].to(pl_module.device), checkpoint["memories"]
             )
             self.old, self.blank = (Pool.restored(content, age) for content, age in own)
 
@@ -318,15 +349,18 @@ class CarriedStates(Curriculum):
         self.history = [Losses(**losses) for losses in state_dict["history"]]
 
 
+# What the pool knows of a memory beside its state and what it waits for: all that its sample tells, from the first fact
+# on (longest, S); how many segments the question stands behind the last fact; and the answer.
+_STORY = ("story", "gap", "label")
 _COUNTS = ("segments", "lost", "told", "missed")
 
 
-def _rest(told: Tensor, border: Tensor, longest: int) -> Tensor:
+def _ending(told: Tensor, border: Tensor, longest: int) -> Tensor:
     """What `told` (B, T, S) holds from segment `border` (B,) on: (B, longest, S), its end at the end."""
     ahead = longest - told.shape[1]
-    rest = nn.functional.pad(told, (0, 0, ahead, 0), value=-1)
+    ending = nn.functional.pad(told, (0, 0, ahead, 0), value=-1)
     before = torch.arange(longest, device=told.device) < ahead + border[:, None]
-    return rest.masked_fill(before[:, :, None], -1)
+    return ending.masked_fill(before[:, :, None], -1)
 
 
 def _length(rest: Tensor) -> Tensor:
@@ -338,6 +372,11 @@ def _before(segment: Tensor, states: list[Any]) -> Any:
     """The state before some segment (B,) of each row."""
     rows = torch.arange(len(segment), device=segment.device)
     return tree_map(lambda *parts: torch.stack(parts)[segment, rows], *states)
+
+
+def _where(condition: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """Rows of `one` (B, …) where the condition (B,) holds, else those of `other`."""
+    return torch.where(condition.view(-1, *[1] * (one.dim() - 1)), one, other.to(one))
 
 
 def _rows(tree: Any, rows: slice) -> Any:
