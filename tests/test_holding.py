@@ -88,8 +88,7 @@ def test_fresh_memories_are_taken_in_as_they_were_before_the_question(phase: Cal
     kept = {name: part[held] for name, part in p.carried.old.content.items()}
     torch.testing.assert_close(kept["state"], states[-1][taken])
     # They wait for the question alone; what has been told them is kept beside it.
-    assert (kept["rest"][:, :-1] == -1).all()
-    assert torch.equal(kept["rest"][:, -1], batch["told"][taken][:, -1])
+    assert (kept["waits"] == 1).all()
     assert torch.equal(kept["story"], batch["told"][taken])
     assert torch.equal(kept["label"], batch["label"][taken])
     assert torch.equal(p.carried.old.age[held], 2 - batch["last_told"][taken])
@@ -133,9 +132,9 @@ def test_old_memories_are_asked_behind_noise_and_go_back_or_are_told_again(phase
     # What became of them.
     assert p.carried.old.age[held].tolist() == [ages[held[0]] + 2, 0, ages[held[2]] + 2]
     torch.testing.assert_close(content["state"][[0, 2]], states[-1][[4, 6]])
-    assert (content["rest"][[0, 2], :-1] == -1).all()
     assert torch.equal(content["state"][1], p.classifier.model.memory)
-    assert torch.equal(content["rest"][1], content["story"][1])
+    length = 3 - int((content["story"][1] >= 0).any(dim=1).int().argmax())
+    assert content["waits"].tolist() == [1, length, 1]
     assert (p.carried.counts["lost"], p.carried.counts["segments"] - read) == (1, 9)
 
 
@@ -153,8 +152,10 @@ def test_old_memories_of_some_facts_are_told_the_others(
         ages, number = p.carried.old.age.clone(), 7 * p.trainer.global_step
         batch, states = p.step(ALL)
         for row, place in zip((4, 5, 6), p.carried._drawn_old, strict=True):
-            rest, border = before["rest"][place], batch["border"][row]
-            begin = int((rest >= 0).any(dim=1).int().argmax())
+            begin, border = 3 - int(before["waits"][place]), batch["border"][row]
+            rest = before["story"][place].clone()
+            rest[:begin] = -1
+            assert (rest[begin] >= 0).any()
             # What a memory waits for: one more fact or none, and the question. The rest is noise, before and between.
             *facts, question = tokenizer.decode(rest[rest >= 0]).split(".")
             assert question.endswith("?")
@@ -163,15 +164,17 @@ def test_old_memories_of_some_facts_are_told_the_others(
             # It is kept as it was before that, or before the question alone.
             assert border in (begin, 2)
             seen.add((len(facts), bool(border > begin)))
-            left = p.carried.old.content["rest"][place]
-            assert (left[:border] == -1).all() and torch.equal(left[border:], rest[border:])
+            assert p.carried.old.content["waits"][place] == 3 - border
             torch.testing.assert_close(p.carried.old.content["state"][place], states[border][row])
             assert p.carried.old.age[place] == ages[place] + border
     assert seen == {(0, False), (1, False), (1, True)}
     # A wrong answer is a memory lost, or a late fact missed.
     counts = dict(p.carried.counts)
     batch, _ = p.step([False] * 7)
-    num_late = int((batch["last_told"][4:] >= 0).sum())
+    num_late = int(batch["late"][4:].sum())
+    # It is told again, unless the last fact stands beside the question: there is no memory between them to ask.
+    gaps = p.carried.old.content["gap"][p.carried._drawn_old]
+    assert torch.equal(p.carried.old.age[p.carried._drawn_old], torch.where(gaps > 0, 0, -1))
     counted = [p.carried.counts[name] - counts[name] for name in ("segments", "lost", "told", "missed")]
     assert counted == [3 * (3 - num_late), 3 - num_late, 2 + num_late, 2 + num_late]
 
@@ -191,7 +194,7 @@ def test_what_was_lost_is_told_again_and_then_remembered_from_there(phase: Calla
     torch.testing.assert_close(batch["state"][row], content["state"][place])
     story = content["story"][place]
     assert torch.equal(batch["input_ids"][row][story >= 0], story[story >= 0])
-    assert (p.carried.old.content["rest"][place][:-1] == -1).all()
+    assert p.carried.old.content["waits"][place] == 1
     torch.testing.assert_close(p.carried.old.content["state"][place], states[-1][row])
     told = int((story >= 0).any(dim=1).int().argmax())
     assert p.carried.old.age[place] == 2 - told

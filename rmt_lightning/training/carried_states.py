@@ -233,18 +233,18 @@ class CarriedStates(Curriculum):
         initial = classifier.model.initial_state(samples)
         batch["story"] = _ending(batch["told"], batch["first_told"], self.curriculum.max_segments)
         batch["gap"] = num_segments - 1 - batch["last_told"]
-        batch["age"] = torch.zeros_like(batch["border"])
+        batch["late"] = torch.zeros_like(batch["border"], dtype=torch.bool)
         if not hasattr(self, "old"):
-            self.old = Pool(self.size, self._memories(batch, initial, batch["story"]))
+            self.old = Pool(self.size, _memories(batch, initial, _length(batch["story"])))
             # Those of nothing are much alike; fewer of them grow older.
             self.blank = Pool(max(1, self.size // 8), initial)
         self._random = torch.Generator().manual_seed(_mix(classifier.seed, trainer.global_step, trainer.global_rank))
         first = samples - carried
         self._drawn_blank = self.blank.draw(first // 2, self._random)
-        self._drawn_old = self.old.draw(carried, self._random, among=_length(self.old.content["rest"]) <= num_segments)
+        self._drawn_old = self.old.draw(carried, self._random, among=self.old.content["waits"] <= num_segments)
         rows = slice(first, first + len(self._drawn_old))
         old = self.old.take(self._drawn_old)
-        self._tell(_rows(batch, rows), old, self.old.age[self._drawn_old])
+        self._tell(_rows(batch, rows), old)
         batch["state"] = tree_map(
             lambda new, blank, memory: torch.cat(
                 [self._disturbed(blank), new[len(blank) : first], self._disturbed(memory), new[rows.stop :]]
@@ -252,7 +252,7 @@ class CarriedStates(Curriculum):
             initial, self.blank.take(self._drawn_blank), old["state"],
         )  # fmt: skip
 
-    def _tell(self, batch: dict[str, Tensor], old: dict[str, Any], age: Tensor) -> None:
+    def _tell(self, batch: dict[str, Tensor], old: dict[str, Any]) -> None:
         """Write what old memories wait for over the ends of some rows, and choose before which segment to keep them.
 
         That is where they begin to wait; or the question, of which they need to know nothing else: always for those who
@@ -261,20 +261,15 @@ class CarriedStates(Curriculum):
         num_segments = batch["input_ids"].shape[1]
         for name in _STORY:
             batch[name].copy_(old[name])
-        batch["age"].copy_(age)
-        told = old["rest"][:, -num_segments:]
+        begin = num_segments - old["waits"]
+        told = _ending(old["story"][:, -num_segments:], begin, num_segments)
         batch["input_ids"].copy_(torch.where(told >= 0, told, batch["input_ids"]))
-        begin = num_segments - _length(old["rest"])
-        knows_nothing = (old["rest"] == old["story"]).all(dim=2).all(dim=1)
-        chosen = torch.rand(len(age), generator=self._random).to(age.device) < 0.5
+        batch["late"].copy_(old["gap"] < old["waits"])
+        knows_nothing = old["waits"] == _length(old["story"])
+        chosen = torch.rand(len(begin), generator=self._random).to(begin.device) < 0.5
         goes_on = (knows_nothing | chosen) & (old["gap"] > 0)
         batch["border"].copy_(torch.where(goes_on, num_segments - 1, begin))
         batch["first_told"].copy_(torch.where(knows_nothing, begin, 0))
-        batch["last_told"].copy_(torch.where(num_segments - 1 - old["gap"] >= begin, num_segments - 1 - old["gap"], -1))
-
-    def _memories(self, batch: dict[str, Tensor], state: Any, rest: Tensor) -> dict[str, Any]:
-        """What the pool keeps of a batch."""
-        return {"state": state, "rest": rest} | {name: batch[name] for name in _STORY}
 
     def _disturbed(self, memories: Tensor) -> Tensor:
         if not self.jitter or not memories.is_floating_point():
@@ -294,15 +289,16 @@ class CarriedStates(Curriculum):
         right, early, border, states = outputs["right"], batch["first_told"], batch["border"], outputs["states"]
 
         # Memories of facts, as they were before the segment with what they wait for. What was lost is told again.
-        rest = _ending(batch["story"][:, -num_segments:], border, self.curriculum.max_segments)
-        known = self._memories(batch, _before(border, states), rest)
         initial = cast(FactClassifier, pl_module).model.initial_state(samples)
         again = ~right & (batch["gap"] > 0)
-        memories = tree_map(partial(_where, again), self._memories(batch, initial, batch["story"]), known)
-        age = batch["age"] + border - early
+        state = tree_map(partial(_where, again), initial, _before(border, states))
+        waits = torch.where(again, _length(batch["story"]), num_segments - border)
+        memories = _memories(batch, state, waits)
+        old = slice(first, first + num_old)
+        age = border - early
+        age[old] += self.old.age[self._drawn_old]
         kept = (right | again) & ~self._retired(age, border)
         age = age.masked_fill(again, 0)
-        old = slice(first, first + num_old)
         self.old.put_back(self._drawn_old, _rows(memories, old), age[old], kept[old])
         self.old.admit(_rows(memories, slice(first)), age[:first], ((right | again) & (border > 0))[:first])
 
@@ -314,7 +310,7 @@ class CarriedStates(Curriculum):
         self.blank.put_back(self._drawn_blank, _rows(nothing, blank), age, kept)
         self.blank.admit(_rows(nothing, fresh), early[fresh], (right & (early > 0))[fresh])
 
-        late = batch["last_told"][old] >= 0
+        late = batch["late"][old]
         self.counts["segments"] += num_segments * int((~late).sum())
         self.counts["lost"] += int((~late & ~right[old]).sum())
         self.counts["told"] += num_blank + int(late.sum())
@@ -349,8 +345,8 @@ class CarriedStates(Curriculum):
         self.history = [Losses(**losses) for losses in state_dict["history"]]
 
 
-# What the pool knows of a memory beside its state and what it waits for: all that its sample tells, from the first fact
-# on (longest, S); how many segments the question stands behind the last fact; and the answer.
+# What the pool knows of a memory beside its state: all that its sample tells, from the first fact on (longest, S); how
+# many segments the question stands behind the last fact; and the answer.
 _STORY = ("story", "gap", "label")
 _COUNTS = ("segments", "lost", "told", "missed")
 
@@ -363,9 +359,14 @@ def _ending(told: Tensor, border: Tensor, longest: int) -> Tensor:
     return ending.masked_fill(before[:, :, None], -1)
 
 
-def _length(rest: Tensor) -> Tensor:
-    """How many segments (B,) each rest (B, longest, S) takes."""
-    return rest.shape[1] - (rest >= 0).any(dim=2).int().argmax(dim=1)
+def _length(story: Tensor) -> Tensor:
+    """How many segments (B,) each story (B, longest, S) takes."""
+    return story.shape[1] - (story >= 0).any(dim=2).int().argmax(dim=1)
+
+
+def _memories(batch: dict[str, Tensor], state: Any, waits: Tensor) -> dict[str, Any]:
+    """What the pool keeps of a batch; memories wait for as many of the last segments of their stories (B,)."""
+    return {"state": state, "waits": waits} | {name: batch[name] for name in _STORY}
 
 
 def _before(segment: Tensor, states: list[Any]) -> Any:
