@@ -10,7 +10,19 @@ import numpy as np
 import pytest
 
 from rmt_lightning.errors import UserError
-from rmt_lightning.tasks.facts import OPPOSITE, PEOPLE, PLACES, Babi, Carried, Detect, Memorize, Reasoning, Split, Task
+from rmt_lightning.tasks.facts import (
+    OBJECTS,
+    OPPOSITE,
+    PEOPLE,
+    PLACES,
+    Babi,
+    Carried,
+    Detect,
+    Memorize,
+    Reasoning,
+    Split,
+    Task,
+)
 
 BUILT_IN: list[Task] = [Memorize(), Detect(), Reasoning(), Carried()]
 
@@ -132,26 +144,32 @@ BABI = """1 Mary moved to the bathroom.
 """
 
 
-def test_the_easier_forms_of_carried_ask_for_people() -> None:
+def test_the_easier_forms_of_carried_begin_with_one_question_and_end_with_all() -> None:
     rng = generator()
-    plain, full = Carried().easier
-    pairs = set()
-    for task, facts in ((plain, 2), (full, 4)):
-        for _ in range(300):
-            example = task.draw(rng, "train")
-            person = re.fullmatch(r"Where is (\w+)\?", example.question)[1]
-            assert person in PEOPLE and len(example.facts) == facts
-            (needed,) = example.support
-            assert re.fullmatch(rf"{person} .* to the {PLACES[example.answer]}\.", example.facts[needed])
+    questions = []
+    for task in Carried().easier:
+        examples = [task.draw(rng, "train") for _ in range(600)]
+        questions.append({example.question for example in examples})
+        for example in examples:
+            person = example.facts[example.support[-1]].split()[0]
+            if example.question.startswith("Where is the "):
+                thing = example.question.removeprefix("Where is the ").rstrip("?")
+                assert re.fullmatch(rf"{person} .* the {thing}\.", example.facts[example.support[0]])
+                assert len(example.support) == 2
+            else:
+                assert example.question == f"Where is {person}?"
+                assert len(example.support) == 1
+            assert re.fullmatch(rf"{person} .* to the {PLACES[example.answer]}\.", example.facts[example.support[-1]])
             # Somebody else went somewhere else.
-            other = next(fact for fact in example.facts if " to the " in fact and not fact.startswith(person))
+            other = next(f for f in example.facts if " to the " in f and not f.startswith(person))
             assert not other.endswith(f" {PLACES[example.answer]}.")
-            if facts == 2:
-                pairs.add((person, other.split()[0]))
-                assert all(" went to the " in fact for fact in example.facts)
-    with pytest.raises(UserError, match=r"task\.plain=true: nobody takes anything"):
-        Carried("thing", plain=True)
-    assert pairs == {("Mary", "John"), ("John", "Mary"), ("Daniel", "Sandra"), ("Sandra", "Daniel")}
+        in_turn = [e.facts[0].split()[0] == e.facts[1].split()[0] for e in examples]
+        assert all(in_turn) if task.in_turn else 0 < sum(in_turn) < 600
+    people, things = {f"Where is {person}?" for person in PEOPLE}, {f"Where is the {thing}?" for thing in OBJECTS}
+    apple = {"Where is the apple?"}
+    assert questions == [{"Where is Mary?"}, people, people | apple, people | things, people | apple, people | things]
+    with pytest.raises(UserError, match=r"task\.always=pear: choose one of Mary, John, .*, milk, or null"):
+        Carried(always="pear")
 
 
 def test_babi_file(tmp_path: Path) -> None:

@@ -26,7 +26,6 @@ Split = Literal["train", "validation", "test"]
 PLACES = ("bathroom", "hallway", "garden", "office", "bedroom", "kitchen")
 PEOPLE = ("Mary", "John", "Daniel", "Sandra")
 VERBS = ("moved", "went", "went back", "journeyed", "travelled")
-_WENT = VERBS.index("went")
 OBJECTS = ("apple", "football", "milk")
 PICK_UPS = ("picked up", "took", "got", "grabbed")
 OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
@@ -196,47 +195,65 @@ class Carried:
     A second person with a second object is the decoy, so neither the object nor the places alone tell the answer.
 
     Args:
-        asked: "thing" as above, or "person": "Where is Mary?", for which one fact is enough.
-        plain: whether nobody takes anything, everybody "went", and people come in pairs: Mary with John, Daniel with
-            Sandra.
+        asked: "thing" as above; "person": "Where is Mary?", for which one fact is enough; or "either".
+        always: whom or what such questions are always about, such as "Mary" or "apple"; None: it is drawn.
+        in_turn: whether one story is over before the other begins.
 
     Raises:
-        UserError: if it is asked for things that nobody takes.
+        UserError: if `always` is nobody and nothing of the task.
     """
 
     name = "carried"
     where: Literal["start", "anywhere"] = "anywhere"
     answers = PLACES
 
-    def __init__(self, asked: Literal["thing", "person"] = "thing", plain: bool = False) -> None:
-        if plain and asked == "thing":
-            raise UserError("task.plain=true: nobody takes anything then; give task.asked=person, too")
+    def __init__(
+        self,
+        asked: Literal["thing", "person", "either"] = "thing",
+        always: str | None = None,
+        in_turn: bool = False,
+    ) -> None:
+        if always not in (None, *PEOPLE, *OBJECTS):
+            raise UserError(f"task.always={always}: choose one of {', '.join((*PEOPLE, *OBJECTS))}, or null")
         self.asked = asked
-        self.plain = plain
+        self.always = always
+        self.in_turn = in_turn
 
     @property
     def easier(self) -> tuple[Carried, ...]:
-        """What to begin with (see `SegmentCurriculum`): the second of the two steps, first by itself."""
-        return Carried("person", plain=True), Carried("person")
+        """What to begin with (see `SegmentCurriculum`): the second of the two steps, then both.
+
+        Which of two stories the question matches is learnt late, like a parity: as long as the model tells neither
+        stories nor questions apart, learning one of them alone gains nothing. So the question is the same at first.
+        """
+        return (
+            Carried("person", always="Mary"),
+            Carried("person"),
+            Carried("either", always="apple", in_turn=True),
+            Carried("either", in_turn=True),
+            Carried("either", always="apple"),
+            Carried("either"),
+        )
 
     def draw(self, rng: np.random.Generator, split: Split) -> Example:
-        who, what, where, verb = pick(rng, split, len(PEOPLE), len(OBJECTS), len(PLACES), len(VERBS))
+        while True:
+            who, what, where, verb = pick(rng, split, len(PEOPLE), len(OBJECTS), len(PLACES), len(VERBS))
+            if self.always in (None, PEOPLE[who], OBJECTS[what]):
+                break
         other_who, other_what, other_where = (
             int((own + rng.integers(1, size)) % size)
             for own, size in ((who, len(PEOPLE)), (what, len(OBJECTS)), (where, len(PLACES)))
         )
         other_verb = int(rng.integers(len(VERBS)))
-        mine, theirs = [self._take(rng, who, what)], [self._take(rng, other_who, other_what)]
-        if self.plain:
-            mine, theirs = [], []
-            other_who, verb, other_verb = who ^ 1, _WENT, _WENT
-        mine.append(self._go(who, verb, where))
-        theirs.append(self._go(other_who, other_verb, other_where))
+        mine = [self._take(rng, who, what), self._go(who, verb, where)]
+        theirs = [self._take(rng, other_who, other_what), self._go(other_who, other_verb, other_where)]
         # Everybody takes before they go; apart from that the two stories are interleaved at random.
-        slots = rng.permutation(np.repeat([True, False], len(mine)))
+        slots = rng.permutation([True, True, False, False])
+        if self.in_turn:
+            slots = np.repeat(rng.permutation([True, False]), 2)
         facts = tuple(mine.pop(0) if own else theirs.pop(0) for own in slots)
         support = tuple(np.flatnonzero(slots).tolist())
-        if self.asked == "person":
+        if self.asked == "person" or (self.asked == "either" and rng.integers(2)):
             return Example(facts, f"Where is {PEOPLE[who]}?", where, support[-1:])
         return Example(facts, f"Where is the {OBJECTS[what]}?", where, support)
 
