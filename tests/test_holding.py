@@ -277,6 +277,9 @@ def test_the_phase_can_be_added_to_a_run_that_has_ended(train: Run, tmp_path: Pa
     assert held_at(tmp_path / "run") == [21, 24]
     again = train("resume=run", small=False)
     assert "has finished training; testing it again" in again.stderr + again.stdout
+    more = train("resume=run", "curriculum.max_segments=4", small=False)
+    assert more.returncode == 0, more.stderr
+    assert held_at(tmp_path / "run") == [21, 24, 33, 36]
 
 
 class Forgetful(RMTEncoder):

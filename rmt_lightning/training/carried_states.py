@@ -152,7 +152,9 @@ class CarriedStates(Curriculum):
 
     @property
     def finished(self) -> bool:
-        return bool(self.history) and self.history[-1].step - (self.first_step or 0) >= self.steps
+        if not self.curriculum.finished or self.first_step is None or not self.history:
+            return False
+        return self.history[-1].step - self.first_step >= self.steps
 
     def progress(self, trainer: L.Trainer) -> tuple[str, int, int]:
         if self.first_step is None:
