@@ -3,7 +3,8 @@
     python experiments/lessons/by_facts.py outputs/reasoning --results experiments/lessons/by_facts.csv
 
 Facts and noise are those of training: what is lost here is not lost for being new. A row of the table says how many
-sets of facts were still known, after so many segments of noise, to 0, 1, … of their streams.
+sets of facts were still known, after so many segments of noise, to 0, 1, … of their streams. A second table beside it,
+by_facts_sets.csv, names the sets and says to how many streams each was known at the end.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ SETS, STREAMS = 150, 6
 
 
 @torch.inference_mode()
-def known(run: Path) -> list[dict[str, int]]:
-    """How many of the sets of facts are known to how many of their streams, after each number of segments."""
+def known(run: Path) -> tuple[list[dict[str, int]], list[dict[str, object]]]:
+    """How many of the sets are known to how many streams, after each number of segments; and which at the end."""
     parts = load(cast(DictConfig, OmegaConf.load(run / CONFIG)), run, run / CHECKPOINTS / LAST)
     classifier, placement = cast(FactClassifier, parts.classifier).eval(), parts.data.placement
     rng = np.random.default_rng(0)
@@ -56,7 +57,11 @@ def known(run: Path) -> list[dict[str, int]]:
             rows.append({"segments": segments} | {f"known_to_{n}": count for n, count in enumerate(counts)})
             print(rows[-1], flush=True)
         _, state = model.step(Segment(text), state)
-    return rows
+    sets: list[dict[str, object]] = [
+        {"facts": " ".join(example.facts), "question": example.question, "known_to": int(streams)}
+        for example, streams in zip(examples, right, strict=True)
+    ]
+    return rows, sets
 
 
 def main() -> None:
@@ -64,7 +69,9 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--results", type=Path, required=True)
     given = parser.parse_args()
-    write_csv(given.results, known(given.run))
+    rows, sets = known(given.run)
+    write_csv(given.results, rows)
+    write_csv(given.results.with_name(f"{given.results.stem}_sets.csv"), sets)
 
 
 if __name__ == "__main__":
