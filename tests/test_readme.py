@@ -13,7 +13,9 @@ from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
-SHELL = [line.split("  #")[0].strip() for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()]
+# A backslash at its end continues a line.
+LINES = [line for kind, block in BLOCKS if kind == "sh" for line in block.replace("\\\n", " ").splitlines()]
+SHELL = [line.split("  #")[0].strip() for line in LINES]
 COMMANDS = [line for line in SHELL if line.startswith("python -m rmt_lightning")]
 
 
