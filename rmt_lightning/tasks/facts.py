@@ -196,8 +196,8 @@ class Carried:
 
     Args:
         asked: "thing" as above; "person": "Where is Mary?", for which one fact is enough; or "either".
-        always: whom or what such questions are always about, such as "Mary" or "apple"; None: it is drawn.
-        in_turn: whether one story is over before the other begins.
+        always: who or what is always in the story that is asked about, such as "Mary" or "apple"; None: that is drawn.
+        interleaved: whether the two stories are; else one is over before the other begins.
 
     Raises:
         UserError: if `always` is nobody and nothing of the task.
@@ -211,13 +211,13 @@ class Carried:
         self,
         asked: Literal["thing", "person", "either"] = "thing",
         always: str | None = None,
-        in_turn: bool = False,
+        interleaved: bool = True,
     ) -> None:
         if always not in (None, *PEOPLE, *OBJECTS):
             raise UserError(f"task.always={always}: choose one of {', '.join((*PEOPLE, *OBJECTS))}, or null")
         self.asked = asked
         self.always = always
-        self.in_turn = in_turn
+        self.interleaved = interleaved
 
     @property
     def easier(self) -> tuple[Carried, ...]:
@@ -229,8 +229,8 @@ class Carried:
         return (
             Carried("person", always="Mary"),
             Carried("person"),
-            Carried("either", always="apple", in_turn=True),
-            Carried("either", in_turn=True),
+            Carried("either", always="apple", interleaved=False),
+            Carried("either", interleaved=False),
             Carried("either", always="apple"),
             Carried("either"),
         )
@@ -247,9 +247,9 @@ class Carried:
         other_verb = int(rng.integers(len(VERBS)))
         mine = [self._take(rng, who, what), self._go(who, verb, where)]
         theirs = [self._take(rng, other_who, other_what), self._go(other_who, other_verb, other_where)]
-        # Everybody takes before they go; apart from that the two stories are interleaved at random.
+        # Everybody takes before they go; apart from that stories are interleaved at random.
         slots = rng.permutation([True, True, False, False])
-        if self.in_turn:
+        if not self.interleaved:
             slots = np.repeat(rng.permutation([True, False]), 2)
         facts = tuple(mine.pop(0) if own else theirs.pop(0) for own in slots)
         support = tuple(np.flatnonzero(slots).tolist())
