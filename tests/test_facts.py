@@ -67,6 +67,25 @@ def test_reasoning() -> None:
             assert PLACES[example.answer] in example.facts[needed]
 
 
+def test_what_could_be_asked_instead_is_answered_as_a_person_would() -> None:
+    rng = generator()
+    for _ in range(300):
+        example = Reasoning().draw(rng, "train")
+        questions = {example.question: example.answer, **dict(example.also)}
+        assert len(questions) == 4
+        assert all(answer_of_relations(example.facts, q) == PLACES[answer] for q, answer in questions.items())
+    for asked, count in (("thing", 2), ("person", 2), ("either", 4)):
+        for _ in range(200):
+            example = Carried(asked).draw(rng, "train")
+            questions = {example.question: example.answer, **dict(example.also)}
+            assert len(questions) == count
+            for question, answer in questions.items():
+                about = re.fullmatch(r"Where is (?:the )?(\w+)\?", question)[1]
+                carrier = next(fact.split()[0] for fact in example.facts if about in fact)
+                assert any(re.fullmatch(rf"{carrier} .* to the {PLACES[answer]}\.", fact) for fact in example.facts)
+    assert Detect().draw(rng, "train").also == ()
+
+
 def test_the_easier_reasoning_repeats_the_words_of_a_fact() -> None:
     rng = generator()
     for _ in range(300):

@@ -80,6 +80,7 @@ class FactDataset(Dataset[dict[str, Any]]):
     - input_ids: (T, S).
     - told: (T, S), the facts and the question where they stand; -1 is noise.
     - label: the class of the answer, -1 in mere noise.
+    - questions, answers: (Q, S) and (Q,), the question and all that could be asked instead (see `Placement.endings`).
     - distance: segments between the first fact that is needed and the question.
     - first_told, last_told: the segments of the first and of the last fact.
     - border: a segment behind the first fact in which another one is told or the question asked. What is known of the
@@ -89,16 +90,22 @@ class FactDataset(Dataset[dict[str, Any]]):
     def __init__(self, placement: Placement, split: Split) -> None:
         self.placement = placement
         self.split = split
+        # Mere noise asks nothing, as often as the task could ask something.
+        nothing = placement.endings(placement.task.draw(np.random.default_rng(0), split))
+        self.nothing = tuple(np.full_like(part, -1) for part in nothing)
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         sample = self.placement.sample(self.split, key)
         pieces = list(sample.pieces)
         first, last = min(sample.homes, default=0), max(sample.homes, default=0)
         borders = sorted({*sample.homes, key.num_segments - 1} - {first})
+        questions, answers = self.placement.endings(sample.example) if sample.example else self.nothing
         return {
             "input_ids": torch.from_numpy(np.stack([np.concatenate([p.ids for p in segment]) for segment in pieces])),
             "told": torch.from_numpy(np.stack([np.concatenate([p.told for p in segment]) for segment in pieces])),
             "label": sample.answer,
+            "questions": torch.from_numpy(questions),
+            "answers": torch.from_numpy(answers),
             "distance": sample.distance,
             "first_told": first,
             "last_told": last,

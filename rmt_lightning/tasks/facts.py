@@ -41,12 +41,15 @@ class Example:
         question: the sentence that ends the input.
         answer: index into the task's `answers`.
         support: indices of the facts without which the answer is not known; the others are decoys.
+        also: other questions about the same facts, with their answers, for training that asks more than once. A task
+            has as many of them in all its examples.
     """
 
     facts: tuple[str, ...]
     question: str
     answer: int
     support: tuple[int, ...]
+    also: tuple[tuple[str, int], ...] = ()
 
 
 class Task(Protocol):
@@ -160,14 +163,13 @@ class Reasoning:
         if not self.plain:
             facts = [self._tell(rng, *fact) for fact in facts]
         rng.shuffle(facts)
-        asked = int(rng.integers(2))
-        subject, direction, reference = facts[asked]
-        if self.plain or rng.integers(2):
-            question = f"What is {direction} of the {PLACES[reference]}?"
-        else:
-            question = f"What is the {PLACES[reference]} {OPPOSITE[direction]} of?"
         sentences = tuple(f"The {PLACES[a]} is {way} of the {PLACES[b]}." for a, way, b in facts)
-        return Example(sentences, question, subject, support=(asked,))
+        questions = [(f"What is {way} of the {PLACES[b]}?", subject) for subject, way, b in facts]
+        if not self.plain:
+            questions += [(f"What is the {PLACES[b]} {OPPOSITE[way]} of?", subject) for subject, way, b in facts]
+        asked = int(rng.integers(len(questions)))
+        question, answer = questions.pop(asked)
+        return Example(sentences, question, answer, support=(asked % 2,), also=tuple(questions))
 
     @staticmethod
     def _tell(rng: np.random.Generator, place: int, direction: str, middle: int) -> tuple[int, str, int]:
@@ -253,9 +255,15 @@ class Carried:
             slots = np.repeat(rng.permutation([True, False]), 2)
         facts = tuple(mine.pop(0) if own else theirs.pop(0) for own in slots)
         support = tuple(np.flatnonzero(slots).tolist())
+        people = [(f"Where is {PEOPLE[who]}?", where), (f"Where is {PEOPLE[other_who]}?", other_where)]
+        things = [(f"Where is the {OBJECTS[what]}?", where), (f"Where is the {OBJECTS[other_what]}?", other_where)]
+        questions, others = things, people
         if self.asked == "person" or (self.asked == "either" and rng.integers(2)):
-            return Example(facts, f"Where is {PEOPLE[who]}?", where, support[-1:])
-        return Example(facts, f"Where is the {OBJECTS[what]}?", where, support)
+            questions, others, support = people, things, support[-1:]
+        if self.asked == "either":
+            questions += others
+        (question, answer), *also = questions
+        return Example(facts, question, answer, support, tuple(also))
 
     @staticmethod
     def _take(rng: np.random.Generator, person: int, thing: int) -> str:

@@ -153,6 +153,19 @@ class Placement:
         """The task's easier forms, easiest first; most tasks have none."""
         return getattr(self.task, "easier", ())
 
+    def endings(self, example: Example) -> tuple[np.ndarray, np.ndarray]:
+        """Every question about an example, first the one that is asked, where it stands in the last segment.
+
+        Returns:
+            (Q, S) token ids, -1 where there is noise, and the answers (Q,).
+        """
+        questions = [(example.question, example.answer), *example.also]
+        told = np.full((len(questions), self.text_length), -1)
+        for row, (question, _) in zip(told, questions, strict=True):
+            ids = self._ids(question)
+            row[-len(ids) :] = ids
+        return told, np.array([answer for _, answer in questions])
+
     def _ids(self, sentence: str) -> np.ndarray:
         if sentence not in self._token_ids:
             self._token_ids[sentence] = np.array(token_ids(self.tokenizer, [sentence])[0], dtype=np.int64)

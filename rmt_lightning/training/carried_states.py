@@ -95,15 +95,15 @@ class CarriedStates(Curriculum):
              [old memory, of some facts] noise … fact … noise question
     ```
 
-    In a share of each batch, noise is read by memories from a pool, and what they wait for stands behind it: the
-    question, or facts that are still to come and the question. If the answer was right, a memory goes back as it was
-    before that, or as it was before the question alone. If it was wrong, the memory is lost, and its place is taken by
-    one of nothing that waits for the same facts: what is hard to remember is told more often. Fresh memories take the
-    free places. Half of the other samples begin with an old memory that has read noise alone, for a fact may be told
-    late. So ages grow without limit, while a step costs what it did in the curriculum, and gradients still flow through
-    up to n segments. Training on states that are passed on is enough for recurrent models to go far beyond their
-    training length (Buitrago Ruiz and Gu 2025, arXiv 2507.02782); asking them, keeping those that still answer and
-    telling the others again is what is added here.
+    In a share of each batch, noise is read by memories from a pool, and what they wait for stands behind it: any
+    question about its facts, or facts that are still to come and the question. If the answer was right, a memory goes
+    back as it was before that, or as it was before the question alone. If it was wrong, the memory is lost, and its
+    place is taken by one of nothing that waits for the same facts: what is hard to remember is told more often. Fresh
+    memories take the free places. Half of the other samples begin with an old memory that has read noise alone, for a
+    fact may be told late. So ages grow without limit, while a step costs what it did in the curriculum, and gradients
+    still flow through up to n segments. Training on states that are passed on is enough for recurrent models to go far
+    beyond their training length (Buitrago Ruiz and Gu 2025, arXiv 2507.02782); asking them, keeping those that still
+    answer and telling the others again is what is added here.
 
     Args:
         curriculum: what comes before.
@@ -261,6 +261,7 @@ class CarriedStates(Curriculum):
         know nothing, and half of the time for those who know some facts.
         """
         num_segments = batch["input_ids"].shape[1]
+        self._ask_anything(old)
         for name in _STORY:
             batch[name].copy_(old[name])
         begin = num_segments - old["waits"]
@@ -272,6 +273,17 @@ class CarriedStates(Curriculum):
         goes_on = (knows_nothing | chosen) & (old["gap"] > 0)
         batch["border"].copy_(torch.where(goes_on, num_segments - 1, begin))
         batch["first_told"].copy_(torch.where(knows_nothing, begin, 0))
+
+    def _ask_anything(self, old: dict[str, Any]) -> None:
+        """Put some question about the same facts at the end of stories that tell nothing else there.
+
+        A memory that was always asked the same would not have to hold the rest.
+        """
+        rows = torch.arange(len(old["gap"]), device=old["gap"].device)
+        chosen = torch.randint(old["answers"].shape[1], (len(rows),), generator=self._random).to(rows.device)
+        alone = old["gap"] > 0
+        old["story"][alone, -1] = old["questions"][rows, chosen][alone]
+        old["label"] = torch.where(alone, old["answers"][rows, chosen], old["label"])
 
     def _disturbed(self, memories: Tensor) -> Tensor:
         if not self.jitter or not memories.is_floating_point():
@@ -336,7 +348,10 @@ class CarriedStates(Curriculum):
             own = tree_map(
                 lambda parts: parts[trainer.global_rank % len(parts)].to(pl_module.device), checkpoint["memories"]
             )
-            self.old, self.blank = (Pool.restored(content, age) for content, age in own)
+            old, blank = (Pool.restored(content, age) for content, age in own)
+            # Pools from before all questions were kept fill anew.
+            if "questions" in old.content:
+                self.old, self.blank = old, blank
 
     def state_dict(self) -> dict[str, Any]:
         history = [asdict(losses) for losses in self.history]
@@ -348,8 +363,8 @@ class CarriedStates(Curriculum):
 
 
 # What the pool knows of a memory beside its state: all that its sample tells, from the first fact on (longest, S); how
-# many segments the question stands behind the last fact; and the answer.
-_STORY = ("story", "gap", "label")
+# many segments the question stands behind the last fact; the answer; and all questions (Q, S) with their answers (Q,).
+_STORY = ("story", "gap", "label", "questions", "answers")
 _COUNTS = ("segments", "lost", "told", "missed")
 
 
