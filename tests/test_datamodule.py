@@ -75,6 +75,13 @@ def test_lessons_go_from_easy_samples_without_noise_to_the_task_as_it_is(
     # And behind them, the task as it is.
     data.lesson = None
     assert shown(data.train_dataloader()) == shown(data.val_dataloader()) == ({None}, [full])
+    # Later stages begin with the last of the easier forms, amid all the noise.
+    data.num_segments = 2
+    forms = [len(tightest) - 2, None] if len(tightest) > 1 else []
+    assert data.lessons == len(forms)
+    for lesson, form in enumerate(forms, start=1):
+        data.lesson = lesson
+        assert shown(data.train_dataloader()) == shown(data.val_dataloader()) == ({form}, [full])
 
 
 def test_epochs_go_on_where_the_last_one_ended(placement: Placement) -> None:

@@ -163,7 +163,7 @@ BABI = """1 Mary moved to the bathroom.
 """
 
 
-def test_the_easier_forms_of_carried_begin_with_one_question_and_end_with_all() -> None:
+def test_the_easier_forms_of_carried_begin_with_one_question() -> None:
     rng = generator()
     questions = []
     for task in Carried().easier:
@@ -186,7 +186,8 @@ def test_the_easier_forms_of_carried_begin_with_one_question_and_end_with_all() 
         assert 0 < sum(apart) < 600 if task.interleaved else all(apart)
     people, things = {f"Where is {person}?" for person in PEOPLE}, {f"Where is the {thing}?" for thing in OBJECTS}
     apple = {"Where is the apple?"}
-    assert questions == [{"Where is Mary?"}, people, people | apple, people | things, people | apple, people | things]
+    either = [people | apple, people | things]
+    assert questions == [{"Where is Mary?"}, people, *either, *either, apple]
     with pytest.raises(UserError, match=r"task\.always=pear: choose one of Mary, John, .*, milk, or null"):
         Carried(always="pear")
 

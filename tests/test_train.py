@@ -108,7 +108,7 @@ def test_a_stage_that_is_stuck_stops_the_run_with_a_clear_result(train: Run, tmp
     ]  # fmt: skip
 
 
-def test_lessons_come_before_the_first_stage_and_are_resumed(train: Run, tmp_path: Path) -> None:
+def test_stages_begin_with_lessons_which_are_resumed(train: Run, tmp_path: Path) -> None:
     reasoning = ("task=reasoning", "curriculum.lessons=true", "backbone=tiny_roformer", "hydra.run.dir=run")
     easy = ("curriculum.threshold=0.01", "curriculum.validations=1")
     stuck = train(*reasoning, "curriculum.when_stuck=stop")
@@ -127,8 +127,12 @@ def test_lessons_come_before_the_first_stage_and_are_resumed(train: Run, tmp_pat
     log = (tmp_path / "run" / "train.log").read_text()
     # Reasoning has one easier form.
     lessons = 2 + NOISY_LESSONS
-    for name in (*(f"stage 1, lesson {lesson}" for lesson in range(1, lessons + 1)), "stage 2", "stage 3"):
-        assert f"{name} converged after" in log
+    for stage, count in (1, lessons), (2, 2), (3, 2):
+        assert f"stage {stage} converged after" in log
+        assert log.count(f"stage {stage}, lesson ") >= 2 * count
+        for lesson in range(1, count + 1):
+            assert f"stage {stage}, lesson {lesson} converged after" in log
+        assert f"stage {stage}, lesson {count + 1}" not in log
     # A stage counts the steps of its lessons, so that stages and steps of the run agree.
     stages = rows(tmp_path / "run" / "stages.csv")
     last = read_checkpoint(tmp_path / "run/checkpoints/last.ckpt")

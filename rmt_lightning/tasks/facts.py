@@ -2,7 +2,7 @@
 
 To add a task, write a class with the five members of `Task` and one yaml in conf/task/. A task that small models from
 scratch do not learn at once may offer a tuple of `easier` ones, easiest first: what `curriculum.lessons=true` begins
-with.
+stage 1 with, and later stages with the last of them.
 
 Every world holds a fifth of its statements back from training, so that validation asks about sentences
 the model has never read. (The published code drew both from the same ones.)
@@ -226,7 +226,8 @@ class Carried:
         """What to begin with (see `SegmentCurriculum`): the second of the two steps, then both.
 
         Which of two stories the question matches is learnt late, like a parity: as long as the model tells neither
-        stories nor questions apart, learning one of them alone gains nothing. So the question is the same at first.
+        stories nor questions apart, learning one of them alone gains nothing. So the question is the same at first. The
+        same is true of memory, and later stages begin with the last form: who has the apple is worth remembering alone.
         """
         return (
             Carried("person", always="Mary"),
@@ -235,6 +236,7 @@ class Carried:
             Carried("either", interleaved=False),
             Carried("either", always="apple"),
             Carried("either"),
+            Carried(always="apple"),
         )
 
     def draw(self, rng: np.random.Generator, split: Split) -> Example:

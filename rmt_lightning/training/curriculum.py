@@ -113,9 +113,9 @@ class SegmentCurriculum(Curriculum):
         threshold: accuracy at which a stage has converged.
         validations: how many in a row must reach it.
         patience: validations without improvement after which a stage counts as converged; None: never.
-        lessons: whether stage 1 is cut into lessons, for small models from scratch: the task's easier forms, if it
-            has any, without noise; the task without noise; the task with more and more noise. Each converges, and
-            has its budget, as a stage does.
+        lessons: whether stages are cut into lessons, for small models from scratch. Stage 1: the task's easier forms,
+            if it has any, without noise; the task without noise; the task with more and more noise. Later ones: the
+            last of the easier forms, then the task. Each lesson converges, and has its budget, as a stage does.
         when_stuck: what to do if the budget is spent: "stop" the run, or "continue" with the next stage.
     """
 
@@ -169,15 +169,18 @@ class SegmentCurriculum(Curriculum):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Go on at once if a run that had reached its last stage is resumed with a later one, or end with fewer."""
         stage = data_of(trainer).num_segments = min(data_of(trainer).num_segments, self.max_segments)
-        if not self.lessons:
-            data_of(trainer).lesson = None
-        elif data_of(trainer).lesson is None and not self.history:
-            data_of(trainer).lesson = 1
         self._resumed_between_stages = (
             any(result.stage == stage and self.passed(result) for result in self.results) and stage < self.max_segments
         )
         # Loader workers start before on_train_start; by then the length must be right.
         data_of(trainer).num_segments += self._resumed_between_stages
+        if not self.lessons:
+            data_of(trainer).lesson = None
+        elif self._resumed_between_stages or (data_of(trainer).lesson is None and not self.history):
+            self._begin_lessons(trainer)
+
+    def _begin_lessons(self, trainer: L.Trainer) -> None:
+        data_of(trainer).lesson = 1 if self.lessons and data_of(trainer).lessons else None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._clock = time.perf_counter()
@@ -197,7 +200,8 @@ class SegmentCurriculum(Curriculum):
         pl_module.log("stage", float(data_of(trainer).num_segments))
         if self.lessons:
             # 0 where validation is on the task itself.
-            pl_module.log("lesson", float((data_of(trainer).lesson or 0) % data_of(trainer).lessons))
+            lesson, last = data_of(trainer).lesson, data_of(trainer).lessons
+            pl_module.log("lesson", float(0 if lesson in (None, last) else lesson))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.finished:
@@ -235,6 +239,7 @@ class SegmentCurriculum(Curriculum):
             trainer.should_stop = True
             return
         data_of(trainer).num_segments = stage + 1
+        self._begin_lessons(trainer)
         self._begin_stage(first_step=trainer.global_step)
         trainer.strategy.setup_optimizers(trainer)
 
