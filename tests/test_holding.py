@@ -253,6 +253,21 @@ def test_jitter_disturbs_old_memories_alone(phase: Callable[..., Phase]) -> None
     torch.testing.assert_close(batch["state"][2:4], p.classifier.model.memory.expand(2, -1, -1))
 
 
+def test_pools_from_before_all_questions_were_kept_fill_anew(phase: Callable[..., Phase]) -> None:
+    p = phase()
+    until_full(p)
+    pools = [(pool.content, pool.age) for pool in (p.carried.old, p.carried.blank)]
+    saved = {"memories": tree_map(lambda part: part[None], pools)}
+    for outdated in (False, True):
+        if outdated:
+            del saved["memories"][0][0]["questions"], saved["memories"][0][0]["answers"]
+        resumed = phase()
+        resumed.carried.on_load_checkpoint(resumed.trainer, resumed.classifier, saved)
+        assert hasattr(resumed.carried, "old") is not outdated
+        resumed.step(ALL)
+        assert (resumed.carried.old.age >= 0).sum() > 0
+
+
 def test_one_segment_leaves_nothing_to_carry() -> None:
     with pytest.raises(UserError, match=r"curriculum\.max_segments=1: leaves no memory to carry"):
         CarriedStates(SegmentCurriculum(1, 10), steps=10, lr=1e-3)
