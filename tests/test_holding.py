@@ -171,8 +171,13 @@ def test_old_memories_of_some_facts_are_told_the_others(
             # It is kept as it was before that, or before the question alone.
             assert border in (begin, 2)
             seen.add((len(facts), bool(border > begin)))
+            held = p.carried.old.content["state"][place]
+            if before["gap"][place] == 0:
+                # Nothing is to be remembered between a fact and the question beside it.
+                assert p.carried.old.age[place] == -1 or not torch.equal(held, states[border][row])
+                continue
             assert p.carried.old.content["waits"][place] == 3 - border
-            torch.testing.assert_close(p.carried.old.content["state"][place], states[border][row])
+            torch.testing.assert_close(held, states[border][row])
             assert p.carried.old.age[place] == ages[place] + border
     assert seen == {(0, False), (1, False), (1, True)}
     # A wrong answer is a memory lost, or a late fact missed.
@@ -186,17 +191,32 @@ def test_old_memories_of_some_facts_are_told_the_others(
     assert counted == [3 * (3 - num_late), 3 - num_late, 2 + num_late, 2 + num_late]
 
 
+def test_half_of_the_old_memories_that_are_asked_know_all_facts(
+    corpora: dict[Split, Corpus], tokenizer: PreTrainedTokenizerBase, make_model: Callable[..., RMTEncoder]
+) -> None:
+    p = Phase(Placement(Reasoning(), corpora, tokenizer, text_length=30, seed=3), make_model(37, 4, double=False))
+    until_full(p)
+    for _ in range(20):
+        content = p.carried.old.content
+        whole = content["waits"] <= content["gap"]
+        p.step(ALL)
+        drawn = p.carried._drawn_old
+        assert len(drawn) == len(drawn.unique()) == 3
+        assert whole[drawn[0]] or not whole.any()
+
+
 def test_what_was_lost_is_told_again_and_then_remembered_from_there(phase: Callable[..., Phase]) -> None:
     p = phase(youth=10**6, pool=4)
     until_full(p)
     p.step([False] * 7)
     lost = {int(place) for place in p.carried._drawn_old}
     content = tree_map(torch.clone, p.carried.old.content)
-    place = -1
-    while place not in lost:
+    drawn: list[tuple[int, int]] = []
+    while not drawn:
         batch, states = p.step(ALL)
-        place, row = int(p.carried._drawn_old[0]), 4
+        drawn = [(row, place) for row, place in enumerate(p.carried._drawn_old.tolist(), start=4) if place in lost]
         assert (p.carried.old.age >= 0).all()
+    row, place = drawn[0]
     # The memory of nothing was told the story, and waits for the question now.
     torch.testing.assert_close(batch["state"][row], content["state"][place])
     story = content["story"][place]

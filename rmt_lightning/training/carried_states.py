@@ -243,7 +243,7 @@ class CarriedStates(Curriculum):
         self._random = torch.Generator().manual_seed(_mix(classifier.seed, trainer.global_step, trainer.global_rank))
         first = samples - carried
         self._drawn_blank = self.blank.draw(first // 2, self._random)
-        self._drawn_old = self.old.draw(carried, self._random, among=self.old.content["waits"] <= num_segments)
+        self._drawn_old = self._draw_old(carried, num_segments)
         rows = slice(first, first + len(self._drawn_old))
         old = self.old.take(self._drawn_old)
         self._tell(_rows(batch, rows), old)
@@ -254,11 +254,19 @@ class CarriedStates(Curriculum):
             initial, self.blank.take(self._drawn_blank), old["state"],
         )  # fmt: skip
 
+    def _draw_old(self, count: int, num_segments: int) -> Tensor:
+        """The places of memories this batch is long enough for; at least half know all facts, if there are as many."""
+        waits, gap = self.old.content["waits"], self.old.content["gap"]
+        ready = waits <= num_segments
+        whole = self.old.draw(count // 2, self._random, among=ready & (waits <= gap))
+        ready[whole] = False
+        return torch.cat([whole, self.old.draw(count - len(whole), self._random, among=ready)])
+
     def _tell(self, batch: dict[str, Tensor], old: dict[str, Any]) -> None:
         """Write what old memories wait for over the ends of some rows, and choose before which segment to keep them.
 
         That is where they begin to wait; or the question, of which they need to know nothing else: always for those who
-        know nothing, and half of the time for those who know some facts.
+        know nothing, and nine times in ten for those who know some facts.
         """
         num_segments = batch["input_ids"].shape[1]
         self._ask_anything(old)
@@ -269,7 +277,7 @@ class CarriedStates(Curriculum):
         batch["input_ids"].copy_(torch.where(told >= 0, told, batch["input_ids"]))
         batch["late"].copy_(old["gap"] < old["waits"])
         knows_nothing = old["waits"] == _length(old["story"])
-        chosen = torch.rand(len(begin), generator=self._random).to(begin.device) < 0.5
+        chosen = torch.rand(len(begin), generator=self._random).to(begin.device) < 0.9
         goes_on = (knows_nothing | chosen) & (old["gap"] > 0)
         batch["border"].copy_(torch.where(goes_on, num_segments - 1, begin))
         batch["first_told"].copy_(torch.where(knows_nothing, begin, 0))
@@ -302,16 +310,18 @@ class CarriedStates(Curriculum):
         first, num_blank, num_old = samples - carried, len(self._drawn_blank), len(self._drawn_old)
         right, early, border, states = outputs["right"], batch["first_told"], batch["border"], outputs["states"]
 
-        # Memories of facts, as they were before the segment with what they wait for. What was lost is told again.
+        # Memories of facts, as they were before the segment with what they wait for. What was lost is told again. A
+        # story whose last fact stands beside the question is told once and dropped: no memory lies between the two.
         initial = cast(FactClassifier, pl_module).model.initial_state(samples)
-        again = ~right & (batch["gap"] > 0)
+        alone = batch["gap"] > 0
+        again = ~right & alone
         state = tree_map(partial(_where, again), initial, _before(border, states))
         waits = torch.where(again, _length(batch["story"]), num_segments - border)
         memories = _memories(batch, state, waits)
         old = slice(first, first + num_old)
         age = border - early
         age[old] += self.old.age[self._drawn_old]
-        kept = (right | again) & ~self._retired(age, border)
+        kept = alone & ~self._retired(age, border)
         age = age.masked_fill(again, 0)
         self.old.put_back(self._drawn_old, _rows(memories, old), age[old], kept[old])
         self.old.admit(_rows(memories, slice(first)), age[:first], ((right | again) & (border > 0))[:first])
