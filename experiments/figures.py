@@ -5,15 +5,21 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from rmt_lightning.analysis import figures
 from rmt_lightning.analysis.attention import curve_from_rows
+
+
+def rewriting(rows: list[dict[str, str]]) -> Figure:
+    return figures.rewriting(curve_from_rows(rows), "How much of the memory a segment rewrites (16 texts)")
+
 
 # A folder, and the function that makes a figure of the rows of its results.csv.
 FIGURES = {
     "attention_cost": figures.cost,
-    "attention_of_memory": lambda rows: figures.rewriting(
-        curve_from_rows(rows), "How much of the memory a segment rewrites (16 texts)"
-    ),
+    "attention_of_memory": rewriting,
+    "attention_of_memory_reasoning": rewriting,
     "flops": figures.flops,
     "generalisation": figures.generalisation,
     "language_modeling": figures.language_models,
