@@ -2,9 +2,10 @@
 
     python experiments/lessons/by_facts.py outputs/reasoning --results experiments/lessons/by_facts.csv
 
-Facts and noise are those of training: what is lost here is not lost for being new. A row of the table says how many
-sets of facts were still known, after so many segments of noise, to 0, 1, … of their streams. A second table beside it,
-by_facts_sets.csv, names the sets and says to how many streams each was known at the end.
+Facts and noise are those of training: what is lost here is not lost for being new. With `--split validation` the facts
+are new, and the noise is the same. A row of the table says how many sets of facts were still known, after so many
+segments of noise, to 0, 1, … of their streams. A second table beside it, by_facts_sets.csv, names the sets and says to
+how many streams each was known at the end.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from rmt_lightning.build import load
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.run_folder import CHECKPOINTS, CONFIG, LAST, write_csv
+from rmt_lightning.tasks.facts import Split
 from rmt_lightning.tasks.noise import token_ids
 from rmt_lightning.training.classification import FactClassifier
 
@@ -28,12 +30,12 @@ SETS, STREAMS = 150, 6
 
 
 @torch.inference_mode()
-def known(run: Path) -> tuple[list[dict[str, int]], list[dict[str, object]]]:
+def known(run: Path, split: Split) -> tuple[list[dict[str, int]], list[dict[str, object]]]:
     """How many of the sets are known to how many streams, after each number of segments; and which at the end."""
     parts = load(cast(DictConfig, OmegaConf.load(run / CONFIG)), run, run / CHECKPOINTS / LAST)
     classifier, placement = cast(FactClassifier, parts.classifier).eval(), parts.data.placement
     rng = np.random.default_rng(0)
-    examples = [placement.task.draw(rng, "train") for _ in range(SETS)]
+    examples = [placement.task.draw(rng, split) for _ in range(SETS)]
 
     def over(text: torch.Tensor, sentences: list[str], at_end: bool) -> Segment:
         """Noise (B, S) with sentences written over its beginning or its end, the same for all streams of a set."""
@@ -68,8 +70,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--split", choices=("train", "validation"), default="train")
     given = parser.parse_args()
-    rows, sets = known(given.run)
+    rows, sets = known(given.run, given.split)
     write_csv(given.results, rows)
     write_csv(given.results.with_name(f"{given.results.stem}_sets.csv"), sets)
 

@@ -3,7 +3,7 @@
     python experiments/lessons/by_split.py outputs/carried --results experiments/lessons/by_split.csv
 
 In the table "took, other took" means that the first segment tells of both takes, first of the one that is asked about,
-and the second one of both goes. `--text-length` makes segments shorter, for a model that has not seen noise there.
+and the second one of both goes.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def first_segment(sample: Sample) -> str:
 
 
 @torch.inference_mode()
-def by_split(run: Path, text_length: int | None) -> list[dict[str, object]]:
+def by_split(run: Path) -> list[dict[str, object]]:
     """Rows of the table."""
     parts = load(cast(DictConfig, OmegaConf.load(run / CONFIG)), run, run / CHECKPOINTS / LAST)
     placement, classifier = parts.data.placement, parts.classifier.eval()
     samples, right = Counter[str](), Counter[str]()
     for start in range(0, SAMPLES, BATCH):
-        keys = [Key(2, number, text_length=text_length) for number in range(start, start + BATCH)]
+        keys = [Key(2, number) for number in range(start, start + BATCH)]
         drawn = [placement.sample("validation", key) for key in keys]
         text = [torch.tensor([segment.tolist() for segment in sample.segments]) for sample in drawn]
         said = classifier(torch.stack(text)).argmax(dim=1).tolist()
@@ -55,9 +55,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--results", type=Path, required=True)
-    parser.add_argument("--text-length", type=int)
     given = parser.parse_args()
-    rows = by_split(given.run, given.text_length)
+    rows = by_split(given.run)
     for row in rows:
         print(row)
     write_csv(given.results, rows)
