@@ -4,8 +4,9 @@ To add a task, write a class with the five members of `Task` and one yaml in con
 scratch do not learn at once may offer a tuple of `easier` ones, easiest first: what `curriculum.lessons=true` begins
 stage 1 with, and later stages with the last of them.
 
-Every world holds a fifth of its statements back from training, so that validation asks about sentences
-the model has never read. (The published code drew both from the same ones.)
+Every world holds a fifth of its stories back from training, word by word: validation asks about facts the model has
+never read as they are told there, though it may have read the same in other words. (The published code drew both from
+the same ones.)
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Task(Protocol):
 
 
 def held_out(*choices: int) -> bool:
-    """Whether a combination of choices is kept for validation and test: one in five, spread evenly over each choice."""
+    """Whether a combination of choices is kept for validation and test: one in five, spread over all choices."""
     return sum(choices) % 5 == 0
 
 
@@ -150,19 +151,21 @@ class Reasoning:
 
     def draw(self, rng: np.random.Generator, split: Split) -> Example:
         while True:
-            # How far the outer places stand behind the middle one in the list of places, less one. Held out are ways in
-            # which three places can lie, whichever they are, so that the answers stay even.
-            one, other, axis = pick(rng, split, len(PLACES) - 1, len(PLACES) - 1, len(DIRECTIONS))
-            if one != other:
+            # How far the outer places stand behind the middle one in the list of places, less one; and whether they lie
+            # north and south of it, or east and west. The middle place is drawn apart, which keeps the answers even.
+            one, other, line = (int(rng.integers(size)) for size in (len(PLACES) - 1, len(PLACES) - 1, 2))
+            # Two times in three the middle place comes last in a fact, as in the published rows.
+            first, second = (int(not self.plain and rng.random() < 1 / 3) for _ in range(2))
+            swapped = int(rng.integers(2))
+            if one != other and held_out(one, other, line, swapped + 2 * first + 4 * second) == (split != "train"):
                 break
         middle = int(rng.integers(len(PLACES)))
         left, right = ((middle + 1 + behind) % len(PLACES) for behind in (one, other))
-        # `left` lies in direction d of `middle`, and `right` on the other side of it.
-        d = DIRECTIONS[axis]
-        facts = [(left, d, middle), (right, OPPOSITE[d], middle)]
-        if not self.plain:
-            facts = [self._tell(rng, *fact) for fact in facts]
-        rng.shuffle(facts)
+        d = DIRECTIONS[2 * line]
+        facts = [(middle, OPPOSITE[d], left) if first else (left, d, middle)]
+        facts += [(middle, d, right) if second else (right, OPPOSITE[d], middle)]
+        if swapped:
+            facts.reverse()
         sentences = tuple(f"The {PLACES[a]} is {way} of the {PLACES[b]}." for a, way, b in facts)
         questions = [(f"What is {way} of the {PLACES[b]}?", subject) for subject, way, b in facts]
         if not self.plain:
@@ -170,13 +173,6 @@ class Reasoning:
         asked = int(rng.integers(len(questions)))
         question, answer = questions.pop(asked)
         return Example(sentences, question, answer, support=(asked % 2,), also=tuple(questions))
-
-    @staticmethod
-    def _tell(rng: np.random.Generator, place: int, direction: str, middle: int) -> tuple[int, str, int]:
-        # Two times in three the middle place comes last, as in the published rows.
-        if rng.integers(3):
-            return place, direction, middle
-        return middle, OPPOSITE[direction], place
 
     def sentences(self) -> Iterator[str]:
         for direction in DIRECTIONS:
@@ -244,11 +240,15 @@ class Carried:
             who, what, where, verb = pick(rng, split, len(PEOPLE), len(OBJECTS), len(PLACES), len(VERBS))
             if self.always in (None, PEOPLE[who], OBJECTS[what]):
                 break
-        other_who, other_what, other_where = (
-            int((own + rng.integers(1, size)) % size)
-            for own, size in ((who, len(PEOPLE)), (what, len(OBJECTS)), (where, len(PLACES)))
-        )
-        other_verb = int(rng.integers(len(VERBS)))
+        while True:
+            other_who, other_what, other_where = (
+                int((own + rng.integers(1, size)) % size)
+                for own, size in ((who, len(PEOPLE)), (what, len(OBJECTS)), (where, len(PLACES)))
+            )
+            other_verb = int(rng.integers(len(VERBS)))
+            # What is held back is no decoy either.
+            if split != "train" or not held_out(other_who, other_what, other_where, other_verb):
+                break
         mine = [self._take(rng, who, what), self._go(who, verb, where)]
         theirs = [self._take(rng, other_who, other_what), self._go(other_who, other_verb, other_where)]
         # Everybody takes before they go; apart from that stories are interleaved at random.
