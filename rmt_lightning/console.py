@@ -15,7 +15,14 @@ from rich import get_console
 from rmt_lightning.errors import UserError
 
 # What Lightning says at every start, and what does not apply to short epochs of samples that are pure functions.
-_NOT_FOR_US = ("does not have many workers", "The number of training batches", "not resumable", "treespec")
+_NOT_FOR_US = (
+    "does not have many workers",
+    "The number of training batches",
+    "not resumable",
+    "treespec",
+    # What is logged at the end of a validation has been summed over all ranks by then.
+    "sync_dist=True",
+)
 
 
 class Parser(argparse.ArgumentParser):
