@@ -146,6 +146,18 @@ def test_stages_begin_with_lessons_which_are_resumed(train: Run, tmp_path: Path)
     assert {point.step for point in run.curves["val/accuracy"]} == task
 
 
+def test_a_lesson_that_is_stuck_is_followed_by_the_next_where_stages_are(train: Run, tmp_path: Path) -> None:
+    reasoning = ("task=reasoning", "curriculum.lessons=true", "backbone=tiny_roformer", "hydra.run.dir=run")
+    stuck = train(*reasoning, "curriculum.when_stuck=stop", "curriculum.steps=3", "curriculum.max_segments=2")
+    assert stuck.returncode == 1 and "stage 1, lesson 1 did not converge after 3 steps" in stuck.stdout
+    result = train("resume=run", "curriculum.when_stuck=continue", small=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for stage, count in (1, 2 + NOISY_LESSONS), (2, 2):
+        for lesson in range(1 + (stage == 1), count + 1):
+            assert f"stage {stage}, lesson {lesson} did not converge after" in result.stdout
+    assert [row["stage"] for row in rows(tmp_path / "run/stages.csv")] == ["1", "2"]
+
+
 def test_the_learning_rate_starts_anew_at_each_stage(train: Run, tmp_path: Path) -> None:
     driver = """
 import json

@@ -116,7 +116,7 @@ class SegmentCurriculum(Curriculum):
         lessons: whether stages are cut into lessons, for small models from scratch. Stage 1: the task's easier forms,
             if it has any, without noise; the task without noise; the task with more and more noise. Later ones: the
             last of the easier forms, then the task. Each lesson converges, and has its budget, as a stage does.
-        when_stuck: what to do if the budget is spent: "stop" the run, or "continue" with the next stage.
+        when_stuck: what to do if the budget is spent: "stop" the run, or "continue" with the next lesson or stage.
     """
 
     def __init__(
@@ -169,9 +169,9 @@ class SegmentCurriculum(Curriculum):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Go on at once if a run that had reached its last stage is resumed with a later one, or end with fewer."""
         stage = data_of(trainer).num_segments = min(data_of(trainer).num_segments, self.max_segments)
-        self._resumed_between_stages = (
-            any(result.stage == stage and self.passed(result) for result in self.results) and stage < self.max_segments
-        )
+        within_lessons = data_of(trainer).lesson not in (None, data_of(trainer).lessons)
+        passed = any(result.stage == stage and self.passed(result) for result in self.results)
+        self._resumed_between_stages = passed and not within_lessons and stage < self.max_segments
         # Loader workers start before on_train_start; by then the length must be right.
         data_of(trainer).num_segments += self._resumed_between_stages
         if not self.lessons:
@@ -218,9 +218,9 @@ class SegmentCurriculum(Curriculum):
         log.info("%s: step %d, accuracy %.4f on %d segments", name, steps, accuracy, stage)
         if not converged and steps < at_stage(self.steps, stage):
             return
-        if converged and lesson:
-            log.info("%s converged after %d steps", name, steps)
-            if lesson < lessons:
+        if lesson:
+            log.info("%s %s after %d steps", name, "converged" if converged else "did not converge", steps)
+            if lesson < lessons and (converged or self.when_stuck == "continue"):
                 data_of(trainer).lesson = lesson + 1
                 self.lesson_steps += steps
                 self._begin_schedule(first_step=trainer.global_step)
