@@ -62,8 +62,8 @@ def test_sweep(sweep: str) -> None:
             hydra.compose("train", [f"{axis}={value}", f"seed={number}"])
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_preset(preset: str) -> None:
+@pytest.mark.parametrize("preset", [preset for preset in PRESETS if preset.startswith("paper_")])
+def test_paper_preset(preset: str) -> None:
     config = compose(f"experiment={preset}")
     check(config, Root)
     # The recipe of RMT-2023: 512 tokens, 10 memory tokens, a global batch of 32, up to 7 segments.
@@ -74,8 +74,19 @@ def test_preset(preset: str) -> None:
     assert config.trainer.precision == "32-true" and config.optim.weight_decay == 1e-3
 
 
-def test_each_group_has_a_preset_per_paper_task() -> None:
-    assert PRESETS == ["paper_detect", "paper_memorize", "paper_reasoning"]
+@pytest.mark.parametrize("preset", [preset for preset in PRESETS if preset.startswith("tiny_")])
+def test_tiny_preset(preset: str) -> None:
+    config = compose(f"experiment={preset}")
+    check(config, Root)
+    assert config.task._target_.lower().endswith(preset.removeprefix("tiny_"))
+    assert config.data.batch_size * config.trainer.devices == 64
+    assert len(config.curriculum.steps) == config.curriculum.max_segments
+    # Whatever stands behind it on the command line wins.
+    assert compose(f"experiment={preset}", "trainer=auto").trainer.devices == "auto"
+
+
+def test_there_is_a_preset_for_each_paper_task_and_for_what_the_default_run_does_not_learn() -> None:
+    assert PRESETS == ["paper_detect", "paper_memorize", "paper_reasoning", "tiny_carried", "tiny_reasoning"]
 
 
 @pytest.mark.parametrize("task", ["memorize", "detect", "reasoning", "carried"])
