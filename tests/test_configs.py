@@ -85,8 +85,8 @@ def test_tiny_preset(preset: str) -> None:
     assert compose(f"experiment={preset}", "trainer=auto").trainer.devices == "auto"
 
 
-def test_there_is_a_preset_for_each_paper_task_and_for_reasoning_from_scratch() -> None:
-    assert PRESETS == ["paper_detect", "paper_memorize", "paper_reasoning", "tiny_reasoning"]
+def test_there_is_a_preset_for_each_paper_task_and_for_what_the_default_run_does_not_learn() -> None:
+    assert PRESETS == ["paper_detect", "paper_memorize", "paper_reasoning", "tiny_carried", "tiny_reasoning"]
 
 
 @pytest.mark.parametrize("task", ["memorize", "detect", "reasoning", "carried"])

@@ -188,7 +188,7 @@ BABI = """1 Mary moved to the bathroom.
 
 def test_the_easier_forms_of_carried_begin_with_one_question() -> None:
     rng = generator()
-    questions = []
+    questions, orders = [], []
     for task in Carried().easier:
         examples = [task.draw(rng, "train") for _ in range(600)]
         questions.append({example.question for example in examples})
@@ -207,10 +207,12 @@ def test_the_easier_forms_of_carried_begin_with_one_question() -> None:
             assert not other.endswith(f" {PLACES[example.answer]}.")
         apart = [e.facts[0].split()[0] == e.facts[1].split()[0] for e in examples]
         assert 0 < sum(apart) < 600 if task.interleaved else all(apart)
+        orders.append(task.interleaved)
     people, things = {f"Where is {person}?" for person in PEOPLE}, {f"Where is the {thing}?" for thing in OBJECTS}
     apple = {"Where is the apple?"}
     either = [people | apple, people | things]
-    assert questions == [{"Where is Mary?"}, people, *either, *either, apple]
+    assert questions == [{"Where is Mary?"}, people, *either, *either, apple, things, apple]
+    assert orders == [True, True, False, False, True, True, False, False, True]
     with pytest.raises(UserError, match=r"task\.always=pear: choose one of Mary, John, .*, milk, or null"):
         Carried(always="pear")
 

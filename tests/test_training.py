@@ -65,6 +65,8 @@ def test_no_length_to_test() -> None:
     ("options", "accuracies", "expected"),
     [
         ({"threshold": 0.9}, [0.8, 0.9], [False, True]),
+        ({"threshold": [0.99, 0.9]}, [0.8, 0.9], [False, True]),
+        ({"threshold": [0.9, 0.99]}, [0.8, 0.9], [False, False]),
         ({"threshold": 0.9, "validations": 2}, [0.9, 0.8, 0.95, 0.9], [False, False, False, True]),
         ({"patience": 2}, [0.5, 0.6, 0.6, 0.55], [False, False, False, True]),
         ({"patience": 2}, [0.5, 0.4, 0.6, 0.5, 0.6], [False, False, False, False, True]),
@@ -72,7 +74,7 @@ def test_no_length_to_test() -> None:
 )
 def test_convergence(options: dict, accuracies: list[float], expected: list[bool]) -> None:
     curriculum = SegmentCurriculum(max_segments=3, steps=10, **options)
-    assert [curriculum._converged(accuracy) for accuracy in accuracies] == expected
+    assert [curriculum._converged(accuracy, stage=3) for accuracy in accuracies] == expected
 
 
 def test_curriculum_state_is_plain_and_complete() -> None:

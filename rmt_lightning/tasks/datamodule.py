@@ -208,18 +208,21 @@ class FactDataModule(ShortEpochs):
     def lessons(self) -> int:
         """How many lessons the present stage may have.
 
-        In stage 1 the easier forms and the task without noise, then more and more noise; in later stages the last of
-        the easier forms, if there is any, and the task, both amid full noise.
+        In stage 1 the easier forms and the task without noise, then more and more noise; in later stages those of
+        the easier forms that are repeated, if there are any, and the task, all amid full noise.
         """
-        easier = len(self.placement.easier)
-        return easier + 1 + NOISY_LESSONS if self.num_segments == 1 else 2 * bool(easier)
+        easier, repeated = len(self.placement.easier), self.placement.repeated
+        if self.num_segments == 1:
+            return easier + 1 + NOISY_LESSONS
+        return repeated + 1 if repeated else 0
 
     def asked_in_lesson(self) -> tuple[int | None, int | None]:
         """Which easier form of the task validation is on, if any, and S if segments are shorter than they could be."""
         if self.lesson is None:
             return None, None
         if self.num_segments > 1:
-            return (len(self.placement.easier) - 1 if self.lesson == 1 else None), None
+            first = len(self.placement.easier) - self.placement.repeated
+            return (first + self.lesson - 1 if self.lesson <= self.placement.repeated else None), None
         tightest, full = self.placement.tightest, self.placement.text_length
         noisy = self.lesson - len(tightest)
         if noisy < 0:

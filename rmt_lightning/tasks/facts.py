@@ -1,8 +1,8 @@
 """Worlds that state facts, ask a question and know the answer.
 
 To add a task, write a class with the five members of `Task` and one yaml in conf/task/. A task that small models from
-scratch do not learn at once may offer a tuple of `easier` ones, easiest first: what `curriculum.lessons=true` begins
-stage 1 with, and later stages with the last of them.
+scratch do not learn at once may offer a tuple of `easier` ones, easiest first, which `curriculum.lessons=true` begins
+stage 1 with, and say how many of the last of them are `repeated` at the beginning of every later stage.
 
 Every world holds a fifth of its stories back from training, word by word: validation asks about facts the model has
 never read as they are told there, though it may have read the same in other words. (The published code drew both from
@@ -140,6 +140,7 @@ class Reasoning:
     name = "reasoning"
     where: Literal["start", "anywhere"] = "anywhere"
     answers = PLACES
+    repeated = 1
 
     def __init__(self, plain: bool = False) -> None:
         self.plain = plain
@@ -204,6 +205,7 @@ class Carried:
     name = "carried"
     where: Literal["start", "anywhere"] = "anywhere"
     answers = PLACES
+    repeated = 3
 
     def __init__(
         self,
@@ -223,7 +225,8 @@ class Carried:
 
         Which of two stories the question matches is learnt late, like a parity: as long as the model tells neither
         stories nor questions apart, learning one of them alone gains nothing. So the question is the same at first. The
-        same is true of memory, and later stages begin with the last form: who has the apple is worth remembering alone.
+        same is true of memory, and later stages begin with the last forms: who has the apple is worth remembering alone,
+        and a story is if it is told to its end before the other begins.
         """
         return (
             Carried("person", always="Mary"),
@@ -232,6 +235,8 @@ class Carried:
             Carried("either", interleaved=False),
             Carried("either", always="apple"),
             Carried("either"),
+            Carried(always="apple", interleaved=False),
+            Carried(interleaved=False),
             Carried(always="apple"),
         )
 

@@ -153,6 +153,11 @@ class Placement:
         """The task's easier forms, easiest first; most tasks have none."""
         return getattr(self.task, "easier", ())
 
+    @property
+    def repeated(self) -> int:
+        """How many of the last of them later stages begin with."""
+        return getattr(self.task, "repeated", 0)
+
     def endings(self, example: Example) -> tuple[np.ndarray, np.ndarray]:
         """Every question about an example, first the one that is asked, where it stands in the last segment.
 

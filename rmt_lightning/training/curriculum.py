@@ -110,12 +110,12 @@ class SegmentCurriculum(Curriculum):
         lengths: stage n trains on inputs of "exact"ly n segments, as published, or of 1 … n ("uniform"), which keeps
             short inputs working.
         steps: budget of a stage in optimizer steps; a list gives one for each stage.
-        threshold: accuracy at which a stage has converged.
+        threshold: accuracy at which a stage has converged; a list gives one for each stage.
         validations: how many in a row must reach it.
         patience: validations without improvement after which a stage counts as converged; None: never.
         lessons: whether stages are cut into lessons, for small models from scratch. Stage 1: the task's easier forms,
             if it has any, without noise; the task without noise; the task with more and more noise. Later ones: the
-            last of the easier forms, then the task. Each lesson converges, and has its budget, as a stage does.
+            last of the easier forms, one or several, then the task. Each lesson converges, and has its budget, as a stage does.
         when_stuck: what to do if the budget is spent: "stop" the run, or "continue" with the next lesson or stage.
     """
 
@@ -124,7 +124,7 @@ class SegmentCurriculum(Curriculum):
         max_segments: Annotated[int, Ge(1)],
         steps: Annotated[int, Ge(1)] | list[Annotated[int, Ge(1)]],
         lengths: Lengths = "uniform",
-        threshold: Annotated[float, Gt(0), Le(1)] = 0.99,
+        threshold: Annotated[float, Gt(0), Le(1)] | list[Annotated[float, Gt(0), Le(1)]] = 0.99,
         validations: Annotated[int, Ge(1)] = 1,
         patience: Annotated[int, Ge(1)] | None = None,
         lessons: bool = False,
@@ -210,7 +210,7 @@ class SegmentCurriculum(Curriculum):
         accuracy = float(trainer.callback_metrics["val/accuracy"])
         stage = data_of(trainer).num_segments
         steps = trainer.global_step - self.first_step
-        converged = self._converged(accuracy)
+        converged = self._converged(accuracy, stage)
         lesson, lessons = data_of(trainer).lesson, data_of(trainer).lessons
         name = f"stage {stage}, lesson {lesson}" if lesson else f"stage {stage}"
         if lesson in (None, lessons):
@@ -251,8 +251,8 @@ class SegmentCurriculum(Curriculum):
         shown = f"stage {stage}/{self.max_segments}{lesson} · {segments} segments · accuracy {accuracy}"
         return shown, trainer.global_step - self.first_step, at_stage(self.steps, stage)
 
-    def _converged(self, accuracy: float) -> bool:
-        self.successes = self.successes + 1 if accuracy >= self.threshold else 0
+    def _converged(self, accuracy: float, stage: int) -> bool:
+        self.successes = self.successes + 1 if accuracy >= at_stage(self.threshold, stage) else 0
         self.since_best = 0 if accuracy > self.best else self.since_best + 1
         self.best = max(self.best, accuracy)
         on_plateau = self.patience is not None and self.since_best >= self.patience
