@@ -145,6 +145,10 @@ def told_in_one_line(config_name: str) -> Iterator[None]:
         _fail(str(error), code=2)
     except (HydraException, OmegaConfBaseException) as error:
         _fail(_one_line(error, config_name), code=2)
+    except ValueError as error:
+        if "Config group override must be a string" not in str(error):
+            raise
+        _fail(_no_choice(), code=2)
     except KeyboardInterrupt:
         _fail("interrupted; a run that has begun goes on with resume=<its folder>", code=130)
     except OSError as error:
@@ -175,6 +179,8 @@ def _one_line(error: BaseException, config_name: str) -> str:
     if missing := re.search(r"Could not find '(.+?)/([^/']+)'", text):
         options = re.findall(r"^\t(.+)$", text.split("Config search path")[0], flags=re.MULTILINE)
         return f"{missing[1]}={missing[2]}: no such choice; {_suggest(missing[2], options)}"
+    if re.search(r"Could not find '[^']+/'", text):
+        return _no_choice()
     if append := re.search(r"To append to your default list use \+(\S+)", text):
         return f"{append[1]}: is not among the defaults; write +{append[1]}"
     if unknown := re.search(r"Could not override '([^']+)'", text):
@@ -184,6 +190,16 @@ def _one_line(error: BaseException, config_name: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
     return f"{key + ': ' if key else ''}{lines[0]}"
+
+
+def _no_choice() -> str:
+    """Which group has been given no choice but null or nothing. Hydra does not say which."""
+    for word in sys.argv[1:]:
+        group, _, choice = word.partition("=")
+        options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+        if (CONF / group).is_dir() and choice not in options and "," not in choice:
+            break
+    return f"{word}: no such choice; allowed: {', '.join(options)}; or leave {group}= out"
 
 
 def _suggest_key(key: str, config_name: str) -> str:

@@ -225,8 +225,8 @@ class Carried:
 
         Which of two stories the question matches is learnt late, like a parity: as long as the model tells neither
         stories nor questions apart, learning one of them alone gains nothing. So the question is the same at first. The
-        same is true of memory, and later stages begin with the last forms: who has the apple is worth remembering alone,
-        and a story is if it is told to its end before the other begins.
+        same is true of memory, and later stages begin with the last forms: who has the apple is worth remembering
+        alone, and so is a story that is told to its end before the other begins.
         """
         return (
             Carried("person", always="Mary"),

@@ -115,7 +115,8 @@ class SegmentCurriculum(Curriculum):
         patience: validations without improvement after which a stage counts as converged; None: never.
         lessons: whether stages are cut into lessons, for small models from scratch. Stage 1: the task's easier forms,
             if it has any, without noise; the task without noise; the task with more and more noise. Later ones: the
-            last of the easier forms, one or several, then the task. Each lesson converges, and has its budget, as a stage does.
+            last of the easier forms, as many as the task says, then the task. Each lesson converges, and has its
+            budget, as a stage does.
         when_stuck: what to do if the budget is spent: "stop" the run, or "continue" with the next lesson or stage.
     """
 
