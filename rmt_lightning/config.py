@@ -195,7 +195,7 @@ def _one_line(error: BaseException, config_name: str) -> str:
 def _no_choice() -> str:
     """Which group has been given no choice but null or nothing. Hydra does not say which."""
     for word in sys.argv[1:]:
-        group, _, choice = word.partition("=")
+        group, _, choice = word.removeprefix("+").partition("=")
         options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
         if (CONF / group).is_dir() and choice not in options and "," not in choice:
             break

@@ -62,14 +62,16 @@ def test_the_tightest_segment_holds_any_example_and_hardly_any_noise(
         placement = Placement(task, corpora, tokenizer, text_length=60, seed=3)
         assert len(placement.tightest) == len(placement.easier) + 1
         for easier, room in zip((*range(len(placement.easier)), None), placement.tightest, strict=True):
-            noise = []
-            for number in range(1000):
+            noise: list[int] = []
+            for number in range(30_000):
+                # The longest example is rare.
+                if number >= 1000 and min(noise) == 0:
+                    break
                 sample = placement.sample("train", Key(1, number, easier=easier, text_length=room))
                 (pieces,) = sample.pieces
                 assert sum(len(piece.ids) for piece in pieces) == room
                 noise.append(sum(len(piece.ids) for piece in pieces if piece.source == "noise"))
-            # The longest of one thousand may be a token longer than that of another.
-            assert min(noise) <= 1 and max(noise) < room / 2
+            assert min(noise) == 0 and max(noise) < room / 2
 
 
 def test_facts_stand_between_sentences(corpora: Corpora, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
 import lightning as L
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, MinLen
 from lightning.pytorch.callbacks import Callback
 
 from rmt_lightning.tasks.datamodule import Lengths, data_of
@@ -123,9 +123,9 @@ class SegmentCurriculum(Curriculum):
     def __init__(
         self,
         max_segments: Annotated[int, Ge(1)],
-        steps: Annotated[int, Ge(1)] | list[Annotated[int, Ge(1)]],
+        steps: Annotated[int, Ge(1)] | Annotated[list[Annotated[int, Ge(1)]], MinLen(1)],
         lengths: Lengths = "uniform",
-        threshold: Annotated[float, Gt(0), Le(1)] | list[Annotated[float, Gt(0), Le(1)]] = 0.99,
+        threshold: Annotated[float, Gt(0), Le(1)] | Annotated[list[Annotated[float, Gt(0), Le(1)]], MinLen(1)] = 0.99,
         validations: Annotated[int, Ge(1)] = 1,
         patience: Annotated[int, Ge(1)] | None = None,
         lessons: bool = False,

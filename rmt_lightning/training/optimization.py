@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, TypeVar
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, MinLen
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
@@ -33,7 +33,7 @@ class WarmupDecay:
     """
 
     steps: Annotated[int, Ge(1)] | list[Annotated[int, Ge(1)]]
-    lr: Annotated[float, Gt(0)] | list[Annotated[float, Gt(0)]]
+    lr: Annotated[float, Gt(0)] | Annotated[list[Annotated[float, Gt(0)]], MinLen(1)]
     weight_decay: Annotated[float, Ge(0)] = 1e-3
     warmup: Annotated[float, Ge(0), Le(1)] = 0.1
 
