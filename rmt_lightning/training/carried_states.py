@@ -283,15 +283,16 @@ class CarriedStates(Curriculum):
         batch["first_told"].copy_(torch.where(knows_nothing, begin, 0))
 
     def _ask_anything(self, old: dict[str, Any]) -> None:
-        """Put some question about the same facts at the end of stories that tell nothing else there.
+        """Put some question about the same facts at the end of stories that tell nothing else there, and first in line.
 
         A memory that was always asked the same would not have to hold the rest.
         """
-        rows = torch.arange(len(old["gap"]), device=old["gap"].device)
+        rows = torch.nonzero(old["gap"] > 0).flatten()
         chosen = torch.randint(old["answers"].shape[1], (len(rows),), generator=self._random).to(rows.device)
-        alone = old["gap"] > 0
-        old["story"][alone, -1] = old["questions"][rows, chosen][alone]
-        old["label"] = torch.where(alone, old["answers"][rows, chosen], old["label"])
+        for of_all in (old["questions"], old["answers"]):
+            of_all[rows, chosen], of_all[rows, 0] = of_all[rows, 0], of_all[rows, chosen]
+        old["story"][rows, -1] = old["questions"][rows, 0]
+        old["label"][rows] = old["answers"][rows, 0]
 
     def _disturbed(self, memories: Tensor) -> Tensor:
         if not self.jitter or not memories.is_floating_point():

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torchmetrics import Metric
 
 from rmt_lightning.errors import UserError
@@ -58,6 +59,8 @@ class FactModule(SegmentModule, ABC):
         optimization: how to train.
         max_segments: N, the longest input in training and validation.
         seed: of dropout.
+        all_questions: whether a training sample is asked all that the task could ask about its facts, or one question.
+            Each more is one more reading of the last segment, and a gradient for facts that the first one leaves aside.
 
     Raises:
         UserError: if the model's bptt_depth is 0: one loss after the last segment teaches it nothing about memory.
@@ -70,11 +73,13 @@ class FactModule(SegmentModule, ABC):
         optimization: WarmupDecay,
         max_segments: int,
         seed: int = 0,
+        all_questions: bool = False,
     ) -> None:
         if model.bptt_depth == 0:
             raise UserError("model.bptt_depth=0: memory would never learn; give 1 or more, or -1 for all segments")
         super().__init__(model, optimization, seed)
         self.answers = tuple(answers)
+        self.all_questions = all_questions
         self.accuracy = SlicedAccuracy(max_segments)
 
     @abstractmethod
@@ -88,16 +93,31 @@ class FactModule(SegmentModule, ABC):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """The loss, which answers are right (B,), and the state before each segment, for those who carry states on.
 
-        A batch may bring the state to start from.
+        A batch may bring the state to start from. Right is who answers the question that ends the input.
         """
         state = batch["state"] if "state" in batch else self.model.initial_state(len(batch["label"]))
         states = [state]
         for reading in self.model.read(batch["input_ids"], state=state):
             states.append(reading.state)
         loss, right = self.answer(reading, batch["label"])
+        others = batch["questions"].shape[1] - 1
+        if self.all_questions and others:
+            loss = (loss + others * self._loss_of_others(batch, states[-2])) / (1 + others)
         self.checked(loss)
         self.log("train/loss", loss.detach())
         return {"loss": loss, "right": right, "states": states[:-1]}
+
+    def _loss_of_others(self, batch: dict[str, Any], state: Any) -> Tensor:
+        """The mean loss of all questions but the first, each written over the end of the last segment.
+
+        Where one is shorter than the first, a word of that remains before it.
+        """
+        last = batch["input_ids"][:, -1:]
+        questions, answers = batch["questions"][:, 1:, -last.shape[2] :], batch["answers"][:, 1:]
+        segments = torch.where(questions >= 0, questions, last).flatten(0, 1)
+        before = tree_map(lambda part: part.repeat_interleave(questions.shape[1], dim=0), state)
+        end = next(self.model.read(segments[:, None], state=before))
+        return self.answer(end, answers.flatten())[0]
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
         samples, segments, _ = batch["input_ids"].shape
@@ -133,8 +153,9 @@ class FactClassifier(FactModule):
         optimization: WarmupDecay,
         max_segments: int,
         seed: int = 0,
+        all_questions: bool = False,
     ) -> None:
-        super().__init__(model, answers, optimization, max_segments, seed)
+        super().__init__(model, answers, optimization, max_segments, seed, all_questions)
         self.head = nn.Linear(model.width, len(answers))
 
     def forward(self, input_ids: Any, attention_mask: Tensor | None = None) -> Tensor:

@@ -40,13 +40,14 @@ class FactGenerator(FactModule):
         optimization: WarmupDecay,
         max_segments: int,
         seed: int = 0,
+        all_questions: bool = False,
     ) -> None:
         tokenizer = model.tokenizer
         if tokenizer is None or type(model).logits is SegmentModel.logits:
             raise UserError(f"answer=generate: {type(model).__name__} cannot write; choose model=rmt_decoder")
         if tokenizer.eos_token_id is None:
             raise UserError("answer=generate: the backbone's tokenizer has no end token; choose answer=classify")
-        super().__init__(model, answers, optimization, max_segments, seed)
+        super().__init__(model, answers, optimization, max_segments, seed, all_questions)
         self.end = int(tokenizer.eos_token_id)
         # With a space before it, an answer is the word that the text knows.
         rows = tokenizer([f" {answer}" for answer in answers], add_special_tokens=False)["input_ids"]
