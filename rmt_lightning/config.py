@@ -213,7 +213,9 @@ def _suggest_key(key: str, config_name: str) -> str:
     node: Any = config
     for parent in parents:
         if not isinstance(node, DictConfig) or parent not in node:
-            return _suggest(parent, _keys(node))
+            # Presets, which have no _target_, bring no settings of their own.
+            options = [path.stem for path in sorted((CONF / parent).glob("*.yaml")) if "_target_" in path.read_text()]
+            return f"it comes with {parent}={' or '.join(options)}" if options else _suggest(parent, _keys(node))
         node = node[parent] if not OmegaConf.is_missing(node, parent) else DictConfig({})
     return _suggest(name, _keys(node))
 

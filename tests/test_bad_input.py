@@ -66,6 +66,7 @@ TABLE = [
     ("model.memory_attention=free", r"model.memory_attention: no such setting"),
     ("data.segment_length=20", r"data.segment_length: leaves room for 7 tokens of text, too small for the facts"),
     ("hold=null", r"hold=null: no such choice; allowed: carried_states; or leave hold= out"),
+    ("hold.steps=9", r"hold.steps: no such setting; it comes with hold=carried_states"),
     ("hold=", r"hold=: no such choice; allowed: carried_states; or leave hold= out"),
     ("+sweep=null", r"+sweep=null: no such choice; allowed: bptt_depth, "),
     ("trainer=2", r"trainer=2: no such choice; allowed: auto, ddp, ddp_cpu; or leave trainer= out"),

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import default_collate
+from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.analysis import figures
 from rmt_lightning.analysis.extrapolation import LengthResult, LengthTest, Proportion
 from rmt_lightning.errors import UserError
+from rmt_lightning.models.rmt import RMTEncoder
+from rmt_lightning.tasks.datamodule import FactDataset
+from rmt_lightning.tasks.facts import Carried, Reasoning, Split, Task
+from rmt_lightning.tasks.noise import Corpus
+from rmt_lightning.tasks.placement import Key, Placement
 from rmt_lightning.training.checkpoints import AtomicCheckpointIO, check_fits, read_checkpoint
-from rmt_lightning.training.classification import SlicedAccuracy
+from rmt_lightning.training.classification import FactClassifier, SlicedAccuracy
 from rmt_lightning.training.curriculum import SegmentCurriculum, StageResult
 from rmt_lightning.training.optimization import WarmupDecay, at_stage
 
@@ -28,6 +36,43 @@ def test_accuracy_by_length_and_distance() -> None:
     accuracy.reset()
     accuracy.update(torch.tensor([True]), 1, torch.tensor([0]))
     assert accuracy.compute() == {"segments_1": 1, "distance_0": 1}
+
+
+@pytest.mark.parametrize("key", [Key(3, 0), Key(1, 0), Key(1, 0, text_length=28)])
+@pytest.mark.parametrize(("task", "questions"), [(Reasoning(), 4), (Carried(), 2)])
+def test_all_questions_share_the_loss(
+    key: Key,
+    task: Task,
+    questions: int,
+    corpora: dict[Split, Corpus],
+    tokenizer: PreTrainedTokenizerBase,
+    make_model: Callable[..., RMTEncoder],
+) -> None:
+    placement = Placement(task, corpora, tokenizer, text_length=41, seed=3)
+    classifier = FactClassifier(make_model(48), task.answers, WarmupDecay(10, 1e-3), max_segments=3, all_questions=True)
+    classifier.double()
+    batch = default_collate([FactDataset(placement, "train")[key._replace(number=number)] for number in range(6)])
+    outputs = classifier.training_step(batch, 0)
+
+    # By hand: one input for each question, which are the same but for their ends.
+    inputs = [batch["input_ids"].clone() for _ in range(questions)]
+    for ids, question in zip(inputs, batch["questions"].unbind(dim=1), strict=True):
+        question = question[:, -ids.shape[2] :]
+        ids[:, -1][question >= 0] = question[question >= 0]
+    assert torch.equal(inputs[0], batch["input_ids"]) and not torch.equal(inputs[1], inputs[0])
+    losses = [
+        nn.functional.cross_entropy(classifier(ids), answer)
+        for ids, answer in zip(inputs, batch["answers"].unbind(dim=1), strict=True)
+    ]
+    expected = torch.stack(losses).mean()
+    torch.testing.assert_close(outputs["loss"], expected)
+    parameters = list(classifier.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad(outputs["loss"], parameters, allow_unused=True),
+        torch.autograd.grad(expected, parameters, allow_unused=True),
+    )
+    # Right is who answers the question that is there.
+    assert torch.equal(outputs["right"], classifier(batch["input_ids"]).argmax(dim=1) == batch["label"])
 
 
 def test_settings_of_a_stage() -> None:
