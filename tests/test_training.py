@@ -14,7 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from rmt_lightning.analysis import figures
 from rmt_lightning.analysis.extrapolation import LengthResult, LengthTest, Proportion
 from rmt_lightning.errors import UserError
+from rmt_lightning.models.backbone import TinyBert
+from rmt_lightning.models.full_attention import FullAttention
 from rmt_lightning.models.rmt import RMTEncoder
+from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.tasks.datamodule import FactDataset
 from rmt_lightning.tasks.facts import Carried, Reasoning, Split, Task
 from rmt_lightning.tasks.noise import Corpus
@@ -38,9 +41,11 @@ def test_accuracy_by_length_and_distance() -> None:
     assert accuracy.compute() == {"segments_1": 1, "distance_0": 1}
 
 
+@pytest.mark.parametrize("how", ["full depth", "one border", "full attention"])
 @pytest.mark.parametrize("key", [Key(3, 0), Key(1, 0), Key(1, 0, text_length=28)])
 @pytest.mark.parametrize(("task", "questions"), [(Reasoning(), 4), (Carried(), 2)])
 def test_all_questions_share_the_loss(
+    how: str,
     key: Key,
     task: Task,
     questions: int,
@@ -49,8 +54,10 @@ def test_all_questions_share_the_loss(
     make_model: Callable[..., RMTEncoder],
 ) -> None:
     placement = Placement(task, corpora, tokenizer, text_length=41, seed=3)
-    classifier = FactClassifier(make_model(48), task.answers, WarmupDecay(10, 1e-3), max_segments=3, all_questions=True)
-    classifier.double()
+    model: SegmentModel = make_model(48, bptt_depth=1 if how == "one border" else -1)
+    if how == "full attention":
+        model = FullAttention(TinyBert(width=16, layers=2, heads=2, max_positions=128).encoder(tokenizer), 41)
+    classifier = FactClassifier(model, task.answers, WarmupDecay(10, 1e-3), max_segments=3, all_questions=True).double()
     batch = default_collate([FactDataset(placement, "train")[key._replace(number=number)] for number in range(6)])
     outputs = classifier.training_step(batch, 0)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 from torchmetrics import Metric
 
 from rmt_lightning.errors import UserError
@@ -102,22 +102,23 @@ class FactModule(SegmentModule, ABC):
         loss, right = self.answer(reading, batch["label"])
         others = batch["questions"].shape[1] - 1
         if self.all_questions and others:
-            loss = (loss + others * self._loss_of_others(batch, states[-2])) / (1 + others)
+            loss = (loss + others * self._loss_of_others(batch, reading, states[-2])) / (1 + others)
         self.checked(loss)
         self.log("train/loss", loss.detach())
         return {"loss": loss, "right": right, "states": states[:-1]}
 
-    def _loss_of_others(self, batch: dict[str, Any], state: Any) -> Tensor:
-        """The mean loss of all questions but the first, each written over the end of the last segment.
+    def _loss_of_others(self, batch: dict[str, Any], end: Reading[Any], state: Any) -> Tensor:
+        """The mean loss of all questions but the first, each written over the end of what was read last, after `state`.
 
         Where one is shorter than the first, a word of that remains before it.
         """
-        last = batch["input_ids"][:, -1:]
-        questions, answers = batch["questions"][:, 1:, -last.shape[2] :], batch["answers"][:, 1:]
-        segments = torch.where(questions >= 0, questions, last).flatten(0, 1)
-        before = tree_map(lambda part: part.repeat_interleave(questions.shape[1], dim=0), state)
-        end = next(self.model.read(segments[:, None], state=before))
-        return self.answer(end, answers.flatten())[0]
+        last = end.segment.input_ids[:, None]
+        questions, answers = batch["questions"][:, 1:], batch["answers"][:, 1:]
+        # Lessons have shorter segments, and full attention reads all of them as one.
+        questions = nn.functional.pad(questions, (last.shape[2] - questions.shape[2], 0), value=-1)
+        asked = torch.where(questions >= 0, questions, last).flatten(0, 1)
+        before = tree_map_only(Tensor, lambda part: part.repeat_interleave(questions.shape[1], dim=0), state)
+        return self.answer(next(self.model.read(asked[:, None], state=before)), answers.flatten())[0]
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
         samples, segments, _ = batch["input_ids"].shape
