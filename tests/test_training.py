@@ -41,6 +41,7 @@ def test_accuracy_by_length_and_distance() -> None:
     assert accuracy.compute() == {"segments_1": 1, "distance_0": 1}
 
 
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log")
 @pytest.mark.parametrize("how", ["full depth", "one border", "full attention"])
 @pytest.mark.parametrize("key", [Key(3, 0), Key(1, 0), Key(1, 0, text_length=28)])
 @pytest.mark.parametrize(("task", "questions"), [(Reasoning(), 4), (Carried(), 2)])
