@@ -86,7 +86,16 @@ def test_tiny_preset(preset: str) -> None:
 
 
 def test_there_is_a_preset_for_each_paper_task_and_for_what_the_default_run_does_not_learn() -> None:
-    assert PRESETS == ["paper_detect", "paper_memorize", "paper_reasoning", "tiny_carried", "tiny_reasoning"]
+    papers = ["paper_detect", "paper_memorize", "paper_reasoning"]
+    assert PRESETS == ["minilm_512", *papers, "tiny_carried", "tiny_reasoning"]
+
+
+@pytest.mark.parametrize("task", ["memorize", "detect", "reasoning", "carried"])
+def test_the_preset_for_one_gpu_takes_any_task(task: str) -> None:
+    config = compose("experiment=minilm_512", f"task={task}")
+    check(config, Root)
+    assert config.task._target_.lower().endswith(task)
+    assert (config.data.segment_length, config.model.memory_size, config.trainer.devices) == (512, 10, 1)
 
 
 @pytest.mark.parametrize("task", ["memorize", "detect", "reasoning", "carried"])
