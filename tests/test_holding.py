@@ -162,6 +162,11 @@ def test_old_memories_of_some_facts_are_told_the_others(
                 rest[-1] = p.carried.old.content["story"][place, -1]
                 (asked,) = torch.nonzero((before["questions"][place] == rest[-1]).all(dim=1))[0]
                 assert batch["label"][row] == before["answers"][place, asked]
+                # It comes first in line, and none of the four is lost.
+                assert torch.equal(batch["questions"][row, 0], before["questions"][place, asked])
+                pairs = [{(*q.tolist(), int(a)) for q, a in zip(all_["questions"][i], all_["answers"][i], strict=True)}
+                         for all_, i in ((before, place), (batch, row))]  # fmt: skip
+                assert pairs[0] == pairs[1]
                 questions.add(int(asked))
             # What a memory waits for: one more fact or none, and the question. The rest is noise, before and between.
             *facts, question = tokenizer.decode(rest[rest >= 0]).split(".")
