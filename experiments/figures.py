@@ -7,8 +7,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from rmt_lightning.analysis import figures
 from rmt_lightning.analysis.attention import curve_from_rows
+from rmt_lightning.reporting import figures
 
 
 def rewriting(rows: list[dict[str, str]]) -> Figure:

@@ -17,15 +17,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from annotated_types import Ge, Le
 from omegaconf import DictConfig
 
-from rmt_lightning.config import check, front_door, provenance, trained_config
-from rmt_lightning.errors import UserError
-from rmt_lightning.run_folder import findings, locate_checkpoint, read_csv, write_atomically, write_csv
+from rmt_lightning.app.hydra_errors import front_door
+from rmt_lightning.app.resume import provenance, trained_config
+from rmt_lightning.app.schema import check
+from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.files import read_csv, write_atomically, write_csv
+from rmt_lightning.core.run_folder import findings, locate_checkpoint
 
 # What follows takes seconds to import; --help and spelling mistakes should not have to wait for it.
 if TYPE_CHECKING:
     import torch
 
-    from rmt_lightning.build import Parts
+    from rmt_lightning.app.build import Parts
     from rmt_lightning.models.rmt import RMTEncoder
 
 
@@ -53,8 +56,8 @@ def attend(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: Pa
     """Draw the heatmaps and then, unless an earlier call has, the curve."""
     from rich import get_console
 
-    from rmt_lightning.build import find_device, load
-    from rmt_lightning.console import start_logging
+    from rmt_lightning.app.build import find_device, load
+    from rmt_lightning.app.console import start_logging
     from rmt_lightning.models.rmt import RMTEncoder
 
     start_logging(None, first_process=True)
@@ -83,9 +86,9 @@ def _draw_maps(parts: Parts, model: RMTEncoder, config: DictConfig, device: torc
     from rich.markup import escape
     from rich.table import Table
 
-    from rmt_lightning.analysis import figures
     from rmt_lightning.analysis.attention import maps_to_rows
-    from rmt_lightning.results import watch_clearest
+    from rmt_lightning.app.results import watch_clearest
+    from rmt_lightning.reporting import figures
 
     sample, title, maps = watch_clearest(parts, model, config.segments, device, config.layer, config.head)
     assert sample.example is not None, "only mere noise has none"
@@ -107,8 +110,8 @@ def _draw_curve(parts: Parts, model: RMTEncoder, config: DictConfig, device: tor
     from rich.progress import track
     from rich.table import Table
 
-    from rmt_lightning.analysis import figures
     from rmt_lightning.analysis.attention import curve_from_rows, rewriting_curve
+    from rmt_lightning.reporting import figures
 
     console, path, length = get_console(), folder / "rewrite.csv", config.stream_segments
     if not path.exists():

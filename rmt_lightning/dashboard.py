@@ -11,8 +11,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rmt_lightning.console import Parser, command
-from rmt_lightning.errors import UserError
+from rmt_lightning.app.console import Parser, command
+from rmt_lightning.core.errors import UserError
 
 # wandb takes seconds to import; --help and spelling mistakes should not have to wait for it.
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _save(workspace: Workspace) -> str | None:
 
 def _write(workspace: Workspace, output: Path) -> None:
     """Write the view that would have been saved, unless something else stands there."""
-    from rmt_lightning.run_folder import write_atomically
+    from rmt_lightning.core.files import write_atomically
 
     if output.exists() and not _is_view(output):
         raise UserError(f"--output={output}: is something else than a dashboard; give another name")

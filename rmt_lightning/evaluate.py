@@ -21,16 +21,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge
 from omegaconf import DictConfig
 
-from rmt_lightning.config import check, front_door, provenance, trained_config
-from rmt_lightning.errors import UserError
-from rmt_lightning.run_folder import CHECKPOINTS, findings, locate_checkpoint, write_atomically, write_csv
+from rmt_lightning.app.hydra_errors import front_door
+from rmt_lightning.app.resume import provenance, trained_config
+from rmt_lightning.app.schema import check
+from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.files import write_atomically, write_csv
+from rmt_lightning.core.run_folder import CHECKPOINTS, findings, locate_checkpoint
 
 # What follows takes seconds to import; --help and spelling mistakes should not have to wait for it.
 if TYPE_CHECKING:
     import torch
 
     from rmt_lightning.analysis.extrapolation import LengthResult
-    from rmt_lightning.build import Parts
+    from rmt_lightning.app.build import Parts
     from rmt_lightning.tasks.datamodule import FactDataModule
     from rmt_lightning.training.classification import FactClassifier
 
@@ -69,7 +72,7 @@ def evaluate_stages(config: DictConfig, run_config: DictConfig, run: Path) -> No
     """Test the checkpoint of each stage, and draw how far it generalises (RMT-2023, figure 5)."""
     from rich import get_console
 
-    from rmt_lightning.analysis import figures
+    from rmt_lightning.reporting import figures
 
     checkpoints = {int(path.stem.removeprefix("stage-")): path for path in (run / CHECKPOINTS).glob("stage-*.ckpt")}
     if not checkpoints:
@@ -93,11 +96,11 @@ def evaluate(
     """Test each length that has not been tested yet; print what has been found, and return it and where it stands."""
     from rich import get_console
 
-    from rmt_lightning.build import find_device, load
-    from rmt_lightning.console import start_logging
-    from rmt_lightning.results import length_table
+    from rmt_lightning.app.build import find_device, load
+    from rmt_lightning.app.console import start_logging
+    from rmt_lightning.app.results import length_table
+    from rmt_lightning.training.callbacks.hardware import keep_heap_flat
     from rmt_lightning.training.classification import FactClassifier
-    from rmt_lightning.training.hardware import keep_heap_flat
 
     start_logging(None, first_process=True)
     keep_heap_flat()
@@ -135,7 +138,7 @@ def _test(parts: Parts, num_segments: int, config: DictConfig, device: torch.dev
     """Test one length, with smaller batches if they do not fit, and put what was found and measured into a row."""
     import torch
 
-    from rmt_lightning.training.hardware import host_memory
+    from rmt_lightning.training.callbacks.hardware import host_memory
 
     on_gpu = device.type == "cuda"
     batch_size = min(config.samples, 256 if config.batch_size == "auto" else config.batch_size)

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from rmt_lightning.config import check, front_door
-from rmt_lightning.errors import UserError
-from rmt_lightning.run_folder import locate_checkpoint
+from rmt_lightning.app.hydra_errors import front_door
+from rmt_lightning.app.schema import check
+from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.run_folder import locate_checkpoint
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def main(config: DictConfig) -> None:
 
 def export(run: Path, checkpoint: Path, folder: Path) -> None:
     """Write the folder, whole or not at all."""
-    from rmt_lightning.build import open_trained
+    from rmt_lightning.app.build import open_trained
 
     trained = open_trained(run, checkpoint)
     partial = folder.with_name(f".{folder.name}.partial")

@@ -17,11 +17,12 @@ from omegaconf import DictConfig
 from rich import get_console
 from rich.table import Table
 
-from rmt_lightning.analysis import figures
 from rmt_lightning.analysis.flops import OPT, compare, read_shape
-from rmt_lightning.config import check, front_door
-from rmt_lightning.errors import UserError
-from rmt_lightning.run_folder import write_csv
+from rmt_lightning.app.hydra_errors import front_door
+from rmt_lightning.app.schema import check
+from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.files import write_csv
+from rmt_lightning.reporting import figures
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,9 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from rmt_lightning.console import Parser, command
-from rmt_lightning.errors import UserError
-
-if TYPE_CHECKING:
-    from rmt_lightning.analysis.sweeps import Sweep
+from rmt_lightning.app.console import Parser, command
+from rmt_lightning.core.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -43,10 +39,10 @@ def report(places: list[str], output: Path) -> None:
         UserError: if there is no run, or the page cannot be written; nothing has been written then.
     """
     # These take a second to import; --help should not have to wait for it.
-    from rmt_lightning.analysis.page import page
-    from rmt_lightning.analysis.runs import read_runs
-    from rmt_lightning.analysis.sweeps import find_sweeps
-    from rmt_lightning.run_folder import write_atomically
+    from rmt_lightning.core.files import write_atomically
+    from rmt_lightning.reporting.page import page
+    from rmt_lightning.reporting.runs import read_runs
+    from rmt_lightning.reporting.sweeps import find_sweeps, sum_up
 
     if output.suffix != ".html" or output.is_dir():
         raise UserError(f"--output={output}: is not the name of a page; give one that ends in .html")
@@ -61,28 +57,6 @@ def report(places: list[str], output: Path) -> None:
     for line in (*skipped, *(f"{run.name}/{problem}" for run in runs for problem in run.problems)):
         print(f"skipped {line}", file=sys.stderr)
     print(f"{os.path.relpath(output)} shows {len(runs)} run{'s' * (len(runs) > 1)}")
-
-
-def sum_up(folder: Path) -> Sweep:
-    """Print one table over the jobs of a sweep, and write it and its figure into the sweep's folder."""
-    from rich import get_console
-
-    from rmt_lightning.analysis import figures
-    from rmt_lightning.analysis.sweeps import group_rows, job_rows, read_sweep
-    from rmt_lightning.run_folder import write_csv
-
-    sweep = read_sweep(folder)
-    write_csv(folder / "sweep.csv", job_rows(sweep))
-    write_csv(folder / "summary.csv", group_rows(sweep))
-    if sweep.values and sweep.measures:
-        figures.save(figures.sweep(sweep), folder / "sweep")
-    console = get_console()
-    console.print(sweep.table())
-    for job in sweep.jobs:
-        if job.reason:
-            console.print(f"{job.name}: {job.reason}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"[bold]{os.path.relpath(folder)}[/] holds all of it", highlight=False, soft_wrap=True)
-    return sweep
 
 
 run = command(main)

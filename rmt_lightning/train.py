@@ -19,19 +19,21 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from rmt_lightning.analysis.redaction import public
-from rmt_lightning.config import check, front_door
-from rmt_lightning.console import start_logging
-from rmt_lightning.errors import UserError
-from rmt_lightning.run_folder import CHECKPOINTS, CONFIG, LAST, METRICS, claimed, locate
-from rmt_lightning.sweep import run_job
+from rmt_lightning.app.console import start_logging
+from rmt_lightning.app.hydra_errors import front_door
+from rmt_lightning.app.resume import saved_config
+from rmt_lightning.app.schema import check
+from rmt_lightning.app.sweep import run_job
+from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.run_folder import CHECKPOINTS, CONFIG, LAST, METRICS, claimed, locate
+from rmt_lightning.reporting.redaction import public
 
 # What follows takes seconds to import; --help and spelling mistakes should not have to wait for it.
 if TYPE_CHECKING:
     import lightning as L
     from lightning.pytorch.loggers import Logger
 
-    from rmt_lightning.build import Parts, TextParts
+    from rmt_lightning.app.build import Parts, TextParts
 
 log = logging.getLogger("rmt_lightning.train")
 
@@ -75,20 +77,20 @@ def train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pat
     """Train, or go on training from a checkpoint of the run in `source`; then test. Returns the exit code."""
     from hydra.utils import instantiate
 
-    from rmt_lightning.build import build_run, save_architecture
-    from rmt_lightning.results import draw_attention, report
-    from rmt_lightning.training.carried_states import CarriedStates
-    from rmt_lightning.training.checkpoints import RunCheckpoints, check_fits, read_newest
-    from rmt_lightning.training.curriculum import Curriculum
-    from rmt_lightning.training.hardware import Hardware, describe
-    from rmt_lightning.training.progress import CurriculumProgress
-    from rmt_lightning.training.wandb_run import StageRecords, WandbRun
+    from rmt_lightning.app.build import build_run, save_architecture
+    from rmt_lightning.app.results import draw_attention, report
+    from rmt_lightning.training.callbacks.checkpoints import RunCheckpoints, check_fits, read_newest
+    from rmt_lightning.training.callbacks.hardware import Hardware, describe
+    from rmt_lightning.training.callbacks.progress import CurriculumProgress
+    from rmt_lightning.training.callbacks.wandb_run import StageRecords, WandbRun
+    from rmt_lightning.training.phases.curriculum import Curriculum
+    from rmt_lightning.training.phases.state_passing import StatePassing
 
     shown = os.path.relpath(folder)
     checkpoint, saved = read_newest(checkpoint) if checkpoint else (None, None)
     parts = build_run(config, run=source, trained=saved is not None)
     curriculum: Curriculum = instantiate(config.curriculum, _convert_="all")
-    hold: CarriedStates | None = instantiate(config.get("hold"), curriculum=curriculum)
+    hold: StatePassing | None = instantiate(config.get("hold"), curriculum=curriculum)
     phases: list[Curriculum] = [curriculum, hold] if hold else [curriculum]
     if saved and checkpoint:
         check_fits(parts.module, saved["state_dict"], checkpoint)
@@ -135,9 +137,9 @@ def train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pat
 
 def _fit(trainer: L.Trainer, parts: Parts | TextParts, checkpoint: Path | None, folder: Path) -> int:
     """Run the trainer to its end (0), or until a signal or a loss that is no number stops it."""
-    from rmt_lightning.training.checkpoints import Interrupted
+    from rmt_lightning.training.callbacks.checkpoints import Interrupted
+    from rmt_lightning.training.callbacks.ranks import together
     from rmt_lightning.training.module import Diverged
-    from rmt_lightning.training.ranks import together
 
     try:
         with together(trainer, os.path.relpath(folder)):
@@ -169,8 +171,7 @@ def _run_folder(resume: str | None, fresh: str) -> str:
 
 def _resumed_config(source: Path, composed: DictConfig, overrides: list[str]) -> DictConfig:
     """The config of an earlier run, with what the command line changes of it; hold=… may be added to it."""
-    config = OmegaConf.load(source / CONFIG)
-    assert isinstance(config, DictConfig)
+    config = saved_config(source)
     OmegaConf.set_struct(config, True)
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
@@ -194,7 +195,7 @@ def _trainer(config: DictConfig, folder: Path, callbacks: list[L.Callback], logg
     from hydra.utils import instantiate
     from lightning.pytorch.loggers import CSVLogger
 
-    from rmt_lightning.training.checkpoints import AtomicCheckpointIO
+    from rmt_lightning.training.callbacks.checkpoints import AtomicCheckpointIO
 
     table = CSVLogger(folder, name=METRICS, flush_logs_every_n_steps=config.data.steps_per_epoch)
     on_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()

@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rmt_lightning.models.backbone import TinyBert
+from rmt_lightning.core.files import write_csv
 from rmt_lightning.models.rmt import RMTEncoder
-from rmt_lightning.run_folder import write_csv
+from rmt_lightning.models.tiny import TinyBert
 from rmt_lightning.tasks.facts import Carried, Detect, Reasoning, Split
 from rmt_lightning.tasks.noise import Corpus, Prose, tokenise
 from rmt_lightning.tasks.placement import Placement

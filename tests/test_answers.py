@@ -13,12 +13,12 @@ from conftest import Run
 from reference import read_causal_segment
 from transformers import PreTrainedTokenizerBase
 
-from rmt_lightning.errors import UserError
-from rmt_lightning.models.backbone import TinyBert, TinyGPT
+from rmt_lightning.core.errors import UserError
 from rmt_lightning.models.generation import generate
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.rmt import RMTDecoder, RMTEncoder
 from rmt_lightning.models.segment_model import Reading
+from rmt_lightning.models.tiny import TinyBert, TinyGPT
 from rmt_lightning.training.generation import FactGenerator
 from rmt_lightning.training.optimization import WarmupDecay
 

@@ -21,7 +21,6 @@ from torch import Tensor
 from transformers import AutoModel, PreTrainedTokenizerBase
 
 from rmt_lightning import attend as front_door
-from rmt_lightning.analysis import figures
 from rmt_lightning.analysis.attention import (
     AttentionMap,
     choose_sample,
@@ -35,10 +34,11 @@ from rmt_lightning.analysis.attention import (
     select,
     watch,
 )
-from rmt_lightning.errors import UserError
+from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.files import read_csv, write_csv
 from rmt_lightning.models.backbone import Encoder
 from rmt_lightning.models.rmt import RMTEncoder
-from rmt_lightning.run_folder import read_csv, write_csv
+from rmt_lightning.reporting import figures
 from rmt_lightning.tasks.datamodule import FactDataModule
 from rmt_lightning.tasks.facts import Carried, Detect, Memorize, Reasoning, Split, Task
 from rmt_lightning.tasks.noise import Corpus

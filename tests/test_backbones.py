@@ -21,9 +21,10 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModel
 
-from rmt_lightning.errors import UserError
-from rmt_lightning.models.backbone import Encoder, Pretrained, Restored, TinyBert
+from rmt_lightning.core.errors import UserError
+from rmt_lightning.models.backbone import Encoder, Pretrained, Restored
 from rmt_lightning.models.rmt import RMTEncoder
+from rmt_lightning.models.tiny import TinyBert
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 CONFIGS: dict[str, tuple[PreTrainedConfig, int]] = {

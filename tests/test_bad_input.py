@@ -16,8 +16,8 @@ from hydra.core.global_hydra import GlobalHydra
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning import train as front_door
-from rmt_lightning.models.backbone import TinyBert, TinyGPT
-from rmt_lightning.run_folder import claimed
+from rmt_lightning.core.run_folder import claimed
+from rmt_lightning.models.tiny import TinyBert, TinyGPT
 
 TABLE = [
     # unknown keys
@@ -65,13 +65,13 @@ TABLE = [
     ("model=rmt_decoder model.memory_attention=no", r"model.memory_attention=no: must be 'free' or 'causal'"),
     ("model.memory_attention=free", r"model.memory_attention: no such setting"),
     ("data.segment_length=20", r"data.segment_length: leaves room for 7 tokens of text, too small for the facts"),
-    ("hold=null", r"hold=null: no such choice; allowed: carried_states; or leave hold= out"),
-    ("hold.steps=9", r"hold.steps: no such setting; it comes with hold=carried_states"),
-    ("hold=", r"hold=: no such choice; allowed: carried_states; or leave hold= out"),
+    ("hold=null", r"hold=null: no such choice; allowed: state_passing; or leave hold= out"),
+    ("hold.steps=9", r"hold.steps: no such setting; it comes with hold=state_passing"),
+    ("hold=", r"hold=: no such choice; allowed: state_passing; or leave hold= out"),
     ("+sweep=null", r"+sweep=null: no such choice; allowed: bptt_depth, "),
     ("trainer=2", r"trainer=2: no such choice; allowed: auto, ddp, ddp_cpu; or leave trainer= out"),
-    ("model=full_attention hold=carried_states", r"hold=carried_states: this model keeps the whole text and has no "),
-    ("hold=carried_states curriculum.max_segments=1", r"curriculum.max_segments=1: leaves no memory to carry; "),
+    ("model=full_attention hold=state_passing", r"hold=state_passing: this model keeps the whole text and has no "),
+    ("hold=state_passing curriculum.max_segments=1", r"curriculum.max_segments=1: leaves no memory to carry; "),
     ("model=full_attention data.segment_length=511", r"data.segment_length=511: too long for positions; "),
     (
         "model=full_attention curriculum.max_segments=13",
@@ -209,7 +209,7 @@ def test_one_line(
     assert not (here / "outputs").exists() or not list((here / "outputs").glob("*/*")), "an empty run folder is left"
 
 
-CLAIM = "from rmt_lightning.run_folder import *\nwith claimed(Path('run')): print('claimed', flush=True), input()"
+CLAIM = "from rmt_lightning.core.run_folder import *\nwith claimed(Path('run')): print('claimed', flush=True), input()"
 
 
 @pytest.mark.fault("the process that uses a run folder is killed", "until then the folder is refused, then it is free")

@@ -21,14 +21,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import BigBirdModel, PreTrainedTokenizerBase
 
 from rmt_lightning import evaluate, train
-from rmt_lightning.errors import UserError
-from rmt_lightning.models.backbone import TinyBert, TinyBigBird, TinyLongformer
-from rmt_lightning.models.full_attention import FullAttention
-from rmt_lightning.models.lstm import LSTM
-from rmt_lightning.models.memory_network import MemoryNetwork
-from rmt_lightning.models.ntm import NeuralTuringMachine
+from rmt_lightning.core.errors import UserError
+from rmt_lightning.models.baselines.full_attention import FullAttention
+from rmt_lightning.models.baselines.lstm import LSTM
+from rmt_lightning.models.baselines.memory_network import MemoryNetwork
+from rmt_lightning.models.baselines.ntm import NeuralTuringMachine
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.segment_model import SegmentModel
+from rmt_lightning.models.tiny import TinyBert, TinyBigBird, TinyLongformer
 
 S = 12
 TINY = {"width": 16, "layers": 1, "heads": 2, "max_positions": 64}

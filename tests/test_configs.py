@@ -12,9 +12,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, flag_override
 
-from rmt_lightning.build import build
-from rmt_lightning.config import CONF, check
-from rmt_lightning.errors import UserError
+from rmt_lightning.app.build import build
+from rmt_lightning.app.schema import CONF, check
+from rmt_lightning.core.errors import UserError
 from rmt_lightning.train import Root
 
 CHOICES = sorted(

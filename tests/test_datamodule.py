@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from rmt_lightning.models.backbone import TinyBert
 from rmt_lightning.models.rmt import RMTEncoder
+from rmt_lightning.models.tiny import TinyBert
 from rmt_lightning.tasks.datamodule import FactDataModule
 from rmt_lightning.tasks.facts import Carried, Detect, Reasoning, Split, Task
 from rmt_lightning.tasks.noise import Corpus

@@ -27,10 +27,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from rmt_lightning.errors import UserError
-from rmt_lightning.models.backbone import Decoder, Pretrained, Restored, TinyGPT
+from rmt_lightning.core.errors import UserError
+from rmt_lightning.models.backbone import Decoder, Pretrained, Restored
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.rmt import RMTDecoder
+from rmt_lightning.models.tiny import TinyGPT
 
 SMALL = {"vocab_size": 600, "max_position_embeddings": 48, "hidden_size": 16, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "intermediate_size": 32, "bos_token_id": 0, "eos_token_id": 0}

@@ -9,9 +9,9 @@ import pytest
 from conftest import ROOT
 from hydra.core.global_hydra import GlobalHydra
 
-from rmt_lightning.analysis import figures
-from rmt_lightning.config import CONF
-from rmt_lightning.run_folder import read_csv
+from rmt_lightning.app.schema import CONF
+from rmt_lightning.core.files import read_csv
+from rmt_lightning.reporting import figures
 
 EXPERIMENTS = ROOT / "experiments"
 COMPARISON = runpy.run_path(str(EXPERIMENTS / "models_on_detect" / "run.py"))

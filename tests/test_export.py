@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning import export as front_door
-from rmt_lightning.build import build, load
-from rmt_lightning.config import CONF
-from rmt_lightning.errors import UserError
+from rmt_lightning.app.build import build, load
+from rmt_lightning.app.schema import CONF
+from rmt_lightning.core.errors import UserError
 from rmt_lightning.models.answerer import Answerer
-from rmt_lightning.models.backbone import TinyBert, TinyGPT
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.rmt import RMTDecoder, RMTEncoder
 from rmt_lightning.models.segment_model import SegmentModel
+from rmt_lightning.models.tiny import TinyBert, TinyGPT
 
 SIZE = {"width": 16, "layers": 1, "heads": 2, "max_positions": 64}
 
@@ -134,7 +134,7 @@ def test_what_cannot_be_opened(
         (RMTEncoder, "/absent/folder/too", r"/absent/folder/too: no such folder, and cannot be loaded from the Hugg"),
         (RMTEncoder, lambda: broken(model="os.system"), r"broken: holds a system and no RMTEncoder"),
         (RMTEncoder, lambda: broken(model="antigravity.RMT"), r"of class antigravity.RMT; import antigravity before"),
-        (RMTEncoder, lambda: broken(model="rmt_lightning.absent.RMT"), r"broken: holds no whole model \(ModuleNotFou"),
+        (RMTEncoder, lambda: broken(model="rmt_lightning.absent.RMT"), r"class rmt_lightning.absent.RMT; import rmt_"),
         (RMTEncoder, lambda: broken(memory_size=4), r"broken: holds no whole model \(RuntimeError: .*memory"),
         (RMTEncoder, lambda: broken(colour=4), r"broken: holds no whole model \(TypeError: .*colour"),
         *((RMTEncoder, lambda name=name: without(name), r"broken: holds no whole model")

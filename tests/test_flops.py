@@ -21,10 +21,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from rmt_lightning import flops as front_door
-from rmt_lightning.analysis import figures
 from rmt_lightning.analysis.flops import OPT, compare, flop_terms, forward_flops, read_shape
-from rmt_lightning.models.backbone import TinyBert
 from rmt_lightning.models.rmt import RMTEncoder
+from rmt_lightning.models.tiny import TinyBert
+from rmt_lightning.reporting import figures
 
 SMALL, LARGE = OPT[0], OPT[-1]
 

@@ -8,9 +8,9 @@ from reference import read_causal_text
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rmt_lightning.models.backbone import TinyGPT
 from rmt_lightning.models.generation import Stream, generate, read
 from rmt_lightning.models.rmt import RMTDecoder
+from rmt_lightning.models.tiny import TinyGPT
 
 S = 11
 

@@ -16,20 +16,20 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.analysis.retention import LossRate, follow
-from rmt_lightning.errors import UserError
+from rmt_lightning.core.errors import UserError
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.rmt import RMTEncoder
 from rmt_lightning.tasks.datamodule import FactDataModule, FactDataset
 from rmt_lightning.tasks.facts import Reasoning, Split
 from rmt_lightning.tasks.noise import Corpus
 from rmt_lightning.tasks.placement import Key, Placement
-from rmt_lightning.training.carried_states import CarriedStates
 from rmt_lightning.training.classification import FactClassifier
-from rmt_lightning.training.curriculum import SegmentCurriculum
 from rmt_lightning.training.optimization import WarmupDecay
+from rmt_lightning.training.phases.curriculum import SegmentCurriculum
+from rmt_lightning.training.phases.state_passing import StatePassing
 
 # As in the other tests of a run, but the last stage is followed by two short epochs with old memories.
-HELD = ("hydra.run.dir=run", "hold=carried_states", "hold.steps=6", "hold.pool=8", "backbone.dropout=0.1")
+HELD = ("hydra.run.dir=run", "hold=state_passing", "hold.steps=6", "hold.pool=8", "backbone.dropout=0.1")
 
 
 class Phase:
@@ -42,7 +42,7 @@ class Phase:
         data = FactDataModule(placement, segment_length=37, batch_size=7)
         data.carried = 3
         self.trainer: Any = SimpleNamespace(datamodule=data, global_step=0, global_rank=0)
-        self.carried = CarriedStates(SegmentCurriculum(3, 10), steps=10, lr=1e-3, **{"pool": 32, **options})
+        self.carried = StatePassing(SegmentCurriculum(3, 10), steps=10, lr=1e-3, **{"pool": 32, **options})
 
     def step(self, right: list[bool], num_segments: int = 3) -> tuple[dict[str, Any], list[torch.Tensor]]:
         """One step whose answers are `right`, wherever something is asked. Returns the batch, and states made up."""
@@ -295,7 +295,7 @@ def test_pools_from_before_all_questions_were_kept_fill_anew(phase: Callable[...
 
 def test_one_segment_leaves_nothing_to_carry() -> None:
     with pytest.raises(UserError, match=r"curriculum\.max_segments=1: leaves no memory to carry"):
-        CarriedStates(SegmentCurriculum(1, 10), steps=10, lr=1e-3)
+        StatePassing(SegmentCurriculum(1, 10), steps=10, lr=1e-3)
 
 
 def held_at(folder: Path) -> list[int]:
@@ -319,7 +319,7 @@ def test_a_run_with_old_memories_that_was_interrupted_ends_with_the_same_weights
 @pytest.mark.soak
 def test_the_phase_can_be_added_to_a_run_that_has_ended(train: Run, tmp_path: Path) -> None:
     assert train("hydra.run.dir=run").returncode == 0
-    added = train("resume=run", "hold=carried_states", "hold.steps=6", "hold.pool=8", small=False)
+    added = train("resume=run", "hold=state_passing", "hold.steps=6", "hold.pool=8", small=False)
     assert added.returncode == 0, added.stderr
     assert held_at(tmp_path / "run") == [21, 24]
     again = train("resume=run", small=False)

@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning import train as front_door
-from rmt_lightning.build import load
-from rmt_lightning.errors import UserError
+from rmt_lightning.app.build import load
+from rmt_lightning.core.errors import UserError
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.transformer_xl import TransformerXL
 from rmt_lightning.tasks.facts import Split
@@ -294,8 +294,8 @@ def test_a_run_its_files_and_that_it_goes_on_exactly(
         ("task=language_modeling test=lengths", r"test: a LengthTest does not go with task=language_modeling, which"),
         ("data=documents", r"data: a DocumentDataModule does not go with task=detect, which needs a FactDataModule; "),
         (
-            "task=language_modeling hold=carried_states",
-            r"hold=carried_states: asks questions, which running text has not",
+            "task=language_modeling hold=state_passing",
+            r"hold=state_passing: asks questions, which running text has not",
         ),
         ("task=language_modeling data.num_segments=0", r"data\.num_segments=0: must be greater than or equal to 1"),
         ("task=language_modeling curriculum.max_segments=3", r"curriculum\.max_segments: no such setting"),

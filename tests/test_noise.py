@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 from transformers import PreTrainedTokenizerBase
 
-from rmt_lightning.errors import UserError
+from rmt_lightning.core.errors import UserError
 from rmt_lightning.tasks.facts import PEOPLE, PLACES, Split
 from rmt_lightning.tasks.noise import SPLITS, Corpus, Files, Hub, Prose, sentences, tokenise
 

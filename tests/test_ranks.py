@@ -52,7 +52,7 @@ def test_nobody_listens_any_more() -> None:
     program = f"""
 import sys, time
 from types import SimpleNamespace
-from rmt_lightning.training.ranks import _Watch
+from rmt_lightning.training.callbacks.ranks import _Watch
 trainer = SimpleNamespace(strategy=SimpleNamespace(launcher=None), local_rank=1, node_rank=0, num_devices=2)
 print("ready", flush=True), sys.stdin.read()
 _Watch(trainer, "run", parent={os.getpid()} + 1).start()

@@ -22,9 +22,9 @@ import yaml
 from test_readme import COMMANDS
 
 from rmt_lightning import report as front_door
-from rmt_lightning.analysis import plots
-from rmt_lightning.analysis.redaction import public, public_text
-from rmt_lightning.analysis.runs import LOSS, Point, Run, differences, read_runs
+from rmt_lightning.reporting import plots
+from rmt_lightning.reporting.redaction import public, public_text
+from rmt_lightning.reporting.runs import LOSS, Point, Run, differences, read_runs
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -312,7 +312,7 @@ def test_a_phase_after_the_curriculum(here: Path) -> None:
 
 def test_a_language_model_has_perplexity_and_no_stages(here: Path) -> None:
     config = yaml.safe_load((here / "good/config.yaml").read_text())
-    config["curriculum"] = {"_target_": "rmt_lightning.training.curriculum.FixedSteps", "steps": 10}
+    config["curriculum"] = {"_target_": "rmt_lightning.training.phases.curriculum.FixedSteps", "steps": 10}
     config["model"] = {"_target_": "rmt_lightning.models.transformer_xl.TransformerXL", "layers": 1, "width": 16}
     (here / "good/config.yaml").write_text(yaml.safe_dump(config))
     (here / "good/stages.csv").unlink()

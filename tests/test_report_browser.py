@@ -12,8 +12,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from rmt_lightning.analysis.plots import COLOURS
 from rmt_lightning.report import main
+from rmt_lightning.reporting.plots import COLOURS
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 PLOTS = ("timeline_steps", "timeline_seconds", "accuracy", "loss", "lengths", "speed")

@@ -21,7 +21,7 @@ from conftest import SMALL, Run, assert_identical, final, trained
 from omegaconf import OmegaConf
 
 from rmt_lightning.train import _resumed_config
-from rmt_lightning.training.checkpoints import read_checkpoint
+from rmt_lightning.training.callbacks.checkpoints import read_checkpoint
 
 # Dropout makes random numbers matter; three lengths make the curriculum matter.
 RUN = ("hydra.run.dir=run", "backbone.dropout=0.1", "seed=5")
@@ -378,7 +378,7 @@ def test_a_second_run_in_one_folder_refuses(
 
 def test_a_phase_that_holds_is_added_and_changed_setting_by_setting(tmp_path: Path) -> None:
     composed = OmegaConf.create({"hold": {"_target_": "a.b", "steps": 9, "fragments": 1.0}})
-    given = ["resume=run", "hold=carried_states", "hold.steps=9"]
+    given = ["resume=run", "hold=state_passing", "hold.steps=9"]
     for before, after in (
         (None, {"_target_": "a.b", "steps": 9, "fragments": 1.0}),
         ({"_target_": "a.b", "steps": 5, "fragments": 0.0}, {"_target_": "a.b", "steps": 9, "fragments": 0.0}),

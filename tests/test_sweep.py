@@ -28,10 +28,10 @@ from test_report import Page
 
 from rmt_lightning import report
 from rmt_lightning import train as front_door
-from rmt_lightning.analysis import figures, plots
-from rmt_lightning.analysis.sweeps import Job, Sweep, mean, read_sweep, t_quantile
-from rmt_lightning.errors import UserError
-from rmt_lightning.sweep import RANK, _known_settings, _name, _reason, _sweep_name, _swept
+from rmt_lightning.app.sweep import RANK, _known_settings, _name, _reason, _sweep_name, _swept
+from rmt_lightning.core.errors import UserError
+from rmt_lightning.reporting import figures, plots
+from rmt_lightning.reporting.sweeps import Job, Sweep, mean, read_sweep, t_quantile
 
 WITH_PLUGINS = pytest.mark.skipif(
     importlib.util.find_spec("hydra_plugins") is None, reason="pip install 'rmt-lightning[sweeps]'"

@@ -15,9 +15,9 @@ from conftest import ROOT, SMALL, Run, final
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rmt_lightning.analysis.runs import read_runs
+from rmt_lightning.reporting.runs import read_runs
 from rmt_lightning.tasks.datamodule import NOISY_LESSONS
-from rmt_lightning.training.checkpoints import read_checkpoint
+from rmt_lightning.training.callbacks.checkpoints import read_checkpoint
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -216,7 +216,7 @@ WITNESS = """
 import os
 import torch
 from rmt_lightning.tasks.datamodule import data_of
-from rmt_lightning.training.checkpoints import AtomicCheckpointIO
+from rmt_lightning.training.callbacks.checkpoints import AtomicCheckpointIO
 from rmt_lightning.training.classification import FactModule
 from rmt_lightning.train import run
 

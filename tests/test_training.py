@@ -11,21 +11,21 @@ from torch import nn
 from torch.utils.data import default_collate
 from transformers import PreTrainedTokenizerBase
 
-from rmt_lightning.analysis import figures
 from rmt_lightning.analysis.extrapolation import LengthResult, LengthTest, Proportion
-from rmt_lightning.errors import UserError
-from rmt_lightning.models.backbone import TinyBert
-from rmt_lightning.models.full_attention import FullAttention
+from rmt_lightning.core.errors import UserError
+from rmt_lightning.models.baselines.full_attention import FullAttention
 from rmt_lightning.models.rmt import RMTEncoder
 from rmt_lightning.models.segment_model import SegmentModel
+from rmt_lightning.models.tiny import TinyBert
+from rmt_lightning.reporting import figures
 from rmt_lightning.tasks.datamodule import FactDataset
 from rmt_lightning.tasks.facts import Carried, Reasoning, Split, Task
 from rmt_lightning.tasks.noise import Corpus
 from rmt_lightning.tasks.placement import Key, Placement
-from rmt_lightning.training.checkpoints import AtomicCheckpointIO, check_fits, read_checkpoint
+from rmt_lightning.training.callbacks.checkpoints import AtomicCheckpointIO, check_fits, read_checkpoint
 from rmt_lightning.training.classification import FactClassifier, SlicedAccuracy
-from rmt_lightning.training.curriculum import SegmentCurriculum, StageResult
 from rmt_lightning.training.optimization import WarmupDecay, at_stage
+from rmt_lightning.training.phases.curriculum import SegmentCurriculum, StageResult
 
 
 def test_accuracy_by_length_and_distance() -> None:

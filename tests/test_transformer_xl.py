@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rmt_lightning.build import load
-from rmt_lightning.errors import UserError
+from rmt_lightning.app.build import load
+from rmt_lightning.core.errors import UserError
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.transformer_xl import Layer, TransformerXL
 

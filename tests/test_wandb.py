@@ -19,9 +19,9 @@ from wandb.proto.wandb_internal_pb2 import Record
 from wandb_server import serving
 
 from rmt_lightning import dashboard
-from rmt_lightning.errors import UserError
-from rmt_lightning.run_folder import read_csv
-from rmt_lightning.training.wandb_run import WandbRun
+from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.files import read_csv
+from rmt_lightning.training.callbacks.wandb_run import WandbRun
 
 # A key as W&B makes them, which nobody has.
 KEY = "0123456789abcdef" * 3

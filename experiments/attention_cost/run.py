@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from rmt_lightning import FullAttention, RMTEncoder, TinyBert
-from rmt_lightning.analysis import figures
+from rmt_lightning.core.files import write_csv
 from rmt_lightning.models.segment_model import SegmentModel
-from rmt_lightning.run_folder import write_csv
+from rmt_lightning.reporting import figures
 from rmt_lightning.tasks.facts import Detect
 
 HERE = Path(__file__).parent

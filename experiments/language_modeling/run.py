@@ -19,8 +19,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from rmt_lightning.analysis import figures
-from rmt_lightning.run_folder import write_atomically, write_csv
+from rmt_lightning.core.files import write_atomically, write_csv
+from rmt_lightning.reporting import figures
 
 HERE = Path(__file__).parent
 TEXT_LENGTH, MEMORY = 32, 5

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from rmt_lightning.build import load
+from rmt_lightning.app.build import load
+from rmt_lightning.core.files import write_csv
+from rmt_lightning.core.run_folder import CHECKPOINTS, CONFIG, LAST
 from rmt_lightning.models.recurrence import Segment
-from rmt_lightning.run_folder import CHECKPOINTS, CONFIG, LAST, write_csv
 from rmt_lightning.tasks.facts import Split
 from rmt_lightning.tasks.noise import token_ids
 from rmt_lightning.training.classification import FactClassifier

@@ -16,8 +16,9 @@ from typing import cast
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from rmt_lightning.build import load
-from rmt_lightning.run_folder import CHECKPOINTS, CONFIG, LAST, write_csv
+from rmt_lightning.app.build import load
+from rmt_lightning.core.files import write_csv
+from rmt_lightning.core.run_folder import CHECKPOINTS, CONFIG, LAST
 from rmt_lightning.tasks.placement import Key, Sample
 
 SAMPLES, BATCH = 1024, 64

@@ -19,9 +19,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.utils._pytree import tree_leaves
 
-from rmt_lightning.analysis import figures
-from rmt_lightning.build import Parts, load
-from rmt_lightning.run_folder import CHECKPOINTS, CONFIG, LAST, read_csv, write_csv
+from rmt_lightning.app.build import Parts, load
+from rmt_lightning.core.files import read_csv, write_csv
+from rmt_lightning.core.run_folder import CHECKPOINTS, CONFIG, LAST
+from rmt_lightning.reporting import figures
 
 HERE = Path(__file__).parent
 TRAINED_TO = 7

@@ -15,9 +15,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from rmt_lightning.analysis import figures
-from rmt_lightning.config import provenance
-from rmt_lightning.run_folder import CHECKPOINTS, CONFIG, LAST, read_csv, write_csv
+from rmt_lightning.app.resume import provenance
+from rmt_lightning.core.files import read_csv, write_csv
+from rmt_lightning.core.run_folder import CHECKPOINTS, CONFIG, LAST
+from rmt_lightning.reporting import figures
 
 HERE = Path(__file__).parent
 # How many samples of which numbers of segments; 40,077 segments of 51 tokens are 2,043,927.

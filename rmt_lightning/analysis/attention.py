@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rmt_lightning.errors import UserError
+from rmt_lightning.core.errors import UserError
 from rmt_lightning.models.backbone import Encoder
 from rmt_lightning.models.recurrence import Segment, unroll
 from rmt_lightning.models.rmt import RMTEncoder

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rmt_lightning.errors import UserError
+from rmt_lightning.core.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from rmt_lightning.errors import UserError
+from rmt_lightning.core.errors import UserError
 from rmt_lightning.models.pretrained import opened
 from rmt_lightning.models.segment_model import SegmentModel
 

@@ -10,7 +10,6 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -20,9 +19,10 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from rmt_lightning.errors import UserError
+from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.names import public_name
+from rmt_lightning.core.run_folder import BACKBONE, TOKENIZER
 from rmt_lightning.models.backbone import Restored, parts_for
-from rmt_lightning.run_folder import BACKBONE, TOKENIZER
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -57,7 +57,7 @@ class SavedModel(ModelHubMixin, library_name="rmt_lightning", model_card_templat
     def _save_pretrained(self, save_directory: Path) -> None:
         assert isinstance(self, nn.Module)
         arguments = cast(dict[str, Any], self._hub_mixin_config or {})
-        settings = {"model": f"{type(self).__module__}.{type(self).__qualname__}", **arguments}
+        settings = {"model": public_name(f"{type(self).__module__}.{type(self).__qualname__}"), **arguments}
         (save_directory / CONFIG).write_text(json.dumps(settings, indent=2))
         for name, part in ((TOKENIZER, self.tokenizer), (BACKBONE, self.architecture)):
             if part is not None:
@@ -77,7 +77,7 @@ class SavedModel(ModelHubMixin, library_name="rmt_lightning", model_card_templat
         """
         with opened(pretrained_model_name_or_path, **options) as folder:
             settings = json.loads((folder / CONFIG).read_text())
-            named = cls._named(settings.pop("model"), folder)
+            named = cls._named(public_name(settings.pop("model")), folder)
             saved = Restored(folder / TOKENIZER, folder / BACKBONE)
             tokenizer = saved.tokenizer([])
             model = named(**parts_for(named, saved, tokenizer), **settings)
@@ -89,8 +89,6 @@ class SavedModel(ModelHubMixin, library_name="rmt_lightning", model_card_templat
     def _named(cls, path: str, folder: Path) -> Any:
         """The class that a config names: one of this package, or one that the program has imported itself."""
         module, _, name = path.rpartition(".")
-        if module.startswith("rmt_lightning."):
-            import_module(module)
         named = getattr(sys.modules.get(module), name, None)
         if named is None:
             raise UserError(f"{folder}: holds a model of class {path}; import {module} before opening it")

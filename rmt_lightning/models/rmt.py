@@ -17,7 +17,7 @@ from annotated_types import Ge
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from rmt_lightning.errors import UserError
+from rmt_lightning.core.errors import UserError
 from rmt_lightning.models.backbone import Decoder, Encoder, Transformer
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.segment_model import SegmentModel, touch

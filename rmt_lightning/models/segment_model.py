@@ -13,7 +13,7 @@ from typing import Generic, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rmt_lightning.errors import UserError
+from rmt_lightning.core.errors import UserError
 from rmt_lightning.models.pretrained import SavedModel
 from rmt_lightning.models.recurrence import Segment, State, unroll
 

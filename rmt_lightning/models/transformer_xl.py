@@ -16,7 +16,7 @@ from annotated_types import Ge, Le, Lt
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from rmt_lightning.errors import UserError
+from rmt_lightning.core.errors import UserError
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.segment_model import SegmentModel
 

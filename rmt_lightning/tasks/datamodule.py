@@ -167,7 +167,7 @@ class FactDataModule(ShortEpochs):
     `num_segments` lives here and travels in checkpoints; the curriculum is the only one that changes it. It also says
     whether training is on inputs of exactly that length ("exact") or of all up to it ("uniform"), and which `lesson`
     stage 1 has come to, if it has lessons. The last `carried` samples of each training batch are mere noise with
-    `fragments` pieces of facts in a segment, for memories of earlier batches (see training/carried_states.py).
+    `fragments` pieces of facts in a segment, for memories of earlier batches (see training/phases/state_passing.py).
 
     Args:
         placement: makes the samples.

@@ -19,7 +19,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from rmt_lightning.errors import UserError
+from rmt_lightning.core.errors import UserError
 
 Split = Literal["train", "validation", "test"]
 

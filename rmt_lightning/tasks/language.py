@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from rmt_lightning.errors import UserError
+from rmt_lightning.core.errors import UserError
 from rmt_lightning.tasks.datamodule import ShortEpochs
 from rmt_lightning.tasks.facts import Split
 from rmt_lightning.tasks.noise import Corpus

@@ -24,7 +24,7 @@ from annotated_types import Ge
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from rmt_lightning.errors import UserError
+from rmt_lightning.core.errors import UserError
 from rmt_lightning.tasks import prose
 from rmt_lightning.tasks.facts import Split
 

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from rmt_lightning.errors import UserError
+from rmt_lightning.core.errors import UserError
 from rmt_lightning.tasks.facts import Example, Split, Task
 from rmt_lightning.tasks.noise import SPLITS, Corpus, Reader, token_ids
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torchmetrics import Metric
 
-from rmt_lightning.errors import UserError
+from rmt_lightning.core.errors import UserError
 from rmt_lightning.models.segment_model import Reading, SegmentModel
 from rmt_lightning.tasks.datamodule import data_of
 from rmt_lightning.training.module import SegmentModule

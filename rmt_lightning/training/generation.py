@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from rmt_lightning.errors import UserError
+from rmt_lightning.core.errors import UserError
 from rmt_lightning.models.generation import Writer, generate, read
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.segment_model import Reading, SegmentModel

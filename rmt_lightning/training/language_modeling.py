@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torchmetrics import Metric
 
-from rmt_lightning.errors import UserError
+from rmt_lightning.core.errors import UserError
 from rmt_lightning.models.recurrence import Segment, unroll
 from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.tasks.datamodule import data_of

@@ -1,22 +1,20 @@
-"""What stands where in a run folder, and how files are written."""
+"""What stands where in a run folder."""
 
 from __future__ import annotations
 
-import csv
 import errno
 import fcntl
 import hashlib
-import io
 import json
 import logging
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rmt_lightning.errors import UserError
+from rmt_lightning.core.errors import UserError
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -98,37 +96,3 @@ def findings(run: Path, kind: str, name: str, settings: dict[str, Any]) -> Path:
     """Where results that were found with these settings belong: <run>/<kind>/<name>-<key of the settings>."""
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     return run / kind / f"{name}-{key}"
-
-
-def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Write a file beside its place and move it there once it is on the disk.
-
-    So nobody ever reads half a file, and what stood there before survives a kill or a full disk.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows of equal keys, whole or not at all; no rows, no file."""
-    if not rows:
-        return
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, text.getvalue().encode())
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a csv file."""
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))

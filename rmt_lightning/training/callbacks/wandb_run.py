@@ -17,9 +17,10 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from rmt_lightning.errors import UserError
-from rmt_lightning.run_folder import CHECKPOINTS, EVALUATION, read_csv, write_atomically
-from rmt_lightning.training.curriculum import Curriculum, StageResult
+from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.files import read_csv, write_atomically
+from rmt_lightning.core.run_folder import CHECKPOINTS, EVALUATION
+from rmt_lightning.training.phases.curriculum import Curriculum, StageResult
 
 # wandb takes a second to import, and most runs do without it.
 if TYPE_CHECKING:

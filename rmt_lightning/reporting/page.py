@@ -14,8 +14,8 @@ from markupsafe import Markup
 from plotly import graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from rmt_lightning.analysis import plots
-from rmt_lightning.analysis.runs import (
+from rmt_lightning.reporting import plots
+from rmt_lightning.reporting.runs import (
     ACCURACY,
     DEVICE_MEMORY,
     HOST_MEMORY,
@@ -26,7 +26,7 @@ from rmt_lightning.analysis.runs import (
     differences,
     kind,
 )
-from rmt_lightning.analysis.sweeps import Sweep, in_words, with_interval
+from rmt_lightning.reporting.sweeps import Sweep, in_words, with_interval
 
 
 def page(runs: Sequence[Run], skipped: Sequence[str], sweeps: Sequence[Sweep] = ()) -> str:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import lightning as L
 
-from rmt_lightning.training.checkpoints import Interrupted
+from rmt_lightning.training.callbacks.checkpoints import Interrupted
 
 _PARENT = "RMT_LIGHTNING_PARENT"
 

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from rich import get_console
 
-from rmt_lightning.errors import UserError
+from rmt_lightning.core.errors import UserError
 
 # What Lightning says at every start, and what does not apply to short epochs of samples that are pure functions.
 _NOT_FOR_US = (

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from rich import get_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from rmt_lightning.training.curriculum import Curriculum
+from rmt_lightning.training.phases.curriculum import Curriculum
 
 
 class CurriculumProgress(Callback):

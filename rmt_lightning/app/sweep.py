@@ -31,9 +31,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from rmt_lightning.config import told_in_one_line
-from rmt_lightning.errors import UserError
-from rmt_lightning.run_folder import CONFIG, JOB, write_atomically
+from rmt_lightning.app.hydra_errors import told_in_one_line
+from rmt_lightning.app.resume import saved_config
+from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.files import write_atomically
+from rmt_lightning.core.run_folder import CONFIG, JOB
 
 # While this file is in a sweep folder, running jobs save and stop, and no other begins: all processes of a sweep, on
 # whatever machine a launcher has put them, see the same folder.
@@ -75,7 +77,7 @@ class Sweep(Callback):
         print(f"{signal.Signals(signum).name}: what runs is saved; once more to leave at once", flush=True)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        from rmt_lightning.report import sum_up
+        from rmt_lightning.reporting.sweeps import sum_up
 
         (self.folder / STOP).unlink(missing_ok=True)
         jobs = sum_up(self.folder).jobs
@@ -96,7 +98,7 @@ def run_job(config: DictConfig) -> float:
     Raises:
         UserError: if the folder holds a run with other settings, or several processes were started for the job.
     """
-    from rmt_lightning.analysis.sweeps import SETTLED, read_job
+    from rmt_lightning.reporting.sweeps import SETTLED, read_job
 
     hydra: Any = HydraConfig.get()
     folder, sweep = Path(hydra.runtime.output_dir), Path(hydra.sweep.dir)
@@ -179,9 +181,9 @@ def _known_settings(config: DictConfig, folder: Path) -> bool:
     """
     if not (folder / CONFIG).exists():
         return False
-    from rmt_lightning.analysis.runs import differences
+    from rmt_lightning.reporting.runs import differences
 
-    texts = OmegaConf.to_yaml(config, resolve=True), (folder / CONFIG).read_text()
+    texts = [OmegaConf.to_yaml(given, resolve=True) for given in (config, saved_config(folder))]
     for key, (wanted, there) in differences([yaml.safe_load(text) for text in texts]).items():
         # Where metrics and tokenised noise go decides nothing.
         if key.split(".")[0] not in ("logger", "cache_dir"):

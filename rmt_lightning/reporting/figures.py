@@ -16,8 +16,8 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from rmt_lightning.analysis.sweeps import Sweep, in_words, with_interval
-from rmt_lightning.run_folder import write_atomically
+from rmt_lightning.core.files import write_atomically
+from rmt_lightning.reporting.sweeps import Sweep, in_words, with_interval
 
 if TYPE_CHECKING:
     from rmt_lightning.analysis.attention import AttentionMap, Rewriting

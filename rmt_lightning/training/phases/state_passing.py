@@ -16,11 +16,11 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from rmt_lightning.errors import UserError
+from rmt_lightning.core.errors import UserError
 from rmt_lightning.tasks.datamodule import data_of
 from rmt_lightning.training.classification import FactClassifier
-from rmt_lightning.training.curriculum import Curriculum, SegmentCurriculum
 from rmt_lightning.training.optimization import WarmupDecay
+from rmt_lightning.training.phases.curriculum import Curriculum, SegmentCurriculum
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class Pool:
         self.put_back(free[: len(rows)], tree_map(lambda part: part[rows], content), age[rows], wanted[rows])
 
 
-class CarriedStates(Curriculum):
+class StatePassing(Curriculum):
     """Carries memories over from step to step, so that they grow old at the price of short inputs.
 
     ```

@@ -1,122 +1,23 @@
-"""Between Hydra and the front doors: where conf/ is, whether a composed config can be built, and errors in one line.
-
-A component's constructor is its schema: names, types and limits of the settings are read off its signature, so a new
-task, noise, backbone or model needs a class and a yaml, nothing else.
-"""
+"""The commands, and what Hydra and OmegaConf say over many lines, in one."""
 
 from __future__ import annotations
 
-import difflib
 import errno
-import hashlib
-import inspect
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, InstantiationException
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ConfigDict, ValidationError, create_model
 
-from rmt_lightning.errors import UserError
-from rmt_lightning.run_folder import CONFIG
-
-# In a wheel conf/ is inside the package, in a checkout beside it.
-_PACKAGE = Path(__file__).parent
-CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
-
-
-def check(config: DictConfig, root: type) -> None:
-    """Compare a composed config with the signatures of what its `_target_`s name.
-
-    Args:
-        config: what Hydra has composed.
-        root: a dataclass of the settings that belong to no group.
-
-    Raises:
-        UserError: naming the key, the value and what is allowed.
-    """
-    _check_nodes(config, "")
-    plain = {str(name): node for name, node in config.items() if not isinstance(node, DictConfig)}
-    _check_settings(root, cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(plain), resolve=True)), "")
-
-
-def _check_nodes(config: DictConfig, path: str) -> None:
-    for name in map(str, config):
-        if OmegaConf.is_missing(config, name):
-            raise UserError(f"{path}{name}: is missing; give {path}{name}=…")
-        if isinstance(config[name], DictConfig):
-            _check_nodes(config[name], f"{path}{name}.")
-    if "_target_" in config:
-        given = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
-        _check_settings(get_object(given.pop("_target_")), given, path)
-
-
-def _check_settings(target: Callable[..., Any], given: dict[str, Any], path: str) -> None:
-    parameters = inspect.signature(target).parameters
-    allowed = list(parameters)
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    for name in given:
-        if name not in allowed and not takes_any:
-            raise UserError(f"{path}{name}: no such setting; {_suggest(name, allowed)}")
-    hints = _hints(target.__init__ if inspect.isclass(target) else target)
-    fields: Any = {name: (hints.get(name, Any), ...) for name in given}
-    schema = create_model("Settings", __config__=ConfigDict(strict=True, arbitrary_types_allowed=True), **fields)
-    try:
-        schema(**given)
-    except ValidationError as error:
-        key = str(error.errors()[0]["loc"][0])
-        # A setting that may be of several kinds fails in several ways.
-        ways = [_say(way) for way in error.errors() if way["loc"][0] == key]
-        raise UserError(f"{path}{key}={given[key]}: {' or '.join(dict.fromkeys(ways))}") from None
-
-
-def _hints(constructor: Callable[..., Any]) -> dict[str, Any]:
-    try:
-        return get_type_hints(constructor, include_extras=True)
-    except NameError:
-        # Another library's constructor, annotated with names that it imports for type checkers only.
-        return {}
-
-
-def _say(error: Any) -> str:
-    message = str(error["msg"]).replace("Input should be", "must be")
-    return message[0].lower() + message[1:]
-
-
-def _suggest(name: str, allowed: list[str]) -> str:
-    near = difflib.get_close_matches(name, allowed, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    return f"{hint}allowed: {', '.join(allowed)}" if allowed else "there is none here"
-
-
-def trained_config(run: Path, asked: DictConfig) -> DictConfig:
-    """The config of a run, with the task and the noise that `asked` names instead of its own."""
-    config = OmegaConf.load(run / CONFIG)
-    assert isinstance(config, DictConfig)
-    for group in ("task", "noise"):
-        if group in asked:
-            config[group] = asked[group]
-    config.cache_dir = asked.cache_dir
-    return config
-
-
-def provenance(config: DictConfig, checkpoint: Path) -> dict[str, Any]:
-    """What results depend on besides the settings of a front door: the checkpoint's content, the task and the noise."""
-    return {
-        "checkpoint": checkpoint.name,
-        "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
-        "task": OmegaConf.to_container(config.task),
-        "noise": OmegaConf.to_container(config.noise),
-    }
+from rmt_lightning.app.schema import CONF, suggest
+from rmt_lightning.core.errors import UserError
 
 
 def front_door(main: Callable[[DictConfig], Any], config_name: str) -> Callable[[], None]:
@@ -178,7 +79,7 @@ def _one_line(error: BaseException, config_name: str) -> str:
     text = next((str(cause) for cause in causes if str(cause)), type(error).__name__)
     if missing := re.search(r"Could not find '(.+?)/([^/']+)'", text):
         options = re.findall(r"^\t(.+)$", text.split("Config search path")[0], flags=re.MULTILINE)
-        return f"{missing[1]}={missing[2]}: no such choice; {_suggest(missing[2], options)}"
+        return f"{missing[1]}={missing[2]}: no such choice; {suggest(missing[2], options)}"
     if re.search(r"Could not find '[^']+/'", text):
         return _no_choice()
     if append := re.search(r"To append to your default list use \+(\S+)", text):
@@ -215,9 +116,9 @@ def _suggest_key(key: str, config_name: str) -> str:
         if not isinstance(node, DictConfig) or parent not in node:
             # Presets, which have no _target_, bring no settings of their own.
             options = [path.stem for path in sorted((CONF / parent).glob("*.yaml")) if "_target_" in path.read_text()]
-            return f"it comes with {parent}={' or '.join(options)}" if options else _suggest(parent, _keys(node))
+            return f"it comes with {parent}={' or '.join(options)}" if options else suggest(parent, _keys(node))
         node = node[parent] if not OmegaConf.is_missing(node, parent) else DictConfig({})
-    return _suggest(name, _keys(node))
+    return suggest(name, _keys(node))
 
 
 def _keys(node: Any) -> list[str]:

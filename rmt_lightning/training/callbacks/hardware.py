@@ -19,7 +19,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from rmt_lightning.run_folder import HARDWARE, write_atomically
+from rmt_lightning.core.files import write_atomically
+from rmt_lightning.core.run_folder import HARDWARE
 
 _CHECKOUT = Path(__file__).parents[2]
 

@@ -14,18 +14,19 @@ from rich import get_console
 from rich.progress import track
 from rich.table import Table
 
-from rmt_lightning.analysis import figures
 from rmt_lightning.analysis.attention import SPARSE, AttentionMap, choose_sample, watch
 from rmt_lightning.analysis.extrapolation import LengthResult, LengthTest, evaluate_length
 from rmt_lightning.analysis.perplexity import DocumentTest, evaluate_documents, total
 from rmt_lightning.analysis.retention import LossRate
-from rmt_lightning.build import Parts, TextParts
+from rmt_lightning.app.build import Parts, TextParts
+from rmt_lightning.core.files import write_csv
+from rmt_lightning.core.run_folder import EVALUATION, HOLD, STAGES
 from rmt_lightning.models.rmt import RMTEncoder
 from rmt_lightning.models.segment_model import SegmentModel
-from rmt_lightning.run_folder import EVALUATION, HOLD, STAGES, write_csv
+from rmt_lightning.reporting import figures
 from rmt_lightning.tasks.placement import Key, Sample
-from rmt_lightning.training.carried_states import CarriedStates, Losses
-from rmt_lightning.training.curriculum import Curriculum, FixedSteps, SegmentCurriculum, StageResult
+from rmt_lightning.training.phases.curriculum import Curriculum, FixedSteps, SegmentCurriculum, StageResult
+from rmt_lightning.training.phases.state_passing import Losses, StatePassing
 
 
 def report(
@@ -34,7 +35,7 @@ def report(
     trainer: L.Trainer,
     parts: Parts | TextParts,
     curriculum: Curriculum,
-    hold: CarriedStates | None,
+    hold: StatePassing | None,
 ) -> None:
     """Test what a run has trained, show what came of it, and write that into its folder.
 
@@ -56,7 +57,7 @@ def _report_facts(
     trainer: L.Trainer,
     parts: Parts,
     curriculum: SegmentCurriculum,
-    hold: CarriedStates | None,
+    hold: StatePassing | None,
 ) -> None:
     """The stages, what became of old memories, and accuracy on longer and longer inputs."""
     console = get_console()
@@ -167,7 +168,7 @@ def _rate(losses: Losses) -> LossRate:
     return LossRate(losses.lost, losses.segments)
 
 
-def _hold_table(hold: CarriedStates) -> Table:
+def _hold_table(hold: StatePassing) -> Table:
     """Some of the validations of the phase, evenly spread."""
     table = Table("step", "mean age", "lost", "of segments", "rate", "95% interval", title="Memories carried over")
     table.title_justify = "left"

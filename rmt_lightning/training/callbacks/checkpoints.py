@@ -19,10 +19,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
-from rmt_lightning.errors import UserError
-from rmt_lightning.run_folder import LAST, PREVIOUS, STAGES, write_atomically, write_csv
+from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.files import write_atomically, write_csv
+from rmt_lightning.core.run_folder import LAST, PREVIOUS, STAGES
 from rmt_lightning.tasks.datamodule import data_of
-from rmt_lightning.training.curriculum import Curriculum
+from rmt_lightning.training.phases.curriculum import Curriculum
 
 log = logging.getLogger(__name__)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from rmt_lightning.analysis.redaction import public_text
-from rmt_lightning.analysis.runs import AT_THE_END, Run, read_runs
-from rmt_lightning.run_folder import JOB
+from rmt_lightning.core.files import write_csv
+from rmt_lightning.core.run_folder import JOB
+from rmt_lightning.reporting.redaction import public_text
+from rmt_lightning.reporting.runs import AT_THE_END, Run, read_runs
 
 SEED = "seed"
 # A job that ended so has a result; the others are tried again when the sweep goes on.
@@ -317,3 +319,23 @@ def _filled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows with the same columns; what one of them lacks is left empty."""
     columns = {name: None for row in rows for name in row}
     return [columns | row for row in rows]
+
+
+def sum_up(folder: Path) -> Sweep:
+    """Print one table over the jobs of a sweep, and write it and its figure into the sweep's folder."""
+    from rich import get_console
+
+    from rmt_lightning.reporting import figures
+
+    sweep = read_sweep(folder)
+    write_csv(folder / "sweep.csv", job_rows(sweep))
+    write_csv(folder / "summary.csv", group_rows(sweep))
+    if sweep.values and sweep.measures:
+        figures.save(figures.sweep(sweep), folder / "sweep")
+    console = get_console()
+    console.print(sweep.table())
+    for job in sweep.jobs:
+        if job.reason:
+            console.print(f"{job.name}: {job.reason}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"[bold]{os.path.relpath(folder)}[/] holds all of it", highlight=False, soft_wrap=True)
+    return sweep

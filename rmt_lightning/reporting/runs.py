@@ -15,9 +15,10 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from rmt_lightning.analysis.redaction import public, public_text
-from rmt_lightning.errors import UserError
-from rmt_lightning.run_folder import CHECKPOINTS, CONFIG, EVALUATION, HARDWARE, HOLD, LAST, METRICS, STAGES
+from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.names import public_name
+from rmt_lightning.core.run_folder import CHECKPOINTS, CONFIG, EVALUATION, HARDWARE, HOLD, LAST, METRICS, STAGES
+from rmt_lightning.reporting.redaction import public, public_text
 
 Status = Literal["finished", "stopped at max_steps", "did not converge", "interrupted or running"]
 _UNFINISHED: Status = "interrupted or running"
@@ -256,7 +257,14 @@ def _config(path: Path) -> dict[str, Any]:
         raise UserError(f"{CONFIG} is not that of a run")
     cleaned = public(config)
     assert isinstance(cleaned, dict)
-    return cleaned
+    return {name: _renamed(part) for name, part in cleaned.items()}
+
+
+def _renamed(part: Any) -> Any:
+    """A component with the public name of its class, which earlier versions called by its place."""
+    if not isinstance(part, dict) or "_target_" not in part:
+        return part
+    return part | {"_target_": public_name(str(part["_target_"]))}
 
 
 _PARTS = ("task", "noise", "backbone", "model", "curriculum", "trainer")
@@ -434,7 +442,7 @@ def kind(part: Any) -> str:
 
 def _settings(path: Path, problems: list[str]) -> dict[str, Any]:
     settings = public(_json(path, dict, problems).get("settings"))
-    return settings if isinstance(settings, dict) else {}
+    return {name: _renamed(part) for name, part in settings.items()} if isinstance(settings, dict) else {}
 
 
 def _hardware(path: Path, problems: list[str]) -> list[dict[str, Any]]:

@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from plotly import graph_objects as go
 
-from rmt_lightning.analysis.runs import Evaluation, Point, Row, Run
-from rmt_lightning.analysis.sweeps import Sweep, in_words, with_interval
+from rmt_lightning.reporting.runs import Evaluation, Point, Row, Run
+from rmt_lightning.reporting.sweeps import Sweep, in_words, with_interval
 
 # Five colours that differ to colour-blind eyes too (least CIELAB distance 21 with protanopia or deuteranopia simulated
 # after Machado et al. 2009), each with a contrast of 3 or more on the page's white and on its black.

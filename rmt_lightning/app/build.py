@@ -14,26 +14,27 @@ import lightning as L
 import torch
 from filelock import FileLock
 from hydra.utils import get_object, instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.analysis.extrapolation import LengthTest
 from rmt_lightning.analysis.perplexity import DocumentTest
-from rmt_lightning.errors import UserError
+from rmt_lightning.app.resume import saved_config
+from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.run_folder import BACKBONE, TOKENIZER
 from rmt_lightning.models.answerer import Answerer
 from rmt_lightning.models.backbone import Backbone, Restored, parts_for
 from rmt_lightning.models.segment_model import SegmentModel
-from rmt_lightning.run_folder import BACKBONE, CONFIG, TOKENIZER
 from rmt_lightning.tasks.datamodule import FactDataModule
 from rmt_lightning.tasks.facts import Split, Task
 from rmt_lightning.tasks.language import DocumentDataModule, LanguageModeling, RunningText
 from rmt_lightning.tasks.noise import SPLITS, Corpus, Noise, tokenise
 from rmt_lightning.tasks.placement import Key, Placement
-from rmt_lightning.training.checkpoints import check_fits, read_checkpoint
+from rmt_lightning.training.callbacks.checkpoints import check_fits, read_checkpoint
 from rmt_lightning.training.classification import FactModule
-from rmt_lightning.training.curriculum import FixedSteps, SegmentCurriculum
 from rmt_lightning.training.language_modeling import LanguageModeler
+from rmt_lightning.training.phases.curriculum import FixedSteps, SegmentCurriculum
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def build_run(config: DictConfig, run: Path | None = None, trained: bool = False
     if issubclass(get_object(config.task._target_), LanguageModeling):
         _check_choices(config, {"data": DocumentDataModule, "curriculum": FixedSteps, "test": DocumentTest})
         if config.get("hold"):
-            raise UserError("hold=carried_states: asks questions, which running text has not; leave it out")
+            raise UserError("hold=state_passing: asks questions, which running text has not; leave it out")
         return _build_text(config, run, trained)
     _check_choices(config, {"data": FactDataModule, "curriculum": SegmentCurriculum, "test": LengthTest})
     parts = build(config, run, trained)
@@ -76,7 +77,7 @@ def build_run(config: DictConfig, run: Path | None = None, trained: bool = False
     model.fitting("curriculum.max_segments", [config.curriculum.max_segments])
     model.fitting("test.segments", config.test.segments)
     if config.get("hold") and model.max_segments is not None:
-        raise UserError("hold=carried_states: this model keeps the whole text and has no memory to hold; leave it out")
+        raise UserError("hold=state_passing: this model keeps the whole text and has no memory to hold; leave it out")
     _check_noise(parts, config.curriculum.max_segments)
     return parts
 
@@ -169,7 +170,7 @@ def open_trained(run: Path, checkpoint: Path) -> Answerer | SegmentModel[Any]:
     Raises:
         UserError: if the checkpoint is damaged.
     """
-    config = OmegaConf.load(run / CONFIG)
+    config = saved_config(run)
     saved = read_checkpoint(checkpoint)
     backbone = Restored(run / TOKENIZER, run / BACKBONE)
     model = _model(config.model, backbone, backbone.tokenizer([]))

@@ -1,0 +1,1 @@
+"""What the front doors share. The only room that knows Hydra."""

@@ -1,0 +1,88 @@
+"""Whether a composed config can be built, and where conf/ is.
+
+A component's constructor is its schema: names, types and limits of the settings are read off its signature, so a new
+task, noise, backbone or model needs a class and a yaml, nothing else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast, get_type_hints
+
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+from pydantic import ConfigDict, ValidationError, create_model
+
+from rmt_lightning.core.errors import UserError
+
+# In a wheel conf/ is inside the package, in a checkout beside it.
+_PACKAGE = Path(__file__).parents[1]
+CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
+
+
+def check(config: DictConfig, root: type) -> None:
+    """Compare a composed config with the signatures of what its `_target_`s name.
+
+    Args:
+        config: what Hydra has composed.
+        root: a dataclass of the settings that belong to no group.
+
+    Raises:
+        UserError: naming the key, the value and what is allowed.
+    """
+    _check_nodes(config, "")
+    plain = {str(name): node for name, node in config.items() if not isinstance(node, DictConfig)}
+    _check_settings(root, cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(plain), resolve=True)), "")
+
+
+def _check_nodes(config: DictConfig, path: str) -> None:
+    for name in map(str, config):
+        if OmegaConf.is_missing(config, name):
+            raise UserError(f"{path}{name}: is missing; give {path}{name}=…")
+        if isinstance(config[name], DictConfig):
+            _check_nodes(config[name], f"{path}{name}.")
+    if "_target_" in config:
+        given = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+        _check_settings(get_object(given.pop("_target_")), given, path)
+
+
+def _check_settings(target: Callable[..., Any], given: dict[str, Any], path: str) -> None:
+    parameters = inspect.signature(target).parameters
+    allowed = list(parameters)
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    for name in given:
+        if name not in allowed and not takes_any:
+            raise UserError(f"{path}{name}: no such setting; {suggest(name, allowed)}")
+    hints = _hints(target.__init__ if inspect.isclass(target) else target)
+    fields: Any = {name: (hints.get(name, Any), ...) for name in given}
+    schema = create_model("Settings", __config__=ConfigDict(strict=True, arbitrary_types_allowed=True), **fields)
+    try:
+        schema(**given)
+    except ValidationError as error:
+        key = str(error.errors()[0]["loc"][0])
+        # A setting that may be of several kinds fails in several ways.
+        ways = [_say(way) for way in error.errors() if way["loc"][0] == key]
+        raise UserError(f"{path}{key}={given[key]}: {' or '.join(dict.fromkeys(ways))}") from None
+
+
+def _hints(constructor: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return get_type_hints(constructor, include_extras=True)
+    except NameError:
+        # Another library's constructor, annotated with names that it imports for type checkers only.
+        return {}
+
+
+def _say(error: Any) -> str:
+    message = str(error["msg"]).replace("Input should be", "must be")
+    return message[0].lower() + message[1:]
+
+
+def suggest(name: str, allowed: list[str]) -> str:
+    """What is allowed, and which of it may have been meant."""
+    near = difflib.get_close_matches(name, allowed, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{hint}allowed: {', '.join(allowed)}" if allowed else "there is none here"

@@ -1,0 +1,1 @@
+"""What every room may import: the one error that is told to users, files, the run folder."""
