@@ -36,13 +36,17 @@ from .tasks.noise import Files as Files
 from .tasks.noise import Hub as Hub
 from .tasks.noise import Prose as Prose
 from .tasks.placement import Placement as Placement
+from .training.answering import FactClassifier as FactClassifier
 from .training.callbacks.wandb_run import WandbRun as WandbRun
-from .training.classification import FactClassifier as FactClassifier
 from .training.generation import FactGenerator as FactGenerator
 from .training.language_modeling import LanguageModeler as LanguageModeler
+from .training.metrics import SlicedAccuracy as SlicedAccuracy
+from .training.metrics import TextLoss as TextLoss
 from .training.optimization import WarmupDecay as WarmupDecay
-from .training.phases.curriculum import FixedSteps as FixedSteps
 from .training.phases.curriculum import SegmentCurriculum as SegmentCurriculum
+from .training.phases.fixed_steps import FixedSteps as FixedSteps
+from .training.phases.phase import Phase as Phase
+from .training.phases.phase import Phases as Phases
 from .training.phases.state_passing import StatePassing as StatePassing
 
 __version__: str

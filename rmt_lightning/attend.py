@@ -28,8 +28,9 @@ from rmt_lightning.core.run_folder import findings, locate_checkpoint
 if TYPE_CHECKING:
     import torch
 
-    from rmt_lightning.app.build import Parts
     from rmt_lightning.models.rmt import RMTEncoder
+    from rmt_lightning.tasks.placement import Placement
+    from rmt_lightning.training.answering import FactModule
 
 
 @dataclass(frozen=True)
@@ -62,25 +63,27 @@ def attend(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: Pa
 
     start_logging(None, first_process=True)
     device, hardware = find_device(config.device)
-    parts = load(run_config, run, checkpoint)
-    model = parts.classifier.model
+    placement, module = load(run_config, run, checkpoint)
+    model = module.model
     if not isinstance(model, RMTEncoder) or model.memory_size == 0:
         raise UserError(
             f"checkpoint={config.checkpoint}: has no memory tokens whose attention can be shown; give a run with "
             "model=rmt_encoder and model.memory_size>0"
         )
-    parts.classifier.to(device).eval()
+    module.to(device).eval()
     asked = {key: config[key] for key in ("segments", "streams", "stream_segments")}
     settings = provenance(run_config, checkpoint) | asked | {"device": hardware}
-    folder = findings(run, "attention", f"{checkpoint.stem}-{parts.data.placement.task.name}", settings)
-    _draw_maps(parts, model, config, device, folder)
+    folder = findings(run, "attention", f"{checkpoint.stem}-{placement.task.name}", settings)
+    _draw_maps(placement, module, model, config, device, folder)
     write_atomically(folder / "settings.json", json.dumps(settings, indent=2).encode())
-    _draw_curve(parts, model, config, device, folder)
+    _draw_curve(placement, model, config, device, folder)
     files = ", ".join(sorted(path.name for path in folder.iterdir()))
     get_console().print(f"[bold]{os.path.relpath(folder)}[/] holds {files}", highlight=False, soft_wrap=True)
 
 
-def _draw_maps(parts: Parts, model: RMTEncoder, config: DictConfig, device: torch.device, folder: Path) -> None:
+def _draw_maps(
+    placement: Placement, module: FactModule, model: RMTEncoder, config: DictConfig, device: torch.device, folder: Path
+) -> None:
     """Read one test sample; show what the model answers and what its memory attends to."""
     from rich import get_console
     from rich.markup import escape
@@ -90,7 +93,7 @@ def _draw_maps(parts: Parts, model: RMTEncoder, config: DictConfig, device: torc
     from rmt_lightning.app.results import watch_clearest
     from rmt_lightning.reporting import figures
 
-    sample, title, maps = watch_clearest(parts, model, config.segments, device, config.layer, config.head)
+    sample, title, maps = watch_clearest(placement, module, model, config.segments, device, config.layer, config.head)
     assert sample.example is not None, "only mere noise has none"
     table = Table("segment", "facts", "event", "attention", title=escape(title), title_justify="left")
     for segment, one in enumerate(maps):
@@ -103,7 +106,9 @@ def _draw_maps(parts: Parts, model: RMTEncoder, config: DictConfig, device: torc
     figures.save(figures.attention(maps, f"{title}   layer={config.layer}, head={config.head}"), folder / stem)
 
 
-def _draw_curve(parts: Parts, model: RMTEncoder, config: DictConfig, device: torch.device, folder: Path) -> None:
+def _draw_curve(
+    placement: Placement, model: RMTEncoder, config: DictConfig, device: torch.device, folder: Path
+) -> None:
     """Read long texts side by side, unless an earlier call has; show how much of the memory noise and facts rewrite."""
     import numpy as np
     from rich import get_console
@@ -115,7 +120,7 @@ def _draw_curve(parts: Parts, model: RMTEncoder, config: DictConfig, device: tor
 
     console, path, length = get_console(), folder / "rewrite.csv", config.stream_segments
     if not path.exists():
-        read = rewriting_curve(model, parts.data, length, config.streams, device)
+        read = rewriting_curve(model, placement, length, config.streams, device)
         shown = track(
             read, f"{length} segments", length, transient=True, console=console, disable=not console.is_terminal
         )

@@ -33,9 +33,8 @@ if TYPE_CHECKING:
     import torch
 
     from rmt_lightning.analysis.extrapolation import LengthResult
-    from rmt_lightning.app.build import Parts
-    from rmt_lightning.tasks.datamodule import FactDataModule
-    from rmt_lightning.training.classification import FactClassifier
+    from rmt_lightning.tasks.placement import Placement
+    from rmt_lightning.training.answering import FactClassifier, FactModule
 
 
 @dataclass(frozen=True)
@@ -99,34 +98,34 @@ def evaluate(
     from rmt_lightning.app.build import find_device, load
     from rmt_lightning.app.console import start_logging
     from rmt_lightning.app.results import length_table
+    from rmt_lightning.training.answering import FactClassifier
     from rmt_lightning.training.callbacks.hardware import keep_heap_flat
-    from rmt_lightning.training.classification import FactClassifier
 
     start_logging(None, first_process=True)
     keep_heap_flat()
     device, hardware = find_device(config.device)
-    parts = load(run_config, run, checkpoint)
-    fitting = parts.classifier.model.fitting("segments", config.segments)
+    placement, module = load(run_config, run, checkpoint)
+    fitting = module.model.fitting("segments", config.segments)
     settings = provenance(run_config, checkpoint) | {"samples": config.samples, "device": hardware}
-    folder = findings(run, "evaluations", f"{checkpoint.stem}-{parts.data.placement.task.name}", settings)
+    folder = findings(run, "evaluations", f"{checkpoint.stem}-{placement.task.name}", settings)
     done = _read(folder)
     lengths = done["lengths"]
     followed = f"{config.follow} every {config.every}"
     # Only a head can be asked on the way, and a model that keeps the whole text has nothing to lose.
-    classifier = parts.classifier if isinstance(parts.classifier, FactClassifier) else None
+    classifier = module if isinstance(module, FactClassifier) else None
     follows = config.follow > 0 and classifier is not None and classifier.model.max_segments is None
     if follows and classifier and followed not in done["retention"]:
-        done["retention"][followed] = _follow(classifier, parts.data, config, device)
+        done["retention"][followed] = _follow(classifier, placement, config, device)
         _write(folder, settings, done)
     for num_segments in fitting:
         if str(num_segments) not in lengths:
-            lengths[str(num_segments)] = _test(parts, num_segments, config, device)
+            lengths[str(num_segments)] = _test(module, placement, num_segments, config, device)
             _write(folder, settings, done)
     console = get_console()
     if follows:
         console.print(_rate_in_words(done["retention"][followed]), highlight=False)
     found = [_result(lengths[str(num_segments)]) for num_segments in fitting]
-    console.print(length_table(found, config.segments, parts.classifier.model))
+    console.print(length_table(found, config.segments, module.model))
     console.print(f"[bold]{os.path.relpath(folder)}[/] holds {', '.join(_FILES)}", highlight=False, soft_wrap=True)
     return folder, found
 
@@ -134,7 +133,9 @@ def evaluate(
 _FILES = ("evaluation.csv", "distances.csv", "retention.csv", "evaluation.json")
 
 
-def _test(parts: Parts, num_segments: int, config: DictConfig, device: torch.device) -> dict[str, Any]:
+def _test(
+    module: FactModule, placement: Placement, num_segments: int, config: DictConfig, device: torch.device
+) -> dict[str, Any]:
     """Test one length, with smaller batches if they do not fit, and put what was found and measured into a row."""
     import torch
 
@@ -147,14 +148,14 @@ def _test(parts: Parts, num_segments: int, config: DictConfig, device: torch.dev
             torch.cuda.reset_peak_memory_stats(device)
         began = time.perf_counter()
         try:
-            result = _test_in_batches(parts, num_segments, config.samples, batch_size, device)
+            result = _test_in_batches(module, placement, num_segments, config.samples, batch_size, device)
             break
         except torch.cuda.OutOfMemoryError:
             if config.batch_size != "auto" or batch_size == 1:
                 raise UserError(f"batch_size={batch_size}: does not fit into the GPU's memory; give less") from None
             batch_size //= 2
     seconds = time.perf_counter() - began
-    text_tokens = num_segments * parts.classifier.model.text_length
+    text_tokens = num_segments * module.model.text_length
     return {
         "segments": num_segments,
         "text_tokens": text_tokens,
@@ -169,21 +170,19 @@ def _test(parts: Parts, num_segments: int, config: DictConfig, device: torch.dev
 
 
 def _test_in_batches(
-    parts: Parts, num_segments: int, samples: int, batch_size: int, device: torch.device
+    module: FactModule, placement: Placement, num_segments: int, samples: int, batch_size: int, device: torch.device
 ) -> LengthResult:
     """Test one length behind a live bar."""
     from rmt_lightning.analysis.extrapolation import evaluate_length
 
-    classifier = parts.classifier.to(device).eval()
+    module.to(device).eval()
     total = -(-samples // batch_size) * num_segments
     with _bar(f"{num_segments} segments", total, batch_size) as advance, _autocast(device):
-        return evaluate_length(
-            classifier, parts.data, num_segments, samples, batch_size, device, classifier.answers, advance
-        )
+        return evaluate_length(module, placement, num_segments, samples, batch_size, device, advance)
 
 
 def _follow(
-    classifier: FactClassifier, data: FactDataModule, config: DictConfig, device: torch.device
+    classifier: FactClassifier, placement: Placement, config: DictConfig, device: torch.device
 ) -> dict[str, Any]:
     """Measure the rate at which memory is lost, and put what was found into a row."""
     from rmt_lightning.analysis.retention import follow
@@ -192,8 +191,8 @@ def _follow(
     streams = 64 if config.batch_size == "auto" else config.batch_size
     with _bar(f"following {streams} memories", config.follow, streams) as advance, _autocast(device):
         found = follow(
-            classifier.model, classifier.score, data, config.follow, config.every, streams, device,
-            classifier.answers, advance,
+            classifier.model, lambda end, answer: classifier.judge(end, answer).right, placement,
+            config.follow, config.every, streams, device, advance,
         )  # fmt: skip
     return {"streams": found.streams, "written": found.written, **found.row(), "right": found.right}
 

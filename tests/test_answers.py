@@ -20,11 +20,9 @@ from rmt_lightning.models.rmt import RMTDecoder, RMTEncoder
 from rmt_lightning.models.segment_model import Reading
 from rmt_lightning.models.tiny import TinyBert, TinyGPT
 from rmt_lightning.training.generation import FactGenerator
-from rmt_lightning.training.optimization import WarmupDecay
 
 SIZE = {"width": 16, "layers": 2, "heads": 2, "max_positions": 64}
 ANSWERS = ("garden", "the old garden", "kitchen and hallway and office")
-OPTIMIZATION = WarmupDecay(steps=10, lr=1e-3)
 
 
 @pytest.fixture
@@ -34,12 +32,12 @@ def learner(tokenizer: PreTrainedTokenizerBase) -> FactGenerator:
     model = RMTDecoder(TinyGPT(**SIZE).decoder(own), 26, memory_size=3)
     for name, weight in model.decoder.model.named_parameters():
         weight.data.mul_(20 if ".h." in name and weight.dim() > 1 else 1)
-    return FactGenerator(model, ANSWERS, OPTIMIZATION, max_segments=3).double().eval()
+    return FactGenerator(model, ANSWERS).double().eval()
 
 
 def test_the_words_of_an_answer(learner: FactGenerator) -> None:
     tokenizer = learner.model.tokenizer
-    for words, is_word, answer in zip(learner.words, learner.is_word, ANSWERS, strict=True):
+    for words, is_word, answer in zip(*learner._ended(learner.answer_ids), ANSWERS, strict=True):
         assert tokenizer.decode(words[is_word]) == f" {answer}[EOS]"
         assert (words[~is_word] == learner.end).all()
 
@@ -55,16 +53,17 @@ def test_the_loss_is_that_of_the_words(learner: FactGenerator) -> None:
         memory = model.memory
         for segment in row:
             hidden, memory = read_causal_segment(gpt, segment, memory, free=True)
-        words = learner.words[label][learner.is_word[label]].tolist()
+        words = [*learner.answer_ids[label][learner.answer_ids[label] >= 0].tolist(), learner.end]
         told, _ = read_causal_segment(gpt, words[:-1], memory, free=True)
         for before, word in zip([hidden[-1], *told], words, strict=True):
             losses.append(-gpt.lm_head(before).log_softmax(-1)[word])
     (*_, end) = model.read(ids)
-    loss, _ = learner.answer(end, labels)
+    loss, _, _ = learner.judge(end, learner.answer_ids[labels])
     torch.testing.assert_close(loss, torch.stack(losses).mean())
     # Where nothing is asked, nothing is learnt.
     extended = Reading(Segment(end.segment.input_ids[[0, 1, 2, 0]]), end.hidden[[0, 1, 2, 0]], end.state[[0, 1, 2, 0]])
-    again, right = learner.answer(extended, torch.tensor([2, 0, 1, -1]))
+    nothing = torch.full_like(learner.answer_ids[:1], -1)
+    again, _, right = learner.judge(extended, torch.cat([learner.answer_ids[labels], nothing]))
     torch.testing.assert_close(again, loss)
     assert not right[3]
 
@@ -96,10 +95,10 @@ def test_right_is_what_is_written_word_for_word(learner: FactGenerator) -> None:
 def test_who_cannot_write(tokenizer: PreTrainedTokenizerBase) -> None:
     encoder = RMTEncoder(TinyBert(**SIZE).encoder(tokenizer), 24, memory_size=3)
     with pytest.raises(UserError, match=r"answer=generate: RMTEncoder cannot write; choose model=rmt_decoder"):
-        FactGenerator(encoder, ANSWERS, OPTIMIZATION, 1)
+        FactGenerator(encoder, ANSWERS)
     endless = RMTDecoder(TinyGPT(**SIZE).decoder(tokenizer), 24, memory_size=3)
     with pytest.raises(UserError, match=r"tokenizer has no end token; choose answer=classify"):
-        FactGenerator(endless, ANSWERS, OPTIMIZATION, 1)
+        FactGenerator(endless, ANSWERS)
 
 
 def test_a_decoder_learns_to_write_what_it_has_read(train: Run, environment: dict[str, str], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, flag_override
 
-from rmt_lightning.app.build import build
+from rmt_lightning.app.recipes import build_recipe
 from rmt_lightning.app.schema import CONF, check
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.train import Root
@@ -100,9 +100,10 @@ def test_the_preset_for_one_gpu_takes_any_task(task: str) -> None:
 
 @pytest.mark.parametrize("task", ["memorize", "detect", "reasoning", "carried"])
 def test_built(task: str, cache: Path) -> None:
-    parts = build(compose(f"task={task}", *BUILT, f"cache_dir={cache}"))
-    batch = next(iter(parts.data.train_dataloader()))
-    assert parts.classifier(batch["input_ids"]).shape == (32, 6)
+    recipe = build_recipe(compose(f"task={task}", *BUILT, f"cache_dir={cache}"))
+    recipe.phases.prepare(recipe.module, recipe.data)
+    batch = next(iter(recipe.data.train_dataloader()))
+    assert recipe.module(batch.input_ids).shape == (32, 6)
 
 
 @pytest.mark.parametrize(("model", "answer"), [*((model, "classify") for model in MODELS), ("rmt_decoder", "generate")])
@@ -111,9 +112,10 @@ def test_one_segment_uses_all_weights(model: str, answer: str, cache: Path) -> N
     """DDP waits for the gradient of every weight, and the first stage has no second segment to use them in."""
     backbone = ["backbone=tiny_gpt"] if model == "rmt_decoder" else []
     config = compose(f"model={model}", f"answer={answer}", *backbone, *BUILT, "data.batch_size=2", f"cache_dir={cache}")
-    parts = build(config)
-    parts.module.training_step(next(iter(parts.data.train_dataloader())), 0)["loss"].backward()
-    assert [name for name, weight in parts.module.named_parameters() if weight.grad is None] == []
+    recipe = build_recipe(config)
+    recipe.phases.prepare(recipe.module, recipe.data)
+    recipe.module.training_step(next(iter(recipe.data.train_dataloader())), 0)["loss"].backward()
+    assert [name for name, weight in recipe.module.named_parameters() if weight.grad is None] == []
 
 
 def test_a_new_component_needs_a_class_and_a_yaml(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,36 +14,51 @@ from transformers import PreTrainedTokenizerBase
 from rmt_lightning.models.rmt import RMTEncoder
 from rmt_lightning.models.tiny import TinyBert
 from rmt_lightning.tasks.datamodule import FactDataModule
-from rmt_lightning.tasks.facts import Carried, Detect, Reasoning, Split, Task
+from rmt_lightning.tasks.facts import PLACES, Carried, Detect, Reasoning, Split, Task
 from rmt_lightning.tasks.noise import Corpus
 from rmt_lightning.tasks.placement import Key, Placement
+from rmt_lightning.training.optimization import WarmupDecay
+from rmt_lightning.training.phases.curriculum import SegmentCurriculum, draw_length
+from rmt_lightning.training.phases.lessons import draw_form, lessons_of
+from rmt_lightning.training.phases.phase import Phases
 
 
 def module(placement: Placement, rank: int = 0, world_size: int = 1, **options: int) -> FactDataModule:
+    """Data in the hands of a curriculum that has begun."""
     settings = {"batch_size": 4, "steps_per_epoch": 6, "validation_samples": 50} | options
-    data = FactDataModule(placement, segment_length=43, **settings)
+    phases = Phases([SegmentCurriculum(9, steps=10)], WarmupDecay(steps=10, lr=1e-3), seed=7)
+    data = FactDataModule(placement, phases, segment_length=43, **settings)
     data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)
+    phases.prepare(cast(Any, None), data)
     return data
+
+
+def phases_of(data: FactDataModule) -> Phases:
+    return cast(Phases, data.keys)
+
+
+def curriculum_of(data: FactDataModule) -> SegmentCurriculum:
+    return cast(SegmentCurriculum, phases_of(data).current)
 
 
 def test_a_batch(placement: Placement) -> None:
     data = module(placement)
-    data.num_segments, data.lengths = 3, "exact"
+    curriculum_of(data).num_segments, curriculum_of(data).lengths = 3, "exact"
     batches = list(data.train_dataloader())
     assert len(batches) == 6
     for batch in batches:
-        assert batch["input_ids"].shape == (4, 3, 30)
-        assert batch["label"].shape == batch["distance"].shape == (4,)
-        assert batch["label"].max() < 6 and batch["distance"].max() < 3
+        assert batch.input_ids.shape == (4, 3, 30)
+        assert batch.distance.shape == (4,) and batch.distance.max() < 3
+        for answer in batch.answer:
+            assert data.placement.tokenizer.decode(answer[answer >= 0]).strip() in PLACES
 
 
 def test_uniform_lengths_cover_all_up_to_the_stage(placement: Placement) -> None:
-    data = module(placement)
-    data.num_segments = 5
-    lengths = [data.draw_length(batch) for batch in range(1000)]
+    lengths = [draw_length(7, batch, longest=5) for batch in range(1000)]
     shares = torch.bincount(torch.tensor(lengths))[1:]
     assert len(shares) == 5 and shares.min() > 150
-    assert lengths == [data.draw_length(batch) for batch in range(1000)]
+    assert lengths == [draw_length(7, batch, longest=5) for batch in range(1000)]
+    assert draw_length(7, 3, longest=5, lengths="exact") == 5
 
 
 @pytest.mark.parametrize("task", [Detect(), Reasoning(), Carried()], ids=lambda task: task.name)
@@ -50,7 +66,8 @@ def test_lessons_go_from_easy_samples_without_noise_to_the_task_as_it_is(
     task: Task, corpora: dict[Split, Corpus], tokenizer: PreTrainedTokenizerBase
 ) -> None:
     data = module(Placement(task, corpora, tokenizer, text_length=60, seed=3))
-    full, tightest = data.placement.text_length, data.placement.tightest
+    curriculum, placement = curriculum_of(data), data.placement
+    full, tightest = placement.text_length, placement.tightest
 
     def shown(loader: DataLoader) -> tuple[set[int | None], list[int]]:
         keys = [key for batch in loader.batch_sampler for key in batch]
@@ -59,28 +76,28 @@ def test_lessons_go_from_easy_samples_without_noise_to_the_task_as_it_is(
     # First without noise.
     plain = list(zip((*range(len(tightest) - 1), None), tightest, strict=True))
     for lesson, (form, room) in enumerate(plain, start=1):
-        data.lesson = lesson
+        curriculum.lesson = lesson
         assert shown(data.train_dataloader()) == shown(data.val_dataloader()) == ({form}, [room])
-        assert next(iter(data.train_dataloader()))["input_ids"].shape == (4, 1, room)
+        assert next(iter(data.train_dataloader())).input_ids.shape == (4, 1, room)
     # Then with more and more, in training up to as much as in validation.
     asked = []
-    for lesson in range(len(plain) + 1, data.lessons + 1):
-        data.lesson = lesson
+    for lesson in range(len(plain) + 1, lessons_of(placement, 1) + 1):
+        curriculum.lesson = lesson
         form, (longest,) = shown(data.val_dataloader())
         asked.append(longest)
-        drawn = [data.draw_lesson(batch) for batch in range(1000)]
+        drawn = [draw_form(placement, 1, lesson, batch) for batch in range(1000)]
         assert form == {None} and set(drawn) == {(None, room) for room in range(tightest[-1], longest + 1)}
-        assert drawn == [data.draw_lesson(batch) for batch in range(1000)]
+        assert drawn == [draw_form(placement, 1, lesson, batch) for batch in range(1000)]
     assert asked == sorted(set(asked)) and asked[0] > tightest[-1] and asked[-1] == full
-    # And behind them, the task as it is.
-    data.lesson = None
+    # And after them, the task as it is.
+    curriculum.lesson = None
     assert shown(data.train_dataloader()) == shown(data.val_dataloader()) == ({None}, [full])
     # Later stages begin with the last of the easier forms, amid all the noise.
-    data.num_segments = 2
+    curriculum.num_segments = 2
     forms = {"detect": [], "reasoning": [0, None], "carried": [6, 7, 8, None]}[task.name]
-    assert data.lessons == len(forms)
+    assert lessons_of(placement, 2) == len(forms)
     for lesson, form in enumerate(forms, start=1):
-        data.lesson = lesson
+        curriculum.lesson = lesson
         assert shown(data.train_dataloader()) == shown(data.val_dataloader()) == ({form}, [full])
 
 
@@ -91,12 +108,12 @@ def test_epochs_go_on_where_the_last_one_ended(placement: Placement) -> None:
     for _ in range(3):
         keys = list(whole.train_dataloader().batch_sampler)
         sequence += keys
-        whole.consumed += len(keys)
+        phases_of(whole).consumed += len(keys)
     assert len(sequence) == 18
     assert len({key for batch in sequence for key in batch}) == 72
     for stopped_after in (0, 4, 6, 11):
         resumed = module(placement)
-        resumed.load_state_dict({"num_segments": 1, "consumed": stopped_after})
+        phases_of(resumed).load({"global_step": stopped_after, "phases": {"consumed": stopped_after}})
         rest = list(resumed.train_dataloader().batch_sampler)
         assert rest == sequence[stopped_after : stopped_after - stopped_after % 6 + 6]
 
@@ -105,7 +122,7 @@ def test_epochs_go_on_where_the_last_one_ended(placement: Placement) -> None:
 def test_no_sample_is_seen_twice_or_missed(placement: Placement, world_size: int) -> None:
     ranks = [module(placement, rank, world_size) for rank in range(world_size)]
     for data in ranks:
-        data.num_segments = 3
+        curriculum_of(data).num_segments = 3
     training = [[key for batch in data.train_dataloader().batch_sampler for key in batch] for data in ranks]
     assert sorted(key.number for keys in training for key in keys) == list(range(24 * world_size))
     # At every step all ranks have inputs of one length.
@@ -125,23 +142,22 @@ def test_workers_give_the_same_and_never_a_stale_length(placement: Placement, wo
         loaders[1] = DataLoader(own.dataset, batch_sampler=own.batch_sampler, num_workers=workers)
     for num_segments in (1, 3, 2):
         for data in (plain, parallel):
-            data.num_segments, data.lengths = num_segments, "exact"
+            curriculum_of(data).num_segments, curriculum_of(data).lengths = num_segments, "exact"
         for one, other in zip(*loaders, strict=True):
-            assert one["input_ids"].shape[1] == num_segments
-            assert torch.equal(one["input_ids"], other["input_ids"])
-            assert torch.equal(one["label"], other["label"])
+            assert one.input_ids.shape[1] == num_segments
+            assert all(map(torch.equal, one, other))
         for data in (plain, parallel):
-            data.consumed += 6
+            phases_of(data).consumed += 6
 
 
 def test_a_stream_gives_the_samples_of_the_data_set(placement: Placement) -> None:
-    data = module(placement)
-    segments, labels, distances = data.stream("validation", 4, range(3))
+    segments, answers, distances = placement.stream("validation", 4, range(3))
     stacked = torch.stack(list(segments), dim=1)
     for row in range(3):
         sample = placement.sample("validation", Key(4, row))
         assert stacked[row].tolist() == [segment.tolist() for segment in sample.segments]
-        assert (labels[row], distances[row]) == (sample.answer, sample.distance)
+        assert placement.tokenizer.decode(answers[row][answers[row] >= 0]).strip() == sample.example.answer
+        assert distances[row] == sample.distance
 
 
 def test_producing_a_batch_costs_less_than_a_twentieth_of_a_training_step(
@@ -149,15 +165,15 @@ def test_producing_a_batch_costs_less_than_a_twentieth_of_a_training_step(
 ) -> None:
     """With the model of the default run, the smallest that is shipped; in processor time, whatever else is running."""
     model = RMTEncoder(TinyBert().encoder(tokenizer), segment_length=64)
-    data = FactDataModule(Placement(Detect(), corpora, tokenizer, model.text_length, seed=1), 64, batch_size=32)
-    data.num_segments, data.lengths = 2, "exact"
+    data = module(Placement(Detect(), corpora, tokenizer, model.text_length, seed=1), batch_size=32)
+    curriculum_of(data).num_segments, curriculum_of(data).lengths = 2, "exact"
     loader = iter(data.train_dataloader())
     producing, training = [], []
     for _ in range(5):
         began = time.process_time()
         batch = next(loader)
         produced = time.process_time()
-        model(batch["input_ids"])[0][:, 0].sum().backward()
+        model(batch.input_ids)[0][:, 0].sum().backward()
         producing.append(produced - began)
         training.append(time.process_time() - produced)
     assert min(producing) < 0.05 * min(training)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning import export as front_door
-from rmt_lightning.app.build import build, load
+from rmt_lightning.app.build import build_answering, load
 from rmt_lightning.app.schema import CONF
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.models.answerer import Answerer
@@ -87,9 +87,8 @@ def test_there_and_back(kind: type[SegmentModel[Any]], tokenizer: PreTrainedToke
 def test_every_model_of_the_package(choice: str, cache: Path, tmp_path: Path) -> None:
     GlobalHydra.instance().clear()
     backbone = "tiny_gpt" if choice == "rmt_decoder" else "tiny_bert"
-    model = build(
-        compose(f"model={choice}", f"backbone={backbone}", *BUILT, f"cache_dir={cache}")
-    ).classifier.model.eval()
+    config = compose(f"model={choice}", f"backbone={backbone}", *BUILT, f"cache_dir={cache}")
+    model = build_answering(config)[1].model.eval()
     model.save_pretrained(tmp_path)
     ids = torch.randint(5, 250, (2, 3, model.text_length))
     with torch.no_grad():
@@ -213,7 +212,7 @@ def test_a_run_is_exported_and_asked(
     assert [path.name for path in Path("models").iterdir()] == ["mary"]
     answerer = Answerer.from_pretrained("models/mary")
     config = OmegaConf.load("run/config.yaml")
-    classifier = load(config, tmp_path / "run", tmp_path / "run/checkpoints/last.ckpt").classifier.eval()
+    classifier = load(config, tmp_path / "run", tmp_path / "run/checkpoints/last.ckpt")[1].eval()
     text = "Mary went to the garden. " * 20 + "Where is Mary?"
     ids = torch.tensor([answerer.model.tokenizer(text, add_special_tokens=False)["input_ids"]])
     with torch.no_grad():

@@ -80,7 +80,7 @@ def errors(result: subprocess.CompletedProcess[str]) -> list[str]:
 # One rank kills itself in a step of the second stage. Where the others would hang, as with NCCL, they sleep.
 KILLER = """
 import os, signal, time
-from rmt_lightning.training.classification import FactClassifier
+from rmt_lightning.training.answering import FactClassifier
 from rmt_lightning.train import run
 
 original = FactClassifier.training_step
@@ -128,7 +128,7 @@ def test_a_rank_is_killed(victim: int, hangs: bool, uninterrupted: Path, train: 
 # The real command, which asks itself to stop in a step of the second stage.
 STOPPER = """
 import os, signal
-from rmt_lightning.training.classification import FactClassifier
+from rmt_lightning.training.answering import FactClassifier
 from rmt_lightning.train import run
 
 original = FactClassifier.training_step

@@ -18,9 +18,7 @@ from textwrap import dedent
 import pytest
 import torch
 from conftest import SMALL, Run, assert_identical, final, trained
-from omegaconf import OmegaConf
 
-from rmt_lightning.train import _resumed_config
 from rmt_lightning.training.callbacks.checkpoints import read_checkpoint
 
 # Dropout makes random numbers matter; three lengths make the curriculum matter.
@@ -31,13 +29,13 @@ SAME = "the resumed run ends with the same weights"
 # The real command, which kills itself without warning in the middle of the n-th call of a function.
 KILLER = """
 import os, signal, sys
-from rmt_lightning.training import checkpoints, classification
+from rmt_lightning.training import answering
 from rmt_lightning.train import run
 
 where, calls = {where!r}, {calls}
 owner, name = {{
-    "step": (classification.FactClassifier, "training_step"),
-    "validation": (classification.FactClassifier, "validation_step"),
+    "step": (answering.FactClassifier, "training_step"),
+    "validation": (answering.FactClassifier, "validation_step"),
     "writing": (os, "fsync"),
     "moving": (os, "replace"),
 }}[where]
@@ -120,7 +118,7 @@ def test_killed_and_resumed(where: str, calls: int, uninterrupted: Path, train: 
 SLOW_STEPS = """
 import time
 from pathlib import Path
-from rmt_lightning.training import classification
+from rmt_lightning.training import answering
 from rmt_lightning.train import run
 
 def step(*arguments):
@@ -128,8 +126,8 @@ def step(*arguments):
     time.sleep(0.3)
     return original(*arguments)
 
-original = classification.FactClassifier.training_step
-classification.FactClassifier.training_step = step
+original = answering.FactClassifier.training_step
+answering.FactClassifier.training_step = step
 run()
 """
 
@@ -255,8 +253,8 @@ def test_a_full_disk_leaves_the_previous_checkpoint(uninterrupted: Path, train: 
 
 def test_checkpoints_hold_plain_values_only(uninterrupted: Path) -> None:
     saved = torch.load(uninterrupted / "checkpoints" / "stage-2.ckpt", weights_only=True)
-    assert saved["FactDataModule"] == {"num_segments": 3, "lesson": None, "carried": 0, "consumed": 12}
-    json.dumps(saved["callbacks"])
+    assert saved["phases"]["consumed"] == 12 and saved["phases"]["curriculum"]["num_segments"] == 3
+    json.dumps([saved["callbacks"], saved["phases"]])
 
 
 def truncate(path: Path) -> None:
@@ -343,7 +341,7 @@ def test_killed_again_and_again(uninterrupted: Path, environment: dict[str, str]
 WAITING = """
 import time
 from pathlib import Path
-from rmt_lightning.training import classification
+from rmt_lightning.training import answering
 from rmt_lightning.train import run
 
 def step(*arguments):
@@ -351,8 +349,8 @@ def step(*arguments):
         time.sleep(0.1)
     return original(*arguments)
 
-original = classification.FactClassifier.training_step
-classification.FactClassifier.training_step = step
+original = answering.FactClassifier.training_step
+answering.FactClassifier.training_step = step
 run()
 """
 
@@ -374,15 +372,3 @@ def test_a_second_run_in_one_folder_refuses(
     (tmp_path / "go").touch()
     assert first.wait(120) == 0
     assert_identical(final(uninterrupted), final(tmp_path / "run"))
-
-
-def test_a_phase_that_holds_is_added_and_changed_setting_by_setting(tmp_path: Path) -> None:
-    composed = OmegaConf.create({"hold": {"_target_": "a.b", "steps": 9, "fragments": 1.0}})
-    given = ["resume=run", "hold=state_passing", "hold.steps=9"]
-    for before, after in (
-        (None, {"_target_": "a.b", "steps": 9, "fragments": 1.0}),
-        ({"_target_": "a.b", "steps": 5, "fragments": 0.0}, {"_target_": "a.b", "steps": 9, "fragments": 0.0}),
-    ):
-        OmegaConf.save(OmegaConf.create({"seed": 1, "hold": before}), tmp_path / "config.yaml")
-        assert _resumed_config(tmp_path, composed, given) == {"seed": 1, "hold": after}
-    assert _resumed_config(tmp_path, OmegaConf.create({"hold": None}), ["resume=run", "hold=null"]).hold is None

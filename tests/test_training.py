@@ -9,23 +9,28 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import default_collate
+from torchmetrics.classification import MulticlassF1Score
+from torchmetrics.retrieval import RetrievalMAP
 from transformers import PreTrainedTokenizerBase
 
-from rmt_lightning.analysis.extrapolation import LengthResult, LengthTest, Proportion
+from rmt_lightning.analysis.extrapolation import LengthResult, LengthTest
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.statistics import Proportion
 from rmt_lightning.models.baselines.full_attention import FullAttention
 from rmt_lightning.models.rmt import RMTEncoder
 from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.models.tiny import TinyBert
 from rmt_lightning.reporting import figures
 from rmt_lightning.tasks.datamodule import FactDataset
-from rmt_lightning.tasks.facts import Carried, Reasoning, Split, Task
+from rmt_lightning.tasks.facts import PLACES, Carried, Reasoning, Split, Task
 from rmt_lightning.tasks.noise import Corpus
 from rmt_lightning.tasks.placement import Key, Placement
+from rmt_lightning.training.answering import FactClassifier
 from rmt_lightning.training.callbacks.checkpoints import AtomicCheckpointIO, check_fits, read_checkpoint
-from rmt_lightning.training.classification import FactClassifier, SlicedAccuracy
+from rmt_lightning.training.metrics import SlicedAccuracy
 from rmt_lightning.training.optimization import WarmupDecay, at_stage
 from rmt_lightning.training.phases.curriculum import SegmentCurriculum, StageResult
+from rmt_lightning.training.phases.phase import Phases
 
 
 def test_accuracy_by_length_and_distance() -> None:
@@ -34,11 +39,18 @@ def test_accuracy_by_length_and_distance() -> None:
     accuracy.update(torch.tensor([False, False]), 3, torch.tensor([2, 1]))
     found = {name: value.item() for name, value in accuracy.compute().items()}
     assert found == pytest.approx(
-        {"segments_2": 3 / 4, "segments_3": 0, "distance_0": 1, "distance_1": 2 / 4, "distance_2": 0}
+        {
+            "accuracy": 0,
+            "accuracy_segments_2": 3 / 4,
+            "accuracy_segments_3": 0,
+            "accuracy_distance_0": 1,
+            "accuracy_distance_1": 2 / 4,
+            "accuracy_distance_2": 0,
+        }
     )
     accuracy.reset()
     accuracy.update(torch.tensor([True]), 1, torch.tensor([0]))
-    assert accuracy.compute() == {"segments_1": 1, "distance_0": 1}
+    assert accuracy.compute() == {"accuracy": 1, "accuracy_segments_1": 1, "accuracy_distance_0": 1}
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log")
@@ -58,19 +70,21 @@ def test_all_questions_share_the_loss(
     model: SegmentModel = make_model(48, bptt_depth=1 if how == "one border" else -1)
     if how == "full attention":
         model = FullAttention(TinyBert(width=16, layers=2, heads=2, max_positions=128).encoder(tokenizer), 41)
-    classifier = FactClassifier(model, task.answers, WarmupDecay(10, 1e-3), max_segments=3, all_questions=True).double()
+    phases = Phases([SegmentCurriculum(3, steps=10)], WarmupDecay(10, 1e-3), seed=0)
+    accuracy = {"accuracy": SlicedAccuracy(3)}
+    classifier = FactClassifier(model, task.answers, phases, accuracy, all_questions=True).double()
     batch = default_collate([FactDataset(placement, "train")[key._replace(number=number)] for number in range(6)])
     outputs = classifier.training_step(batch, 0)
 
     # By hand: one input for each question, which are the same but for their ends.
-    inputs = [batch["input_ids"].clone() for _ in range(questions)]
-    for ids, question in zip(inputs, batch["questions"].unbind(dim=1), strict=True):
+    inputs = [batch.input_ids.clone() for _ in range(questions)]
+    for ids, question in zip(inputs, batch.questions.unbind(dim=1), strict=True):
         question = question[:, -ids.shape[2] :]
         ids[:, -1][question >= 0] = question[question >= 0]
-    assert torch.equal(inputs[0], batch["input_ids"]) and not torch.equal(inputs[1], inputs[0])
+    assert torch.equal(inputs[0], batch.input_ids) and not torch.equal(inputs[1], inputs[0])
     losses = [
-        nn.functional.cross_entropy(classifier(ids), answer)
-        for ids, answer in zip(inputs, batch["answers"].unbind(dim=1), strict=True)
+        nn.functional.cross_entropy(classifier(ids), classifier.classes(answer))
+        for ids, answer in zip(inputs, batch.answers.unbind(dim=1), strict=True)
     ]
     expected = torch.stack(losses).mean()
     torch.testing.assert_close(outputs["loss"], expected)
@@ -80,7 +94,26 @@ def test_all_questions_share_the_loss(
         torch.autograd.grad(expected, parameters, allow_unused=True),
     )
     # Right is who answers the question that is there.
-    assert torch.equal(outputs["right"], classifier(batch["input_ids"]).argmax(dim=1) == batch["label"])
+    answered = classifier(batch.input_ids).argmax(dim=1)
+    assert torch.equal(outputs["outcome"].right, answered == classifier.classes(batch.answer))
+    for row, answer in zip(classifier.classes(batch.answer).tolist(), batch.answer, strict=True):
+        assert tokenizer.decode(answer[answer >= 0]).strip() == task.answers[row]
+
+
+def test_metrics_are_asked_for_by_name(make_model: Callable[..., RMTEncoder]) -> None:
+    """Any metric of torchmetrics will do, if there is what it asks for; and phases need the one they decide by."""
+    phases = Phases([SegmentCurriculum(3, steps=10)], WarmupDecay(10, 1e-3), seed=0)
+    model, accuracy = make_model(), {"accuracy": SlicedAccuracy(3)}
+    FactClassifier(model, PLACES, phases, accuracy | {"f1": MulticlassF1Score(6)})
+    with pytest.raises(UserError, match=r"metrics\.error: its update asks for indexes; there are right, num_seg"):
+        FactClassifier(model, PLACES, phases, accuracy | {"error": RetrievalMAP()})
+    with pytest.raises(UserError, match=r"metrics\.accuracy: phases decide by it; leave it in"):
+        FactClassifier(model, PLACES, phases, {"f1": MulticlassF1Score(6)})
+
+
+def test_answers_that_look_alike(make_model: Callable[..., RMTEncoder]) -> None:
+    with pytest.raises(UserError, match=r"backbone: its tokenizer cannot tell two of the answers apart"):
+        FactClassifier(make_model(), ("garden", "Garden"))
 
 
 def test_settings_of_a_stage() -> None:
@@ -127,7 +160,8 @@ def test_no_length_to_test() -> None:
 )
 def test_convergence(options: dict, accuracies: list[float], expected: list[bool]) -> None:
     curriculum = SegmentCurriculum(max_segments=3, steps=10, **options)
-    assert [curriculum._converged(accuracy, stage=3) for accuracy in accuracies] == expected
+    curriculum.num_segments = 3
+    assert [curriculum._converged(accuracy) for accuracy in accuracies] == expected
 
 
 def test_curriculum_state_is_plain_and_complete() -> None:

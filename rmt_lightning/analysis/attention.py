@@ -21,7 +21,6 @@ from rmt_lightning.core.errors import UserError
 from rmt_lightning.models.backbone import Encoder
 from rmt_lightning.models.recurrence import Segment, unroll
 from rmt_lightning.models.rmt import RMTEncoder
-from rmt_lightning.tasks.datamodule import FactDataModule
 from rmt_lightning.tasks.placement import Key, Piece, Placement, Sample
 
 Part = Literal["noise", "fact", "question"]
@@ -265,7 +264,7 @@ def rewriting(model: RMTEncoder, segments: Iterable[Tensor], batch_size: int) ->
 @torch.inference_mode()
 def rewriting_curve(
     model: RMTEncoder,
-    data: FactDataModule,
+    placement: Placement,
     num_segments: int,
     texts: int,
     device: torch.device,
@@ -274,13 +273,13 @@ def rewriting_curve(
 
     Args:
         model: on `device`, in evaluation mode.
-        data: where the samples come from.
+        placement: where the samples come from.
         num_segments: T.
         texts: B.
         device: where segments are wanted.
     """
-    segments, _, _ = data.stream("test", num_segments, range(texts))
-    samples = [data.placement.sample("test", Key(num_segments, number)) for number in range(texts)]
+    segments, _, _ = placement.stream("test", num_segments, range(texts))
+    samples = [placement.sample("test", Key(num_segments, number)) for number in range(texts)]
     read = rewriting(model, (segment.to(device) for segment in segments), texts)
     for segment, (rewritten, cosine) in enumerate(read):
         parts = np.array(["fact" if segment in sample.homes else "noise" for sample in samples], dtype=object)

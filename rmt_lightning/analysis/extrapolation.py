@@ -1,18 +1,22 @@
-"""Accuracy on inputs longer than those of training."""
+"""Accuracy on inputs longer than those of training.
+
+Shapes: B batch, T segments, S text tokens of a segment, C answers, A tokens of the longest answer.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import torch
 from annotated_types import Ge
 from torch import Tensor
 
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.tasks.datamodule import FactDataModule
+from rmt_lightning.core.statistics import Proportion
+from rmt_lightning.tasks.placement import Placement
 
 
 @dataclass(frozen=True)
@@ -33,37 +37,6 @@ class LengthTest:
 
 
 @dataclass(frozen=True)
-class Proportion:
-    """Right answers among all.
-
-    Attributes:
-        right: right answers.
-        samples: answers in all, at least 1.
-    """
-
-    right: int
-    samples: int
-
-    @property
-    def accuracy(self) -> float:
-        return self.right / self.samples
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95% Wilson score interval of the accuracy (Wilson 1927)."""
-        z, n, p = 1.959964, self.samples, self.accuracy
-        centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-        half = z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5 / (1 + z**2 / n)
-        # Rounding must not leave the accuracy outside of its interval.
-        return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
-
-    def row(self) -> dict[str, float]:
-        """The columns of a csv file."""
-        low, high = self.interval
-        return {"right": self.right, "samples": self.samples, "accuracy": self.accuracy, "low": low, "high": high}
-
-
-@dataclass(frozen=True)
 class LengthResult(Proportion):
     """Accuracy on inputs of one length.
 
@@ -76,43 +49,49 @@ class LengthResult(Proportion):
     distances: dict[int, Proportion] = field(default_factory=dict)
 
 
+class Answering(Protocol):
+    """What can be asked."""
+
+    def __call__(self, segments: Iterator[Tensor]) -> Tensor:
+        """Scores (B, C or more) after an iterator of (B, S) segments, the largest of which stands for the answer."""
+
+    def classes(self, answer: Tensor) -> Tensor:
+        """Which of the scores stands for each answer, (B, A) token ids -> (B,)."""
+
+
 @torch.inference_mode()
 def evaluate_length(
-    classify: Callable[[Iterator[Tensor]], Tensor],
-    data: FactDataModule,
+    module: Answering,
+    placement: Placement,
     num_segments: int,
     samples: int,
     batch_size: int,
     device: torch.device,
-    known_answers: Sequence[str],
     on_segment: Callable[[], object] = lambda: None,
 ) -> LengthResult:
     """Accuracy on test samples of `num_segments` segments, read one segment at a time in constant memory.
 
     Args:
-        classify: takes an iterator of (B, S) segments, returns scores (B, C).
-        data: where the samples come from.
+        module: what answers, on `device` and in evaluation mode.
+        placement: where the samples come from.
         num_segments: T.
         samples: how many.
         batch_size: B.
         device: where segments are wanted.
-        known_answers: what the C scores stand for; the task may name its answers in another order.
         on_segment: called after each segment of each batch.
     """
-    # (answers of the task,) the column of the scores that stands for each
-    columns = torch.tensor([known_answers.index(answer) for answer in data.placement.task.answers])
     right: Counter[int] = Counter()
     seen: Counter[int] = Counter()
     for start in range(0, samples, batch_size):
         numbers = range(start, min(start + batch_size, samples))
-        segments, labels, distances = data.stream("test", num_segments, numbers)
+        segments, answers, distances = placement.stream("test", num_segments, numbers)
 
         def fed(segments: Iterator[Tensor] = segments) -> Iterator[Tensor]:
             for segment in segments:
                 yield segment.to(device)
                 on_segment()
 
-        correct = classify(fed()).argmax(dim=1).cpu() == columns[labels]
+        correct = module(fed()).argmax(dim=1) == module.classes(answers.to(device))
         for distance, is_right in zip(distances.tolist(), correct.tolist(), strict=True):
             seen[distance.bit_length()] += 1
             right[distance.bit_length()] += is_right

@@ -5,52 +5,19 @@ Shapes: B batch, S text tokens of a segment.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rmt_lightning.core.statistics import LossRate
 from rmt_lightning.models.recurrence import Segment
-from rmt_lightning.models.segment_model import SegmentModel
-from rmt_lightning.tasks.datamodule import FactDataModule, FactDataset
-from rmt_lightning.tasks.placement import Key
-
-
-@dataclass(frozen=True)
-class LossRate:
-    """Memories lost on the way.
-
-    Attributes:
-        lost: how many were lost.
-        exposure: segments read by memories that were not lost yet.
-    """
-
-    lost: int
-    exposure: int
-
-    @property
-    def rate(self) -> float:
-        """Memories lost for each that reads a segment; not a number if none has."""
-        return self.lost / self.exposure if self.exposure else math.nan
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95% interval of the rate: Byar's approximation to the Poisson interval (Breslow and Day 1987, p. 69)."""
-        if not self.exposure:
-            return math.nan, math.nan
-        z, n = 1.959964, self.lost
-        low = n * (1 - 1 / (9 * n) - z / (3 * n**0.5)) ** 3 if n else 0.0
-        high = (n + 1) * (1 - 1 / (9 * (n + 1)) + z / (3 * (n + 1) ** 0.5)) ** 3
-        return low / self.exposure, high / self.exposure
-
-    def row(self) -> dict[str, float]:
-        """The columns of a csv file."""
-        low, high = self.interval
-        return {"lost": self.lost, "exposure": self.exposure, "rate": self.rate, "rate_low": low, "rate_high": high}
+from rmt_lightning.models.segment_model import Reading, SegmentModel
+from rmt_lightning.tasks.datamodule import FactBatch, FactDataset
+from rmt_lightning.tasks.placement import Key, Placement
 
 
 @dataclass(frozen=True)
@@ -75,13 +42,12 @@ _LEAD = 4
 @torch.inference_mode()
 def follow(
     model: SegmentModel[Any],
-    score: Callable[[Tensor], Tensor],
-    data: FactDataModule,
+    right: Callable[[Reading[Any], Tensor], Tensor],
+    placement: Placement,
     num_segments: int,
     every: int,
     streams: int,
     device: torch.device,
-    known_answers: Sequence[str],
     on_segment: Callable[[], object] = lambda: None,
 ) -> Retention:
     """Tell facts to many streams, let them read noise, and ask each of them again and again.
@@ -91,23 +57,19 @@ def follow(
 
     Args:
         model: reads segments.
-        score: turns what a classifier reads (B, D) into scores (B, C).
-        data: where facts and noise come from; its test split is used.
+        right: which inputs that end so are answered right (B,), given the answers (B, A).
+        placement: where facts and noise come from; its test split is used.
         num_segments: of noise.
         every: segments between two questions.
         streams: B, side by side.
         device: where segments are wanted.
-        known_answers: what the C scores stand for.
         on_segment: called after each segment.
     """
-    columns = torch.tensor([known_answers.index(answer) for answer in data.placement.task.answers])
-    told, questions, answers = _beginnings(data, streams)
-    answers = columns[answers]
+    told, questions, answers = _beginnings(placement, streams)
 
     def ask(ids: Tensor, state: Any) -> Tensor:
         segment = Segment(torch.where(questions >= 0, questions, ids).to(device))
-        hidden, _ = model.step(segment, state)
-        return score(model.readout(hidden, segment)).argmax(dim=1).cpu() == answers
+        return right(Reading(segment, *model.step(segment, state)), answers.to(device)).cpu()
 
     *before, last = told.unbind(dim=1)
     state = model.initial_state(streams)
@@ -116,28 +78,22 @@ def follow(
     alive = ask(last, state)
     written = int(alive.sum())
     lost = exposure = 0
-    right: dict[int, int] = {}
-    for age, ids in enumerate(data.noise("test", num_segments, range(streams)), start=1):
+    found: dict[int, int] = {}
+    for age, ids in enumerate(placement.noise("test", num_segments, range(streams)), start=1):
         if age % every == 0:
             answered = ask(ids, state)
-            right[age] = int(answered.sum())
+            found[age] = int(answered.sum())
             exposure += every * int(alive.sum())
             lost += int((alive & ~answered).sum())
             alive &= answered
         _, state = model.step(Segment(ids.to(device)), state)
         on_segment()
-    return Retention(lost, exposure, streams, written, right)
+    return Retention(lost, exposure, streams, written, found)
 
 
-def _beginnings(data: FactDataModule, streams: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Test samples whose facts are all told before the last segment: ids (B, T, S), questions (B, S), answers (B,)."""
-    samples = FactDataset(data.placement, "test")
-    told: list[dict[str, Any]] = []
-    for number in count():
-        sample = samples[Key(_LEAD, number)]
-        if sample["last_told"] < _LEAD - 1:
-            told.append(sample)
-        if len(told) == streams:
-            break
-    ids, spoken = (torch.stack([sample[name] for sample in told]) for name in ("input_ids", "told"))
-    return ids, spoken[:, -1], torch.tensor([sample["label"] for sample in told])
+def _beginnings(placement: Placement, streams: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Samples whose facts are all told before the last segment: ids (B, T, S), questions (B, S), answers (B, A)."""
+    samples = FactDataset(placement, "test")
+    early = (sample for sample in (samples[Key(_LEAD, number)] for number in count()) if sample.last_told < _LEAD - 1)
+    told = FactBatch(*map(torch.stack, zip(*islice(early, streams), strict=True)))
+    return told.input_ids, told.questions[:, 0], told.answer

@@ -1,15 +1,34 @@
-"""The config of an earlier run."""
+"""Going on with an earlier run: its config is composed again, from what was typed then and what is typed now.
+
+So interpolations stay alive, what is typed is checked as it is for a new run, and all of it takes effect. What weights
+and samples depend on may not change.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import hydra
+import yaml
+from hydra.conf import HydraConf
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from rmt_lightning.app.schema import CONF
+from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.files import write_atomically
 from rmt_lightning.core.names import public_name
-from rmt_lightning.core.run_folder import CONFIG
+from rmt_lightning.core.run_folder import CONFIG, LAST, TYPED, locate
+
+# Settings of a model that neither its weights nor its state depend on.
+_FREE = {"bptt_depth", "gradient_checkpointing", "memory_attention", "dropout"}
+_KEPT = re.compile(r"(task|backbone|model)\..*|data\.(segment_length|_target_)|(answer|curriculum)\._target_")
 
 
 def saved_config(run: Path) -> DictConfig:
@@ -40,3 +59,148 @@ def provenance(config: DictConfig, checkpoint: Path) -> dict[str, Any]:
         "task": OmegaConf.to_container(config.task),
         "noise": OmegaConf.to_container(config.noise),
     }
+
+
+def save_config(folder: Path, config: DictConfig, typed: Sequence[str], presets: str | None) -> None:
+    """Leave in a run folder the resolved config, and what was typed to compose it.
+
+    Args:
+        typed: overrides.
+        presets: a folder of the user's own choices (--config-dir).
+    """
+    kept = [word for word in typed if _key(word) not in ("resume", "sweep")]
+    words = ([f"--config-dir={os.path.abspath(presets)}"] if presets else []) + kept
+    write_atomically(folder / TYPED, yaml.safe_dump(words, allow_unicode=True, width=10_000).encode())
+    write_atomically(folder / CONFIG, OmegaConf.to_yaml(config, resolve=True).encode())
+
+
+def presets(settings: HydraConf) -> str | None:
+    """The folder of the user's own choices, if --config-dir names one; `settings` are those of Hydra."""
+    sources = settings.runtime.config_sources
+    return next((str(source.path) for source in sources if source.provider == "command-line"), None)
+
+
+def composed_again(words: Sequence[str]) -> list[str]:
+    """The command line that composes an earlier run as it was typed, and changes of it what is typed now.
+
+    Args:
+        words: the command line; unless it names a run to go on with, it is left as it is.
+
+    Raises:
+        UserError: if there is no such run.
+    """
+    resume = [word.partition("=")[2] for word in words if _key(word) == "resume"]
+    if not resume or resume[-1] in ("", "null"):
+        return list(words)
+    run, _ = locate(resume[-1].strip("'\""), "resume")
+    then, now = {_key(word): word for word in _typed(run)}, {_key(word) for word in words}
+    # What had to be added then has to be added now.
+    added = {key for key, word in then.items() if word.startswith("+")}
+    return [
+        *(word for key, word in then.items() if key not in now),
+        *(f"+{word}" if _key(word) in added and not word.startswith(("+", "~")) else word for word in words),
+    ]
+
+
+def _key(word: str) -> str:
+    """What a word of the command line sets: a key, a group or an option."""
+    return word.partition("=")[0].lstrip("+~").partition("@")[0]
+
+
+def _typed(run: Path) -> list[str]:
+    try:
+        words = yaml.safe_load((run / TYPED).read_text())
+    except FileNotFoundError:
+        return list(_derived(saved_config(run)))
+    except (OSError, ValueError, yaml.YAMLError):
+        words = None
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise UserError(f"{run / TYPED}: is damaged; remove it, and the run goes on from its {CONFIG}")
+    return words
+
+
+def _derived(config: DictConfig) -> Iterator[str]:
+    """What could have been typed to compose a config, for a run of a version that did not write it down."""
+    parts = [(str(group), part) for group, part in config.items() if isinstance(part, DictConfig)]
+    choices = [f"{group}={_nearest(group, part)}" for group, part in parts]
+    # The choice of a task may bring others with it, and must not undo those that were made.
+    choices.sort(key=lambda choice: not choice.startswith("task="))
+    choices = [choice for choice in choices if not choice.endswith("=None")]
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        composed = hydra.compose("train", choices)
+    GlobalHydra.instance().clear()
+    yield from choices
+    there = dict(flat(composed))
+    for key, value in flat(config):
+        # Where this run goes, and where tokenised noise is kept, is for the present command to say.
+        if key not in ("resume", "cache_dir") and (key not in there or there[key] != value):
+            yield f"{'' if key in there else '+'}{key}={quoted(value)}"
+
+
+def _nearest(group: str, part: DictConfig) -> str | None:
+    """The choice of a group that has most in common with a part of a config."""
+    own = dict(flat(part))
+
+    def common(path: Path) -> int:
+        content = yaml.safe_load(path.read_text()) or {}
+        content = content.get(group, content)
+        if public_name(content.get("_target_", "")) != own.get("_target_", ""):
+            return -1
+        return sum(own.get(key) == value for key, value in content.items())
+
+    best = max(sorted((CONF / group).glob("*.yaml")), key=common, default=None)
+    return best.stem if best and common(best) >= 0 else None
+
+
+def flat(config: DictConfig, above: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings of a config by their dotted keys, interpolations resolved."""
+    for name in map(str, config):
+        key = f"{above}{name}"
+        try:
+            value = config[name]
+        except OmegaConfBaseException:
+            # Missing, or known only while a job runs.
+            continue
+        if isinstance(value, DictConfig):
+            yield from flat(value, f"{key}.")
+        else:
+            yield key, OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def quoted(value: Any) -> str:
+    """A value as Hydra reads it on a command line."""
+    if isinstance(value, str):
+        return "'" + value.replace("\\'", "\\\\'").replace("'", "\\'") + "'"
+    if isinstance(value, list):
+        return f"[{','.join(map(quoted, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def check_resumed(config: DictConfig, run: Path, typed: Iterable[str]) -> None:
+    """Whether a run can go on with a config.
+
+    Raises:
+        UserError: naming the first setting that may not change.
+    """
+    there, here = dict(flat(saved_config(run))), dict(flat(config))
+    for key in here:
+        free = key.startswith("model.") and key.rpartition(".")[2] in _FREE
+        # Another version may have had other settings.
+        known = key in here and key in there
+        if free or not known or not _KEPT.fullmatch(key) or here[key] == there[key]:
+            continue
+        group = key.partition(".")[0]
+        word = next((word for word in typed if _key(word) in (key, group, "experiment")), f"{key}={here[key]}")
+        what = key if key.startswith("data.") else group
+        raise UserError(f"{word}: a resumed run keeps its {what} ({key}={there[key]}); start a new run to change it")
+
+
+def run_folder(resume: str | None, fresh: str) -> str:
+    """Where a run goes: a resumed run stays where it is; one that goes on from an earlier stage gets a new folder."""
+    if resume is None:
+        return fresh
+    run, checkpoint = locate(resume, "resume")
+    if checkpoint is None or checkpoint.name == LAST:
+        return os.path.relpath(run)
+    return f"{fresh}-{checkpoint.stem}-of-{run.name}"

@@ -32,7 +32,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from rmt_lightning.app.hydra_errors import told_in_one_line
-from rmt_lightning.app.resume import saved_config
+from rmt_lightning.app.resume import presets, save_config, saved_config
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import write_atomically
 from rmt_lightning.core.run_folder import CONFIG, JOB
@@ -120,7 +120,7 @@ def run_job(config: DictConfig) -> float:
     record: dict[str, Any] = {"number": hydra.job.num, "settings": values, "failed": None}
     write_atomically(folder / JOB, json.dumps(record, indent=2).encode())
     if not known:
-        write_atomically(folder / CONFIG, OmegaConf.to_yaml(config, resolve=True).encode())
+        save_config(folder, config, hydra.overrides.task, presets(hydra))
     print(f"{folder.name}: started", flush=True)
     began = time.monotonic()
     code, reason = _train(folder, sweep / STOP)

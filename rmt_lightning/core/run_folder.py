@@ -17,10 +17,12 @@ from typing import Any
 from rmt_lightning.core.errors import UserError
 
 CONFIG = "config.yaml"
+TYPED = "overrides.yaml"
 CHECKPOINTS = "checkpoints"
 LAST = "last.ckpt"
 PREVIOUS = "previous.ckpt"
 METRICS = "metrics"
+PHASES = "phases.json"
 STAGES = "stages.csv"
 HOLD = "hold.csv"
 EVALUATION = "evaluation.csv"

@@ -40,7 +40,7 @@ class Example:
     Attributes:
         facts: whole sentences, in the order in which they are read.
         question: the sentence that ends the input.
-        answer: index into the task's `answers`.
+        answer: a text, one of the task's `answers`.
         support: indices of the facts without which the answer is not known; the others are decoys.
         also: other questions about the same facts, with their answers, for training that asks more than once. A task
             has as many of them in all its examples.
@@ -48,9 +48,9 @@ class Example:
 
     facts: tuple[str, ...]
     question: str
-    answer: int
+    answer: str
     support: tuple[int, ...]
-    also: tuple[tuple[str, int], ...] = ()
+    also: tuple[tuple[str, str], ...] = ()
 
 
 class Task(Protocol):
@@ -58,7 +58,7 @@ class Task(Protocol):
 
     Attributes:
         name: how people call it.
-        answers: the classes.
+        answers: all that an answer may be.
         where: "start" sets the facts at the very start of the input, "anywhere" between any two sentences.
     """
 
@@ -101,7 +101,7 @@ class Detect:
     def draw(self, rng: np.random.Generator, split: Split) -> Example:
         person, verb, place = pick(rng, split, len(PEOPLE), len(VERBS), len(PLACES))
         fact = f"{PEOPLE[person]} {VERBS[verb]} to the {PLACES[place]}."
-        return Example((fact,), f"Where is {PEOPLE[person]}?", place, support=(0,))
+        return Example((fact,), f"Where is {PEOPLE[person]}?", PLACES[place], support=(0,))
 
     def sentences(self) -> Iterator[str]:
         for person in PEOPLE:
@@ -168,9 +168,11 @@ class Reasoning:
         if swapped:
             facts.reverse()
         sentences = tuple(f"The {PLACES[a]} is {way} of the {PLACES[b]}." for a, way, b in facts)
-        questions = [(f"What is {way} of the {PLACES[b]}?", subject) for subject, way, b in facts]
+        questions = [(f"What is {way} of the {PLACES[b]}?", PLACES[subject]) for subject, way, b in facts]
         if not self.plain:
-            questions += [(f"What is the {PLACES[b]} {OPPOSITE[way]} of?", subject) for subject, way, b in facts]
+            questions += [
+                (f"What is the {PLACES[b]} {OPPOSITE[way]} of?", PLACES[subject]) for subject, way, b in facts
+            ]
         asked = int(rng.integers(len(questions)))
         question, answer = questions.pop(asked)
         return Example(sentences, question, answer, support=(asked % 2,), also=tuple(questions))
@@ -262,8 +264,9 @@ class Carried:
             slots = np.repeat(rng.permutation([True, False]), 2)
         facts = tuple(mine.pop(0) if own else theirs.pop(0) for own in slots)
         support = tuple(np.flatnonzero(slots).tolist())
-        people = [(f"Where is {PEOPLE[who]}?", where), (f"Where is {PEOPLE[other_who]}?", other_where)]
-        things = [(f"Where is the {OBJECTS[what]}?", where), (f"Where is the {OBJECTS[other_what]}?", other_where)]
+        here, there = PLACES[where], PLACES[other_where]
+        people = [(f"Where is {PEOPLE[who]}?", here), (f"Where is {PEOPLE[other_who]}?", there)]
+        things = [(f"Where is the {OBJECTS[what]}?", here), (f"Where is the {OBJECTS[other_what]}?", there)]
         questions, others = things, people
         if self.asked == "person" or (self.asked == "either" and rng.integers(2)):
             questions, others, support = people, things, support[-1:]
@@ -310,8 +313,7 @@ class Babi:
         stories = list(self._read(path))
         if len(stories) < 10:
             raise UserError(f"task.path={path}: holds {len(stories)} bAbI stories; at least 10 are needed")
-        texts = sorted({answer for story in stories for *_, answer, _ in story})
-        self.answers = tuple(texts)
+        self.answers = tuple(sorted({answer for story in stories for *_, answer, _ in story}))
         self._sentences = tuple(
             dict.fromkeys(s for story in stories for facts, question, *_ in story for s in (*facts, question))
         )
@@ -319,7 +321,7 @@ class Babi:
         for number, story in enumerate(stories):
             split: Split = "validation" if number % 10 == 8 else "test" if number % 10 == 9 else "train"
             self._examples[split] += [
-                Example(facts, question, texts.index(answer), support) for facts, question, answer, support in story
+                Example(facts, question, answer, support) for facts, question, answer, support in story
             ]
 
     @staticmethod

@@ -6,7 +6,7 @@ Shapes: B rows, T segments, S text tokens of a segment.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated
 
@@ -15,11 +15,11 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.tasks.datamodule import ShortEpochs
+from rmt_lightning.tasks.datamodule import Keys, ShortEpochs, TrainingKeys, ValidationKeys
 from rmt_lightning.tasks.facts import Split
 from rmt_lightning.tasks.noise import Corpus
 
@@ -167,25 +167,12 @@ def side_by_side(documents: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return batch
 
 
-class TrainingRows(Sampler[list[tuple[int, int]]]):
-    """The keys of one short epoch's batches: every step reads each row on from where the last one stopped."""
-
-    def __init__(self, data: DocumentDataModule) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return self.data.steps_per_epoch
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for step in self.data.steps_of_epoch():
-            yield [(row, step * self.data.num_segments) for row in self.data.rows]
-
-
 class DocumentDataModule(ShortEpochs):
     """Running text for training, whole documents for validation and test.
 
     Args:
         texts: the documents of each split.
+        keys: which pieces of rows come next, and which documents are validated.
         segment_length: what the model sees of a segment, memory included.
         batch_size: B, rows side by side, on each device.
         num_segments: T, segments of a training step; the next step reads on behind them.
@@ -197,6 +184,7 @@ class DocumentDataModule(ShortEpochs):
     def __init__(
         self,
         texts: dict[Split, RunningText],
+        keys: Keys[DocumentDataModule],
         segment_length: Annotated[int, Ge(1)],
         batch_size: Annotated[int, Ge(1)],
         num_segments: Annotated[int, Ge(1)] = 4,
@@ -204,9 +192,8 @@ class DocumentDataModule(ShortEpochs):
         steps_per_epoch: Annotated[int, Ge(1)] = 100,
         validation_documents: Annotated[int, Ge(1)] = 16,
     ) -> None:
-        super().__init__(batch_size, num_workers, steps_per_epoch)
+        super().__init__(keys, segment_length, batch_size, num_workers, steps_per_epoch)
         self.texts = texts
-        self.segment_length = segment_length
         self.num_segments = num_segments
         self.validation_documents = validation_documents
 
@@ -216,17 +203,22 @@ class DocumentDataModule(ShortEpochs):
         return range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        return self.loader(Rows(self.texts["train"], self.num_segments), batch_sampler=TrainingRows(self))
+        return self.loader(Rows(self.texts["train"], self.num_segments), batch_sampler=TrainingKeys(self))
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        return self.documents("validation", self.validation_documents, self.rank, self.world_size)
+        documents = Documents(self.texts["validation"])
+        return self.loader(documents, batch_sampler=ValidationKeys(self), collate_fn=side_by_side)
 
-    def documents(
-        self, split: Split, limit: int | None, rank: int = 0, world_size: int = 1
-    ) -> DataLoader[dict[str, Tensor]]:
-        """The first documents of a split, or a device's share of them, those of like length together."""
-        text = self.texts[split]
-        numbers = range(len(text.num_segments))[:limit]
-        by_length = sorted(numbers, key=lambda number: -text.num_segments[number])[rank::world_size]
-        batches = [by_length[i : i + self.batch_size] for i in range(0, len(by_length), self.batch_size)]
-        return self.loader(Documents(text), batch_sampler=batches, collate_fn=side_by_side)
+    def validation_batches(self) -> list[list[int]]:
+        """The numbers of this device's share of the documents that a validation reads, batch by batch."""
+        return self._batches("validation", self.validation_documents, self.rank, self.world_size)
+
+    def documents(self, split: Split, limit: int | None) -> DataLoader[dict[str, Tensor]]:
+        """The first documents of a split, those of like length together."""
+        batches = self._batches(split, limit)
+        return self.loader(Documents(self.texts[split]), batch_sampler=batches, collate_fn=side_by_side)
+
+    def _batches(self, split: Split, limit: int | None, rank: int = 0, world_size: int = 1) -> list[list[int]]:
+        lengths = self.texts[split].num_segments
+        by_length = sorted(range(len(lengths))[:limit], key=lambda number: -lengths[number])[rank::world_size]
+        return [by_length[i : i + self.batch_size] for i in range(0, len(by_length), self.batch_size)]

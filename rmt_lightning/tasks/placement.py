@@ -3,7 +3,7 @@
 A sample is a pure function of its key: counter-based random numbers, no generator that is shared, no state to save.
 Resuming, sharding over ranks and loader workers are right by construction, and validation sets are fixed.
 
-Shapes: T segments, S text tokens of a segment.
+Shapes: T segments, S text tokens of a segment, Q questions about a sample, A tokens of the longest answer.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from itertools import chain
 from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.core.errors import UserError
@@ -77,11 +79,6 @@ class Sample:
     homes: tuple[int, ...]
     distance: int
     pieces: Iterator[list[Piece]]
-
-    @property
-    def answer(self) -> int:
-        """The class; -1 in mere noise."""
-        return self.example.answer if self.example else -1
 
     @property
     def segments(self) -> Iterator[np.ndarray]:
@@ -162,14 +159,44 @@ class Placement:
         """Every question about an example, first the one that is asked, where it stands in the last segment.
 
         Returns:
-            (Q, S) token ids, -1 where there is noise, and the answers (Q,).
+            (Q, S) token ids, -1 where there is noise, and the answers (Q, A).
         """
-        questions = [(example.question, example.answer), *example.also]
+        questions, answers = zip((example.question, example.answer), *example.also, strict=True)
         told = np.full((len(questions), self.text_length), -1)
-        for row, (question, _) in zip(told, questions, strict=True):
+        for row, question in zip(told, questions, strict=True):
             ids = self._ids(question)
             row[-len(ids) :] = ids
-        return told, np.array([answer for _, answer in questions])
+        return told, np.stack([self.answer_ids(answer) for answer in answers])
+
+    def answer_ids(self, answer: str) -> np.ndarray:
+        """An answer as (A,) token ids, as many as the task's longest one has, with -1 after its end.
+
+        Raises:
+            UserError: if the task has not named it among its answers.
+        """
+        if answer not in self.task.answers:
+            raise UserError(f"task={self.task.name}: answers {answer!r}, which is not among its answers; name it there")
+        ids = self._ids(answer)
+        return np.pad(ids, (0, self._longest_answer - len(ids)), constant_values=-1)
+
+    @cached_property
+    def _longest_answer(self) -> int:
+        return max(len(self._ids(answer)) for answer in self.task.answers)
+
+    def stream(self, split: Split, num_segments: int, numbers: range) -> tuple[Iterator[Tensor], Tensor, Tensor]:
+        """Samples side by side, one segment at a time, for inputs too long to be held at once.
+
+        Returns:
+            An iterator of T tensors (B, S), the answers (B, A) and the distances (B,).
+        """
+        samples = [self.sample(split, Key(num_segments, number)) for number in numbers]
+        answers = [self.answer_ids(sample.example.answer) for sample in samples if sample.example]
+        distances = [sample.distance for sample in samples]
+        return _side_by_side(samples), torch.from_numpy(np.stack(answers)), torch.tensor(distances)
+
+    def noise(self, split: Split, num_segments: int, numbers: range) -> Iterator[Tensor]:
+        """Mere noise, side by side, one segment (B, S) at a time."""
+        return _side_by_side([self.sample(split, Key(num_segments, number, facts=False)) for number in numbers])
 
     def _ids(self, sentence: str) -> np.ndarray:
         if sentence not in self._token_ids:
@@ -276,3 +303,8 @@ class Placement:
             places = np.sort(rng.choice(gaps, size=len(here)))
             text = [Piece("noise", ids) for ids in np.split(reader.tokens(spans), places)]
             yield [*chain.from_iterable(zip(text, here, strict=False)), text[-1], *end]
+
+
+def _side_by_side(samples: list[Sample]) -> Iterator[Tensor]:
+    for rows in zip(*(sample.segments for sample in samples), strict=True):
+        yield torch.from_numpy(np.stack(rows))

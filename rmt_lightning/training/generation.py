@@ -5,19 +5,19 @@ Shapes: B batch, T segments, S text tokens of a segment, C answers, A tokens of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
+from torchmetrics import Metric
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.models.generation import Writer, generate, read
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.segment_model import Reading, SegmentModel
-from rmt_lightning.training.classification import FactModule
-from rmt_lightning.training.optimization import WarmupDecay
+from rmt_lightning.training.answering import FactModule, Verdict
+from rmt_lightning.training.phases.phase import Phases
 
 
 class FactGenerator(FactModule):
@@ -31,15 +31,13 @@ class FactGenerator(FactModule):
     """
 
     words: Tensor
-    is_word: Tensor
 
     def __init__(
         self,
         model: SegmentModel[Any],
         answers: Sequence[str],
-        optimization: WarmupDecay,
-        max_segments: int,
-        seed: int = 0,
+        phases: Phases | None = None,
+        metrics: Mapping[str, Metric] | None = None,
         all_questions: bool = False,
     ) -> None:
         tokenizer = model.tokenizer
@@ -47,27 +45,31 @@ class FactGenerator(FactModule):
             raise UserError(f"answer=generate: {type(model).__name__} cannot write; choose model=rmt_decoder")
         if tokenizer.eos_token_id is None:
             raise UserError("answer=generate: the backbone's tokenizer has no end token; choose answer=classify")
-        super().__init__(model, answers, optimization, max_segments, seed, all_questions)
+        super().__init__(model, answers, phases, metrics, all_questions)
         self.end = int(tokenizer.eos_token_id)
-        # With a space before it, an answer is the word that the text knows.
-        rows = tokenizer([f" {answer}" for answer in answers], add_special_tokens=False)["input_ids"]
-        words = [torch.tensor([*row, self.end]) for row in rows]
-        # Both (C, A); behind its end an answer is filled up with more of the same token.
-        self.register_buffer("words", pad_sequence(words, True, self.end), persistent=False)
-        lengths = torch.tensor([len(row) for row in words])
-        self.register_buffer("is_word", torch.arange(self.words.shape[1]) < lengths[:, None], persistent=False)
+        self.register_buffer("words", self._ended(self.answer_ids)[0], persistent=False)
 
     @property
     def _writer(self) -> Writer:
         return cast(Writer, self.model)
 
-    def answer(self, end: Reading[Any], label: Tensor) -> tuple[Tensor, Tensor]:
-        words, is_word = self.words[label], self.is_word[label] & (label >= 0)[:, None]
+    def _ended(self, answer: Tensor) -> tuple[Tensor, Tensor]:
+        """An answer (B, A) with its end token, filled up with more of them, and which tokens count: (B, A + 1) both."""
+        words = nn.functional.pad(answer, (0, 1), value=-1)
+        length = (words >= 0).sum(dim=1, keepdim=True)
+        is_word = torch.arange(words.shape[1], device=words.device) <= length
+        return words.masked_fill(words < 0, self.end), is_word & (length > 0)
+
+    def judge(self, end: Reading[Any], answer: Tensor) -> Verdict:
+        words, is_word = self._ended(answer)
         told, _ = self.model.step(Segment(words[:, :-1], is_word[:, :-1].long()), end.state)
         # The last token of the question foretells the first word, and each word the next one.
-        scores = self._writer.logits(torch.cat([end.hidden[:, -1:], told], dim=1))
-        said = (scores.argmax(dim=2) == words) | ~is_word
-        return nn.functional.cross_entropy(scores[is_word], words[is_word]), said.all(dim=1) & (label >= 0)
+        logits = self._writer.logits(torch.cat([end.hidden[:, -1:], told], dim=1))
+        said = logits.argmax(dim=2)
+        right = ((said == words) | ~is_word).all(dim=1) & is_word.any(dim=1)
+        loss = nn.functional.cross_entropy(logits[is_word], words[is_word])
+        scores = (said.masked_fill(~is_word, self.end)[:, None] == self.words).all(dim=2).float()
+        return Verdict(loss, scores, right)
 
     def forward(self, input_ids: Any, attention_mask: Tensor | None = None) -> Tensor:
         """(B, C + 1): 1 for the answer that is written, in the last column if it is none of them; 0 for the others."""

@@ -5,47 +5,21 @@ Shapes: B batch, T segments, S text tokens of a segment, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torchmetrics import Metric
 
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.models import state as tree
 from rmt_lightning.models.recurrence import Segment, unroll
 from rmt_lightning.models.segment_model import SegmentModel
-from rmt_lightning.tasks.datamodule import data_of
-from rmt_lightning.tasks.language import IGNORED, TextScore
+from rmt_lightning.tasks.language import IGNORED
 from rmt_lightning.training.module import SegmentModule
-from rmt_lightning.training.optimization import WarmupDecay
-
-
-class TextLoss(Metric):
-    """Sums up how well documents have been predicted, over ranks too."""
-
-    full_state_update = False
-    nats: Tensor
-    tokens: Tensor
-    bytes: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("nats", torch.zeros(()), dist_reduce_fx="sum")
-        self.add_state("tokens", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
-        self.add_state("bytes", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
-
-    def update(self, nats: Tensor, tokens: Tensor, bytes: Tensor) -> None:
-        """Count documents: each (B,)."""
-        self.nats += nats.sum()
-        self.tokens += tokens.sum()
-        self.bytes += bytes.sum()
-
-    def compute(self) -> dict[str, float]:
-        """Loss, perplexity and bits per byte, among others."""
-        return TextScore(self.nats.item(), int(self.tokens), int(self.bytes)).row()
+from rmt_lightning.training.phases.phase import Phases
 
 
 class Piece(NamedTuple):
@@ -74,21 +48,25 @@ class LanguageModeler(SegmentModule):
 
     Args:
         model: turns a segment into hidden states, and these into scores of the next token.
-        optimization: how to train.
-        seed: of dropout.
+        phases: what it is led through; None if it is not trained.
+        metrics: of validation; they may ask for nats, num_tokens and num_bytes of documents, each (B,).
 
     Raises:
         UserError: if the model does not predict tokens.
     """
 
-    def __init__(self, model: SegmentModel[Any], optimization: WarmupDecay, seed: int = 0) -> None:
+    DECISIVE = "text"
+    OFFERED = ("nats", "num_tokens", "num_bytes")
+
+    def __init__(
+        self, model: SegmentModel[Any], phases: Phases | None = None, metrics: Mapping[str, Metric] | None = None
+    ) -> None:
         if type(model).logits is SegmentModel.logits:
             raise UserError(
                 f"task=language_modeling: a {type(model).__name__} does not predict the next token; choose a causal "
                 "model, such as model=transformer_xl"
             )
-        super().__init__(model, optimization, seed)
-        self.score = TextLoss()
+        super().__init__(model, phases, metrics or {})
         # What the last training step has left; and a checkpoint: the rows of all ranks, one after another.
         self._state: Any = None
         self._saved: list[Tensor] = []
@@ -97,14 +75,14 @@ class LanguageModeler(SegmentModule):
         if self._state is None:
             self._state = self._resumed_state(len(batch["starts"]))
         readings = list(self._read(batch, self._state))
-        self._state = _detached(readings[-1][1])
+        self._state = tree.detach(readings[-1][1])
         total = torch.stack([losses.sum() for losses, _ in readings]).sum()
         self.log("train/loss", total.detach() / (batch["targets"] != IGNORED).sum())
         # Every token weighs the same in every step and on every rank, however many of them are padding.
         return self.checked(total / batch["targets"].numel())
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.log_speed(len(batch["starts"]) * batch["starts"].shape[1] * data_of(self.trainer).segment_length)
+        self.log_speed(len(batch["starts"]) * batch["starts"].shape[1] * self.data.segment_length)
 
     def nats(self, batch: dict[str, Tensor]) -> Tensor:
         """Negative log-likelihood of whole documents, (B,)."""
@@ -113,12 +91,7 @@ class LanguageModeler(SegmentModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         tokens = (batch["targets"] != IGNORED).sum(dim=(1, 2))
-        self.score.update(self.nats(batch), tokens, batch["bytes"])
-
-    def on_validation_epoch_end(self) -> None:
-        score = self.score.compute()
-        self.score.reset()
-        self.log_dict({f"val/{name}": score[name] for name in ("loss", "perplexity", "bits_per_byte")})
+        self.metrics.update(nats=self.nats(batch), num_tokens=tokens, num_bytes=batch["bytes"])
 
     def _read(self, batch: dict[str, Tensor], state: Any) -> Iterator[tuple[Tensor, Any]]:
         """Yield the losses (B, S) of each segment and the state after it."""
@@ -130,17 +103,13 @@ class LanguageModeler(SegmentModule):
         depth, checkpointing = self.model.bptt_depth, self.model.gradient_checkpointing
         size = batch["starts"].shape[1] if depth < 0 else depth + 1
         while window := list(islice(pieces, size)):
-            readings = unroll(self._step, window, _detached(state), checkpointing=checkpointing)
+            readings = unroll(self._step, window, tree.detach(state), checkpointing=checkpointing)
             for losses, state in readings:
                 yield losses, state
 
     def _step(self, piece: Piece, state: Any) -> tuple[Tensor, Any]:
         """Read one segment, from the first state where a document begins: its losses in nats (B, S), the next state."""
-
-        def begin(first: Tensor, carried: Tensor) -> Tensor:
-            return torch.where(piece.starts.view(-1, *[1] * (first.dim() - 1)), first, carried)
-
-        state = tree_map(begin, self.model.initial_state(len(piece.starts)), state)
+        state = tree.where(piece.starts, self.model.initial_state(len(piece.starts)), state)
         hidden, state = self.model.step(piece.segment, state)
         scores = self.model.logits(hidden).flatten(0, 1)
         losses = nn.functional.cross_entropy(scores, piece.targets.flatten(), ignore_index=IGNORED, reduction="none")
@@ -148,27 +117,20 @@ class LanguageModeler(SegmentModule):
 
     def _resumed_state(self, batch_size: int) -> Any:
         """The state of this rank's rows. A row that the checkpoint does not know begins with the first state."""
-        first, structure = tree_flatten(self.model.initial_state(batch_size))
+        state = self.model.initial_state(batch_size)
+        first = tree.leaves(state)
         offset = self.global_rank * batch_size
         for number, saved in enumerate(self._saved):
             mine = saved[offset : offset + batch_size].to(self.device)
             if mine.shape[1:] == first[number].shape[1:]:
                 first[number] = torch.cat([mine, first[number][len(mine) :]])
-        return tree_unflatten(first, structure)
+        return tree.rebuild(state, first)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        leaves = tree_leaves(self._state)
+        leaves = tree.leaves(self._state)
         if self.trainer.world_size > 1:
             leaves = [leaf.flatten(0, 1) for leaf in cast(list[Tensor], self.all_gather(leaves))]
         checkpoint["state"] = leaves
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._saved = checkpoint["state"]
-
-    def configure_optimizers(self) -> Any:
-        optimizer, schedule = self.optimization.build(self.parameters(), 1)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-def _detached(state: Any) -> Any:
-    return tree_map(Tensor.detach, state)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import time
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
 
 import lightning as L
 import torch
 from torch import Tensor
+from torchmetrics import Metric, MetricCollection
 
+from rmt_lightning.core.errors import UserError
 from rmt_lightning.models.segment_model import SegmentModel
-from rmt_lightning.training.optimization import WarmupDecay
+from rmt_lightning.tasks.datamodule import ShortEpochs
+from rmt_lightning.training.phases.phase import Phases
+
+_BY_NAME = inspect.Parameter.POSITIONAL_OR_KEYWORD
 
 
 class Diverged(RuntimeError):
@@ -18,27 +25,60 @@ class Diverged(RuntimeError):
 
 
 class SegmentModule(L.LightningModule):
-    """A segment model and how it is optimised.
+    """A segment model and how it is trained.
 
     Args:
         model: what is trained.
-        optimization: how.
-        seed: of dropout.
+        phases: what it is led through; None if it is not trained.
+        metrics: of validation, logged as val/<name>. The `update` of a metric is given what it asks for by name.
+
+    Raises:
+        UserError: if the metric that phases decide by is missing, or one asks for what there is not.
     """
 
-    def __init__(self, model: SegmentModel[Any], optimization: WarmupDecay, seed: int) -> None:
+    # The metric that phases decide by, and what a metric may ask for.
+    DECISIVE: ClassVar[str]
+    OFFERED: ClassVar[tuple[str, ...]]
+
+    def __init__(self, model: SegmentModel[Any], phases: Phases | None, metrics: Mapping[str, Metric]) -> None:
         super().__init__()
         self.model = model
-        self.optimization = optimization
-        self.seed = seed
+        self._phases = phases
+        self.metrics = MetricCollection(dict(metrics), prefix="val/", compute_groups=False)
+        if phases is not None and self.DECISIVE not in metrics:
+            raise UserError(f"metrics.{self.DECISIVE}: phases decide by it; leave it in")
+        for name, metric in metrics.items():
+            asked = inspect.signature(metric.update).parameters.values()
+            needed = {part.name for part in asked if part.default is part.empty and part.kind is _BY_NAME}
+            if unknown := needed.difference(self.OFFERED):
+                raise UserError(
+                    f"metrics.{name}: its update asks for {', '.join(unknown)}; there are {', '.join(self.OFFERED)}"
+                )
         self._clock = time.perf_counter()
+
+    @property
+    def phases(self) -> Phases:
+        assert self._phases is not None, "a module without phases is not trained"
+        return self._phases
+
+    @property
+    def data(self) -> ShortEpochs:
+        """What Lightning attaches without declaring it."""
+        return cast(ShortEpochs, cast(Any, self.trainer).datamodule)
+
+    def configure_optimizers(self) -> Any:
+        return self.phases.build_optimizer(self.parameters())
 
     def on_train_epoch_start(self) -> None:
         self._clock = time.perf_counter()
 
-    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        # Dropout is a function of (seed, step, rank), so that a resumed run draws what an uninterrupted one does.
-        torch.manual_seed((self.seed * 1_000_003 + self.global_step) * 1_009 + self.global_rank)
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # Dropout is a function of (seed, batch, rank), so that a resumed run draws what an uninterrupted one does.
+        torch.manual_seed(self.phases.number(self.global_rank))
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict(self.metrics.compute())
+        self.metrics.reset()
 
     def checked(self, loss: Tensor) -> Tensor:
         """The loss, unless it is no number any more.

@@ -32,7 +32,7 @@ class WarmupDecay:
         warmup: share of `steps` during which the learning rate rises from 0.
     """
 
-    steps: Annotated[int, Ge(1)] | list[Annotated[int, Ge(1)]]
+    steps: Annotated[int, Ge(1)] | Annotated[list[Annotated[int, Ge(1)]], MinLen(1)]
     lr: Annotated[float, Gt(0)] | Annotated[list[Annotated[float, Gt(0)]], MinLen(1)]
     weight_decay: Annotated[float, Ge(0)] = 1e-3
     warmup: Annotated[float, Ge(0), Le(1)] = 0.1

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 import shutil
 import signal
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from torch import nn
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import write_atomically, write_csv
-from rmt_lightning.core.run_folder import LAST, PREVIOUS, STAGES
-from rmt_lightning.tasks.datamodule import data_of
-from rmt_lightning.training.phases.curriculum import Curriculum
+from rmt_lightning.core.run_folder import CHECKPOINTS, LAST, PHASES, PREVIOUS
+from rmt_lightning.training.callbacks.upgrade import upgraded
+from rmt_lightning.training.phases.phase import Phases
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         torch.save(checkpoint, content)
         write_atomically(Path(path), content.getbuffer())
 
+    def load_checkpoint(self, path: str | Path, *args: Any, **options: Any) -> dict[str, Any]:
+        return upgraded(super().load_checkpoint(path, *args, **options))
+
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Load a checkpoint without executing anything in it.
@@ -61,7 +65,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             if (damaged := archive.testzip()) is not None:
                 raise zipfile.BadZipFile(damaged)
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = upgraded(torch.load(path, map_location="cpu", weights_only=True))
         checkpoint["state_dict"]
     except Exception as error:  # zip, pickle and torch each have their own way to say that a file is broken
         raise UserError(
@@ -108,24 +112,24 @@ def check_fits(module: nn.Module, state_dict: Mapping[str, torch.Tensor], path: 
 
 
 class RunCheckpoints(Callback):
-    """Saves `last.ckpt` after every validation, `stage-<n>.ckpt` and stages.csv when a stage is passed; obeys signals.
+    """Saves `last.ckpt` and what phases have found after every validation, and one checkpoint a stage; obeys signals.
 
     The `last.ckpt` before stays as `previous.ckpt`, for the case that a disk damages the new one.
-    Must stand behind the curriculum in the list of callbacks, so that it saves what the curriculum has decided.
+    Must stand after the phases in the list of callbacks, so that it saves what they have decided.
 
     Args:
-        folder: where checkpoints go; stages.csv stands beside it.
-        curriculum: tells which stages have been passed.
+        folder: the run folder.
+        phases: what the run goes through.
     """
 
-    def __init__(self, folder: Path, curriculum: Curriculum) -> None:
+    def __init__(self, folder: Path, phases: Phases) -> None:
         super().__init__()
         self.folder = folder
-        self.curriculum = curriculum
+        self.phases = phases
         self._signum: int | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._kept = self._passed()
+        self._kept = self._milestones()
         self._saved_step = trainer.global_step
         # A run that goes on from an earlier checkpoint because the last one is damaged must not keep that one.
         self._last_is_whole = trainer.ckpt_path is not None and Path(trainer.ckpt_path).name == LAST
@@ -150,26 +154,21 @@ class RunCheckpoints(Callback):
         return asked
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        data_of(trainer).consumed += 1
         # Lightning would skip the validation of an epoch that is resumed behind its last batch.
         if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and self._asked_to_stop(trainer):
             self._save(trainer)
             raise Interrupted(self._signum or signal.SIGTERM)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        passed = self._passed()
-        if passed > self._kept:
-            self._kept = passed
-            trainer.save_checkpoint(self.folder / f"stage-{passed}.ckpt")
-            if trainer.is_global_zero:
-                write_csv(self.folder.parent / STAGES, [asdict(result) for result in self.curriculum.results])
+        for name in self._milestones() - self._kept:
+            trainer.save_checkpoint(self.folder / CHECKPOINTS / f"{name}.ckpt")
+        self._kept = self._milestones()
         self._save(trainer)
         if not trainer.should_stop and self._asked_to_stop(trainer):
             raise Interrupted(self._signum or signal.SIGTERM)
 
-    def _passed(self) -> int:
-        """The last stage that has been passed."""
-        return max((result.stage for result in self.curriculum.results if self.curriculum.passed(result)), default=0)
+    def _milestones(self) -> set[str]:
+        return {name for phase in self.phases for name in phase.milestones}
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # trainer.max_steps may end a run between two validations.
@@ -177,12 +176,35 @@ class RunCheckpoints(Callback):
             self._save(trainer)
 
     def _save(self, trainer: L.Trainer) -> None:
-        last = self.folder / LAST
-        if trainer.is_global_zero and self._last_is_whole and last.exists():
-            _keep(last, self.folder / PREVIOUS)
+        last = self.folder / CHECKPOINTS / LAST
+        if trainer.is_global_zero:
+            write_phases(self.folder, self.phases, trainer.global_step)
+            if self._last_is_whole and last.exists():
+                _keep(last, last.with_name(PREVIOUS))
         trainer.save_checkpoint(last)
         self._last_is_whole = True
         self._saved_step = trainer.global_step
+
+
+def write_phases(folder: Path, phases: Phases, step: int) -> None:
+    """Write what phases have found, and how far each has come, for those who read the run folder."""
+    told = []
+    for phase, after in zip_longest(phases, [*phases][1:]):
+        if phase.table and (rows := phase.rows()):
+            write_csv(folder / phase.table, rows)
+        first, end = phase.first_step, step if after is None or after.first_step is None else after.first_step
+        told.append(
+            {
+                "name": phase.name,
+                "title": phase.title,
+                "first_step": first,
+                "steps": 0 if first is None else end - first,
+                "finished": phase.finished,
+                "stuck": phase.stuck,
+                "table": phase.table,
+            }
+        )
+    write_atomically(folder / PHASES, json.dumps(told, indent=2).encode())
 
 
 def _keep(path: Path, name: Path) -> None:

@@ -9,19 +9,19 @@ from lightning.pytorch.callbacks import Callback
 from rich import get_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from rmt_lightning.training.phases.curriculum import Curriculum
+from rmt_lightning.training.phases.phase import Phases
 
 
-class CurriculumProgress(Callback):
-    """A live bar over the steps of a stage, with what the curriculum says of it, and speed.
+class PhaseProgress(Callback):
+    """A live bar over the steps of a phase, with what it says of itself, and speed.
 
     Args:
-        curriculum: knows what is being done, and for how many steps.
+        phases: know what is being done, and for how many steps.
     """
 
-    def __init__(self, curriculum: Curriculum) -> None:
+    def __init__(self, phases: Phases) -> None:
         super().__init__()
-        self.curriculum = curriculum
+        self.phases = phases
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -48,7 +48,7 @@ class CurriculumProgress(Callback):
     def _show(self, trainer: L.Trainer) -> None:
         if not self.progress.tasks:
             return
-        description, completed, total = self.curriculum.progress(trainer)
+        description, completed, total = self.phases.current.progress(trainer.global_step, trainer.callback_metrics)
         speed = trainer.callback_metrics.get("train/tokens_per_second")
         self.progress.update(
             self.task,

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import read_csv, write_atomically
 from rmt_lightning.core.run_folder import CHECKPOINTS, EVALUATION
-from rmt_lightning.training.phases.curriculum import Curriculum, StageResult
+from rmt_lightning.training.phases.phase import Phase, Phases
 
 # wandb takes a second to import, and most runs do without it.
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ class WandbRun(WandbLogger):
         self.mode = mode
         self.log_checkpoints = log_checkpoints
         self._step = 0
+        self._phases: set[str] = set()
 
     @property
     @rank_zero_experiment
@@ -112,7 +113,6 @@ class WandbRun(WandbLogger):
         run.define_metric("train/tokens_per_second", step_metric=STEP, summary="mean")
         for memory in ("train/host_memory_mb", "train/device_memory_mb"):
             run.define_metric(memory, step_metric=STEP, summary="max")
-        run.define_metric("stage/*", step_metric="stage")
         run.define_metric("test/accuracy", step_metric="test/segments")
         self._step = max(self._recall()["step"], run.starting_step)
         return run
@@ -149,20 +149,26 @@ class WandbRun(WandbLogger):
         run.log({**metrics, STEP: step}, step=self._step)
 
     @rank_zero_only
-    def log_stage(self, result: StageResult) -> None:
-        """Log what a stage has shown, over the stage, and its checkpoint if that is wanted."""
+    def log_row(self, phase: Phase, row: Mapping[str, Any]) -> None:
+        """Log a row of what a phase has found, over the first of its columns."""
+        over, *_ = row
+        if phase.name not in self._phases:
+            self._phases.add(phase.name)
+            self.experiment.define_metric(f"{phase.name}/*", step_metric=f"{phase.name}/{over}")
+        self.experiment.log({f"{phase.name}/{name}": value for name, value in row.items()}, step=self._step)
+
+    @rank_zero_only
+    def log_milestone(self, name: str) -> None:
+        """Log the checkpoint of what has been reached, if that is wanted."""
         import wandb
 
-        shown = {"steps": result.steps, "seconds": result.seconds, "accuracy": result.accuracy}
-        row = {"stage": result.stage} | {f"stage/{name}": value for name, value in shown.items()}
-        self.experiment.log(row, step=self._step)
-        path = self.folder / CHECKPOINTS / f"stage-{result.stage}.ckpt"
+        path = self.folder / CHECKPOINTS / f"{name}.ckpt"
         if self.log_checkpoints and path.exists():
-            artifact = wandb.Artifact(f"stages-{self.experiment.id}", type="model", metadata=row)
+            artifact = wandb.Artifact(f"stages-{self.experiment.id}", type="model", metadata={"reached": name})
             # The checkpoint stays where it is, so there is no need of a copy until it is uploaded.
             artifact.add_file(str(path), policy="immutable")
             with _survived():
-                self.experiment.log_artifact(artifact, aliases=[f"stage-{result.stage}"])
+                self.experiment.log_artifact(artifact, aliases=[name])
 
     @rank_zero_only
     def log_results(self) -> None:
@@ -193,26 +199,33 @@ class WandbRun(WandbLogger):
         return f"results/{path.relative_to(self.folder).with_suffix('')}"
 
 
-class StageRecords(Callback):
-    """Tells W&B of each stage that is over. Must stand behind the checkpoints, which it may hand on.
+class PhaseRecords(Callback):
+    """Tells W&B what phases find. Must stand after the checkpoints, which it may hand on.
 
     Args:
         run: on W&B.
-        curriculum: whose stages they are.
+        phases: what the run goes through.
     """
 
-    def __init__(self, run: WandbRun, curriculum: Curriculum) -> None:
+    def __init__(self, run: WandbRun, phases: Phases) -> None:
         super().__init__()
         self.run = run
-        self.curriculum = curriculum
+        self.phases = phases
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._told = set(self.curriculum.results)
+        self._told = {phase.name: len(phase.rows()) for phase in self.phases}
+        self._kept = {name for phase in self.phases for name in phase.milestones}
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for result in set(self.curriculum.results) - self._told:
-            self.run.log_stage(result)
-        self._told = set(self.curriculum.results)
+        for phase in self.phases:
+            rows = phase.rows()
+            for row in rows[self._told[phase.name] :]:
+                self.run.log_row(phase, row)
+            self._told[phase.name] = len(rows)
+            for name in phase.milestones:
+                if name not in self._kept:
+                    self._kept.add(name)
+                    self.run.log_milestone(name)
 
 
 @contextmanager

@@ -1,22 +1,30 @@
-"""How long a run trains, and on what: longer inputs as soon as the present ones are mastered, or a number of steps."""
+"""Longer inputs as soon as the present ones are mastered."""
 
 from __future__ import annotations
 
 import logging
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
 import lightning as L
+import numpy as np
+import torch
 from annotated_types import Ge, Gt, Le, MinLen
-from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 
-from rmt_lightning.tasks.datamodule import Lengths, data_of
-from rmt_lightning.training.optimization import at_stage
+from rmt_lightning.core.run_folder import STAGES
+from rmt_lightning.models.segment_model import SegmentModel
+from rmt_lightning.tasks.datamodule import FactBatch, FactDataModule
+from rmt_lightning.tasks.placement import Key
+from rmt_lightning.training.optimization import WarmupDecay, at_stage
+from rmt_lightning.training.phases.lessons import draw_form, form_of, lessons_of
+from rmt_lightning.training.phases.phase import Outcome, Phase, Progress, Start, Verdict
 
 log = logging.getLogger(__name__)
+
+Lengths = Literal["exact", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -38,65 +46,7 @@ class StageResult:
     converged: bool
 
 
-class Curriculum(Callback, ABC):
-    """Decides when a run ends. What it needs for that travels in checkpoints.
-
-    Attributes:
-        results: what the stages have shown that are over; a curriculum need not have stages.
-    """
-
-    results: Sequence[StageResult] = ()
-
-    @property
-    @abstractmethod
-    def finished(self) -> bool:
-        """Whether the run has come to its end. One that has stopped short of it can be resumed."""
-
-    @abstractmethod
-    def progress(self, trainer: L.Trainer) -> tuple[str, int, int]:
-        """What is being done and how well it goes, in a few words; steps done, and steps there are to do."""
-
-    def passed(self, result: StageResult) -> bool:
-        """Whether a stage's result lets the run go on to the next one."""
-        return result.converged
-
-
-class FixedSteps(Curriculum):
-    """No curriculum: training ends with the first validation after a number of steps.
-
-    Args:
-        steps: optimizer steps.
-    """
-
-    def __init__(self, steps: Annotated[int, Ge(1)]) -> None:
-        super().__init__()
-        self.steps = steps
-        # (optimizer step, perplexity) of every validation
-        self.history: list[tuple[int, float]] = []
-
-    @property
-    def finished(self) -> bool:
-        return bool(self.history) and self.history[-1][0] >= self.steps
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        perplexity, bits = (float(trainer.callback_metrics[f"val/{name}"]) for name in ("perplexity", "bits_per_byte"))
-        self.history.append((trainer.global_step, perplexity))
-        log.info("step %d: perplexity %.2f, %.4f bits per byte", trainer.global_step, perplexity, bits)
-        if self.finished:
-            trainer.should_stop = True
-
-    def progress(self, trainer: L.Trainer) -> tuple[str, int, int]:
-        perplexity = f"{self.history[-1][1]:.2f}" if self.history else "–"
-        return f"perplexity {perplexity}", trainer.global_step, self.steps
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history = state_dict["history"]
-
-
-class SegmentCurriculum(Curriculum):
+class SegmentCurriculum(Phase):
     """Adds a segment each time the run converges (RMT-2023, section 5: "curriculum").
 
     Converged means accuracy of at least `threshold` in `validations` validations in a row, or, if `patience` is given,
@@ -120,6 +70,10 @@ class SegmentCurriculum(Curriculum):
         when_stuck: what to do if the budget is spent: "stop" the run, or "continue" with the next lesson or stage.
     """
 
+    name = "curriculum"
+    title = "Curriculum"
+    table = STAGES
+
     def __init__(
         self,
         max_segments: Annotated[int, Ge(1)],
@@ -131,7 +85,6 @@ class SegmentCurriculum(Curriculum):
         lessons: bool = False,
         when_stuck: Literal["stop", "continue"] = "stop",
     ) -> None:
-        super().__init__()
         self.max_segments = max_segments
         self.steps = steps
         self.lengths = lengths
@@ -143,15 +96,43 @@ class SegmentCurriculum(Curriculum):
         self.results: list[StageResult] = []
         # (optimizer step of the run, stage, accuracy) of every validation on the task itself
         self.history: list[tuple[int, int, float]] = []
-        self._begin_stage(first_step=0)
+        # Counted from 1; None is the whole stage.
+        self.lesson: int | None = None
+        self._clock: float | None = None
+        self._begin_stage(step=0)
 
-    def _begin_stage(self, first_step: int) -> None:
+    def prepare(self, module: L.LightningModule, data: FactDataModule, before: Phase | None) -> None:
+        self.placement = data.placement
+        # A stage that was stuck, and is about to be trained further, has shown nothing yet.
+        going_on = self._within_lessons or not self._passed(self.num_segments)
+        self.results = [result for result in self.results if not (going_on and result.stage == self.num_segments)]
+
+    @property
+    def longest(self) -> int:
+        return self.max_segments
+
+    @property
+    def begins(self) -> bool:
+        # A run that had reached its last stage may have been resumed with a later one.
+        return self.first_step is None or (self._passed(self.num_segments) and not self._within_lessons)
+
+    def begin(self, step: int) -> None:
+        self.first_step = step if self.first_step is None else self.first_step
+        if self._passed(self.num_segments):
+            self.num_segments += 1
+        self._begin_lessons()
+        self._begin_stage(step)
+
+    def _begin_stage(self, step: int) -> None:
         self.lesson_steps = 0
         self.seconds = 0.0
-        self._begin_schedule(first_step)
+        self._begin_schedule(step)
 
-    def _begin_schedule(self, first_step: int) -> None:
-        self.first_step = first_step
+    def _begin_lessons(self) -> None:
+        self.lesson = 1 if self.lessons and lessons_of(self.placement, self.num_segments) else None
+
+    def _begin_schedule(self, step: int) -> None:
+        self.schedule_step = step
         self.successes = 0
         self.best = -1.0
         self.since_best = 0
@@ -159,111 +140,135 @@ class SegmentCurriculum(Curriculum):
     @property
     def finished(self) -> bool:
         """Whether the last stage is over."""
-        return any(result.stage >= self.max_segments and self.passed(result) for result in self.results)
+        return any(result.stage >= self.max_segments and self._goes_on(result) for result in self.results)
 
-    def passed(self, result: StageResult) -> bool:
+    @property
+    def stuck(self) -> bool:
+        return any(result.stage == self.num_segments and not self._goes_on(result) for result in self.results)
+
+    def _goes_on(self, result: StageResult) -> bool:
         return result.converged or self.when_stuck == "continue"
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        data_of(trainer).lengths = self.lengths
+    def _passed(self, stage: int) -> bool:
+        return any(result.stage == stage and self._goes_on(result) for result in self.results)
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Go on at once if a run that had reached its last stage is resumed with a later one, or end with fewer."""
-        stage = data_of(trainer).num_segments = min(data_of(trainer).num_segments, self.max_segments)
-        within_lessons = data_of(trainer).lesson not in (None, data_of(trainer).lessons)
-        passed = any(result.stage == stage and self.passed(result) for result in self.results)
-        self._resumed_between_stages = passed and not within_lessons and stage < self.max_segments
-        # Loader workers start before on_train_start; by then the length must be right.
-        data_of(trainer).num_segments += self._resumed_between_stages
-        if not self.lessons:
-            data_of(trainer).lesson = None
-        elif self._resumed_between_stages or (data_of(trainer).lesson is None and not self.history):
-            self._begin_lessons(trainer)
+    @property
+    def _within_lessons(self) -> bool:
+        return self.lesson is not None and self.lesson < lessons_of(self.placement, self.num_segments)
 
-    def _begin_lessons(self, trainer: L.Trainer) -> None:
-        data_of(trainer).lesson = 1 if self.lessons and data_of(trainer).lessons else None
+    @property
+    def milestones(self) -> list[str]:
+        return [f"stage-{result.stage}" for result in self.results if self._goes_on(result)]
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._clock = time.perf_counter()
-        if self._resumed_between_stages:
-            self._begin_stage(first_step=trainer.global_step)
-            trainer.strategy.setup_optimizers(trainer)
+    def training_keys(self, data: FactDataModule, batch: int) -> list[Key]:
+        num_segments = draw_length(data.placement.seed, batch, self.num_segments, self.lengths)
+        easier, text_length = draw_form(data.placement, self.num_segments, self.lesson, batch)
+        return [Key(num_segments, number, easier=easier, text_length=text_length) for number in data.numbers(batch)]
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def validation_keys(self, data: FactDataModule) -> Iterator[list[Key]]:
+        easier, text_length = form_of(data.placement, self.num_segments, self.lesson)
+        for num_segments, samples in validated(self.num_segments, self.lengths, data.validation_samples):
+            for numbers in data.validation_batches(samples):
+                yield [Key(num_segments, number, easier=easier, text_length=text_length) for number in numbers]
+
+    def optimization(self, default: WarmupDecay) -> tuple[WarmupDecay, int]:
+        return default, self.num_segments
+
+    def start(self, batch: FactBatch, model: SegmentModel[Any], random: torch.Generator) -> Start:
+        # Time counts from the first step, also of a run that has been resumed.
+        self._clock = self._clock or time.perf_counter()
+        return super().start(batch, model, random)
+
+    def step(self, start: Start, outcome: Outcome, model: SegmentModel[Any], random: torch.Generator) -> None:
         self._count_time()
 
     def _count_time(self) -> None:
         now = time.perf_counter()
-        self.seconds += now - self._clock
+        self.seconds += now - (self._clock or now)
         self._clock = now
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        pl_module.log("stage", float(data_of(trainer).num_segments))
-        if self.lessons:
-            # 0 where validation is on the task itself.
-            lesson, last = data_of(trainer).lesson, data_of(trainer).lessons
-            pl_module.log("lesson", float(0 if lesson in (None, last) else lesson))
+    def logged(self) -> dict[str, float]:
+        # 0 where validation is on the task itself.
+        lesson = float(self.lesson or 0) if self._within_lessons else 0.0
+        return {"stage": float(self.num_segments)} | ({"lesson": lesson} if self.lessons else {})
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.finished:
-            return
+    def validate(self, step: int, metrics: Mapping[str, Tensor], total: Callable[[Tensor], Tensor]) -> Verdict:
         self._count_time()
-        accuracy = float(trainer.callback_metrics["val/accuracy"])
-        stage = data_of(trainer).num_segments
-        steps = trainer.global_step - self.first_step
-        converged = self._converged(accuracy, stage)
-        lesson, lessons = data_of(trainer).lesson, data_of(trainer).lessons
-        name = f"stage {stage}, lesson {lesson}" if lesson else f"stage {stage}"
-        if lesson in (None, lessons):
-            self.history.append((trainer.global_step, stage, accuracy))
+        accuracy, stage, steps = float(metrics["val/accuracy"]), self.num_segments, step - self.schedule_step
+        converged = self._converged(accuracy)
+        name = f"stage {stage}, lesson {self.lesson}" if self.lesson else f"stage {stage}"
+        if not self._within_lessons:
+            self.history.append((step, stage, accuracy))
         log.info("%s: step %d, accuracy %.4f on %d segments", name, steps, accuracy, stage)
         if not converged and steps < at_stage(self.steps, stage):
-            return
-        if lesson:
+            return "go on"
+        if self.lesson:
             log.info("%s %s after %d steps", name, "converged" if converged else "did not converge", steps)
-            if lesson < lessons and (converged or self.when_stuck == "continue"):
-                data_of(trainer).lesson = lesson + 1
+            if self._within_lessons and (converged or self.when_stuck == "continue"):
+                self.lesson += 1
                 self.lesson_steps += steps
-                self._begin_schedule(first_step=trainer.global_step)
-                trainer.strategy.setup_optimizers(trainer)
-                return
-        # A stage that was stuck and has been resumed has a result already, which this one replaces.
-        result = StageResult(stage, self.lesson_steps + steps, self.seconds, accuracy, converged)
-        self.results = [*(earlier for earlier in self.results if earlier.stage != stage), result]
+                self._begin_schedule(step)
+                return "restart"
+        return self._end_stage(StageResult(stage, self.lesson_steps + steps, self.seconds, accuracy, converged), step)
+
+    def _end_stage(self, result: StageResult, step: int) -> Verdict:
+        self.results = [*self.results, result]
         log.info(
-            "stage %d %s after %d steps and %.1f s with accuracy %.4f",
-            stage, "converged" if converged else "did not converge", result.steps, self.seconds, accuracy,
+            "stage %d %s after %d steps and %.1f s with accuracy %.4f", result.stage,
+            "converged" if result.converged else "did not converge", result.steps, self.seconds, result.accuracy,
         )  # fmt: skip
-        if self.passed(result):
-            data_of(trainer).lesson = None
-        if stage >= self.max_segments or not self.passed(result):
-            trainer.should_stop = True
-            return
-        data_of(trainer).num_segments = stage + 1
-        self._begin_lessons(trainer)
-        self._begin_stage(first_step=trainer.global_step)
-        trainer.strategy.setup_optimizers(trainer)
+        if self._goes_on(result):
+            self.lesson = None
+        if result.stage >= self.max_segments or not self._goes_on(result):
+            return "end"
+        self.begin(step)
+        return "restart"
 
-    def progress(self, trainer: L.Trainer) -> tuple[str, int, int]:
-        stage, metrics = data_of(trainer).num_segments, trainer.callback_metrics
-        segments = stage if self.lengths == "exact" else f"1–{stage}"
+    def progress(self, step: int, metrics: Mapping[str, Tensor]) -> Progress:
+        stage = self.num_segments
+        segments = stage if self.lengths == "exact" or stage == 1 else f"1–{stage}"
         accuracy = f"{float(metrics['val/accuracy']):.3f}" if "val/accuracy" in metrics else "–"
-        lesson = f" · lesson {data_of(trainer).lesson}/{data_of(trainer).lessons}" if data_of(trainer).lesson else ""
-        shown = f"stage {stage}/{self.max_segments}{lesson} · {segments} segments · accuracy {accuracy}"
-        return shown, trainer.global_step - self.first_step, at_stage(self.steps, stage)
+        lesson = f" · lesson {self.lesson}/{lessons_of(self.placement, stage)}" if self.lesson else ""
+        told = f"stage {stage}/{self.max_segments}{lesson} · {segments} segments · accuracy {accuracy}"
+        return Progress(told, step - self.schedule_step, at_stage(self.steps, stage))
 
-    def _converged(self, accuracy: float, stage: int) -> bool:
-        self.successes = self.successes + 1 if accuracy >= at_stage(self.threshold, stage) else 0
+    def _converged(self, accuracy: float) -> bool:
+        self.successes = self.successes + 1 if accuracy >= at_stage(self.threshold, self.num_segments) else 0
         self.since_best = 0 if accuracy > self.best else self.since_best + 1
         self.best = max(self.best, accuracy)
         on_plateau = self.patience is not None and self.since_best >= self.patience
         return self.successes >= self.validations or on_plateau
 
-    def state_dict(self) -> dict[str, Any]:
-        names = ("history", "first_step", "lesson_steps", "seconds", "successes", "best", "since_best")
-        return {name: getattr(self, name) for name in names} | {"results": [asdict(result) for result in self.results]}
+    def rows(self) -> list[dict[str, Any]]:
+        return [asdict(result) for result in self.results]
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for name, value in state_dict.items():
-            setattr(self, name, value)
-        self.results = [StageResult(**result) for result in state_dict["results"]]
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _SAVED} | {"results": self.rows()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in _SAVED:
+            setattr(self, name, state[name])
+        self.results = [StageResult(**result) for result in state["results"]]
+        # A run may be resumed to end sooner, or without lessons.
+        self.num_segments = min(self.num_segments, self.max_segments)
+        self.lesson = self.lesson if self.lessons else None
+
+
+_SAVED = (
+    "first_step", "num_segments", "lesson", "history", "schedule_step", "lesson_steps", "seconds", "successes", "best",
+    "since_best",
+)  # fmt: skip
+
+
+def draw_length(seed: int, batch: int, longest: int, lengths: Lengths = "uniform") -> int:
+    """The number of segments of training batch number `batch`: the same on all ranks."""
+    if lengths == "exact":
+        return longest
+    rng = np.random.Generator(np.random.Philox(key=[seed, 2**32], counter=[0, 0, 0, batch]))
+    return int(rng.integers(1, longest + 1))
+
+
+def validated(longest: int, lengths: Lengths, samples: int) -> Iterator[tuple[int, int]]:
+    """Which lengths a validation asks at, and how often: an eighth as often at those that are shorter."""
+    for num_segments in range(1 if lengths == "uniform" else longest, longest + 1):
+        yield num_segments, samples if num_segments == longest else -(-samples // 8)

@@ -1,26 +1,31 @@
 """A phase after the curriculum that makes memory hold: training on memories far older than any input.
 
-Shapes: B batch, T segments, S text tokens of a segment, P memories in the pool.
+Shapes: B batch, T segments, S text tokens of a segment, P memories in the pool, L segments of the longest inputs, Q
+questions about a sample, A tokens of the longest answer.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, NamedTuple
 
 import lightning as L
 import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.tasks.datamodule import data_of
-from rmt_lightning.training.classification import FactClassifier
+from rmt_lightning.core.run_folder import HOLD
+from rmt_lightning.core.statistics import LossRate
+from rmt_lightning.models import state as tree
+from rmt_lightning.models.segment_model import SegmentModel
+from rmt_lightning.tasks.datamodule import FactBatch, FactDataModule, FactDataset
+from rmt_lightning.tasks.placement import Key
 from rmt_lightning.training.optimization import WarmupDecay
-from rmt_lightning.training.phases.curriculum import Curriculum, SegmentCurriculum
+from rmt_lightning.training.phases.curriculum import draw_length, validated
+from rmt_lightning.training.phases.phase import Outcome, Phase, Progress, Start, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -46,23 +51,53 @@ class Losses:
     missed: int
 
 
+class Memories(NamedTuple):
+    """Memories on their way, and what is known of them.
+
+    Attributes:
+        state: a tree of (B, …).
+        waits: (B,) for how many of the last segments of their stories they wait.
+        story: (B, L, S) all that their samples tell, from the first fact on, its end at the end; -1 is noise.
+        gap: (B,) segments from the last fact to the question.
+        questions: (B, Q, S) the question that ends the story, and all others.
+        answers: (B, Q, A) to them.
+    """
+
+    state: Any
+    waits: Tensor
+    story: Tensor
+    gap: Tensor
+    questions: Tensor
+    answers: Tensor
+
+
+class Plan(NamedTuple):
+    """What is to become of the samples of a batch; fields as in `Memories` and `FactBatch`.
+
+    Attributes:
+        late: (B,) bool, whether an old memory is told facts that it does not know yet.
+    """
+
+    story: Tensor
+    gap: Tensor
+    questions: Tensor
+    answers: Tensor
+    first_told: Tensor
+    border: Tensor
+    late: Tensor
+
+
 class Pool:
-    """Memories on their way, each with whatever else is known of it. Places are kept; age -1 marks a free one.
+    """Places for memories, or other trees of (P, …), with their ages in segments; age -1 marks a free place.
 
     Args:
         size: P.
-        like: what is to be kept, for some batch: a tree of tensors (B, …).
+        like: what is to be kept, for some batch.
     """
 
     def __init__(self, size: int, like: Any) -> None:
-        self.content = tree_map(lambda part: part.detach().new_zeros(size, *part.shape[1:]), like)
-        self.age = torch.full((size,), -1, device=tree_leaves(like)[0].device)
-
-    @classmethod
-    def restored(cls, content: Any, age: Tensor) -> Pool:
-        pool = cls(0, content)
-        pool.content, pool.age = content, age
-        return pool
+        self.content = tree.empty(like, size)
+        self.age = torch.full((size,), -1, device=tree.leaves(like)[0].device)
 
     def draw(self, count: int, random: torch.Generator, among: Tensor | bool = True) -> Tensor:
         """The places of at most `count` memories, of all or `among` some (P,)."""
@@ -71,21 +106,35 @@ class Pool:
         return order[wanted[order]][:count]
 
     def take(self, places: Tensor) -> Any:
-        return tree_map(lambda part: part[places], self.content)
+        return tree.take(self.content, places)
 
     def put_back(self, places: Tensor, content: Any, age: Tensor, kept: Tensor) -> None:
         """Give places what is in them now, or free those that are not kept."""
-        tree_map(lambda part, new: part.__setitem__(places, new.to(part)), self.content, content)
+        tree.put(self.content, places, content)
         self.age[places] = torch.where(kept, age, -1)
 
     def admit(self, content: Any, age: Tensor, wanted: Tensor) -> None:
         """Let in what is wanted, as far as there is room."""
         free = torch.nonzero(self.age < 0).flatten()
         rows = torch.nonzero(wanted).flatten()[: len(free)]
-        self.put_back(free[: len(rows)], tree_map(lambda part: part[rows], content), age[rows], wanted[rows])
+        self.put_back(free[: len(rows)], tree.take(content, rows), age[rows], wanted[rows])
+
+    def to(self, device: torch.device) -> None:
+        self.age, self.content = self.age.to(device), tree.map(lambda part: part.to(device), self.content)
+
+    def tensors(self) -> list[Tensor]:
+        return [self.age, *tree.leaves(self.content)]
+
+    def load(self, tensors: list[Tensor]) -> None:
+        """Take in what another pool has held, as far as there is room; nothing if it was of another kind."""
+        own = self.tensors()
+        if [part.shape[1:] for part in tensors] != [part.shape[1:] for part in own]:
+            return
+        for here, saved in zip(own, tensors, strict=True):
+            here[: len(saved)] = saved[: len(here)]
 
 
-class StatePassing(Curriculum):
+class StatePassing(Phase):
     """Carries memories over from step to step, so that they grow old at the price of short inputs.
 
     ```
@@ -106,7 +155,6 @@ class StatePassing(Curriculum):
     answer and telling the others again is what is added here.
 
     Args:
-        curriculum: what comes before.
         steps: optimizer steps of the phase.
         lr: highest learning rate; it rises over the first 20 steps and falls linearly to 0.
         weight_decay: of all weights.
@@ -120,12 +168,15 @@ class StatePassing(Curriculum):
             looks like a fact: "the kitchen cabinet", "I walked to the door".
 
     Raises:
-        UserError: if the curriculum ends with one segment, which leaves nothing to carry.
+        UserError: by `prepare`, if there is no memory to carry, or nowhere to carry it.
     """
+
+    name = "state_passing"
+    title = "State passing"
+    table = HOLD
 
     def __init__(
         self,
-        curriculum: SegmentCurriculum,
         steps: Annotated[int, Ge(1)],
         lr: Annotated[float, Gt(0)],
         weight_decay: Annotated[float, Ge(0)] = 1e-3,
@@ -135,247 +186,245 @@ class StatePassing(Curriculum):
         jitter: Annotated[float, Ge(0)] = 0.0,
         fragments: Annotated[float, Ge(0)] = 1.0,
     ) -> None:
-        super().__init__()
-        if curriculum.max_segments < 2:
-            raise UserError("curriculum.max_segments=1: leaves no memory to carry; give 2 or more, or leave out hold=")
-        self.curriculum = curriculum
         self.steps = steps
-        self.optimization = WarmupDecay(steps, lr, weight_decay, warmup=min(1.0, 20 / steps))
+        self.own = WarmupDecay(steps, lr, weight_decay, warmup=min(1.0, 20 / steps))
         self.share = share
         self.size = pool
         self.youth = youth
         self.jitter = jitter
         self.fragments = fragments
-        self.first_step: int | None = None
         self.history: list[Losses] = []
         self.counts = dict.fromkeys(_COUNTS, 0)
 
+    def prepare(self, module: L.LightningModule, data: FactDataModule, before: Phase | None) -> None:
+        model = getattr(module, "model", None)
+        if not isinstance(data, FactDataModule) or not isinstance(model, SegmentModel):
+            raise UserError("hold=state_passing: asks questions, which running text has not; leave it out")
+        if not any(leaf.numel() for leaf in tree.leaves(model.initial_state(1))):
+            raise UserError("hold=state_passing: this model has no memory to hold; leave it out")
+        if data.batch_size < 2:
+            raise UserError(
+                f"data.batch_size={data.batch_size}: hold=state_passing shares a batch between old memories and new "
+                "ones; give 2 or more"
+            )
+        self.num_segments = before.longest if before else 1
+        if self.num_segments < 2:
+            raise UserError("curriculum.max_segments=1: leaves no memory to carry; give 2 or more, or leave out hold=")
+        self.carried = min(data.batch_size - 1, max(1, round(self.share * data.batch_size)))
+        sample, state = FactDataset(data.placement, "train")[Key(1, 0)], model.initial_state(1)
+        batch = FactBatch(*(part[None].to(tree.leaves(state)[0].device) for part in sample))
+        # (C, A)
+        self.answers = torch.stack(
+            [torch.from_numpy(data.placement.answer_ids(a)) for a in data.placement.task.answers]
+        )
+        self.like = self._memories(self._plan(batch), state, waits=batch.border)
+        self._empty_pools()
+
+    def _empty_pools(self) -> None:
+        self.old = Pool(self.size, self.like)
+        # Those of nothing are much alike; fewer of them grow older.
+        self.blank = Pool(max(1, self.size // 8), self.like.state)
+
+    def begin(self, step: int) -> None:
+        super().begin(step)
+        # The pools of an earlier phase are those of shorter inputs.
+        self._empty_pools()
+        log.info("%s: %d samples of each batch go on with old memories", self.title, self.carried)
+
+    def training_keys(self, data: FactDataModule, batch: int) -> list[Key]:
+        num_segments = draw_length(data.placement.seed, batch, self.num_segments)
+        fresh, noise = data.numbers(batch)[: -self.carried], data.numbers(batch)[-self.carried :]
+        return [
+            *(Key(num_segments, number) for number in fresh),
+            *(Key(num_segments, number, facts=False, fragments=self.fragments) for number in noise),
+        ]
+
+    def validation_keys(self, data: FactDataModule) -> Iterator[list[Key]]:
+        for num_segments, samples in validated(self.num_segments, "uniform", data.validation_samples):
+            for numbers in data.validation_batches(samples):
+                yield [Key(num_segments, number) for number in numbers]
+
+    def optimization(self, default: WarmupDecay) -> tuple[WarmupDecay, int]:
+        return self.own, 1
+
     @property
     def finished(self) -> bool:
-        if not self.curriculum.finished or self.first_step is None or not self.history:
+        if self.first_step is None or not self.history:
             return False
         return self.history[-1].step - self.first_step >= self.steps
 
-    def progress(self, trainer: L.Trainer) -> tuple[str, int, int]:
-        if self.first_step is None:
-            return self.curriculum.progress(trainer)
-        rate = f"{self.history[-1].lost} lost in {self.history[-1].segments:,} segments" if self.history else "–"
-        return f"holding · {rate}", trainer.global_step - self.first_step, self.steps
-
-    # The phase begins when the curriculum ends, or when a run that has ended is resumed with it.
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        data_of(trainer).fragments = self.fragments
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not self.curriculum.finished:
-            # A run that was held has been resumed with more stages, and is held again behind them.
-            self.first_step, data_of(trainer).carried = None, 0
-            self._begins_now = False
-            return
-        self._begins_now = self.first_step is None
-        if self._begins_now:
-            self._begin(trainer)
-        else:
-            # What Lightning is about to restore belongs to the optimizer of this phase.
-            self._restart_optimization(trainer)
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._begins_now:
-            # Only now has Lightning restored the number of steps.
-            self.first_step = trainer.global_step
-            self._restart_optimization(trainer)
-
-    def _begin(self, trainer: L.Trainer) -> None:
-        data = data_of(trainer)
-        self.first_step = trainer.global_step
-        if hasattr(self, "old"):
-            # The pools of an earlier phase are those of shorter inputs.
-            del self.old, self.blank
-        data.lengths = "uniform"
-        data.carried = min(data.batch_size - 1, max(1, round(self.share * data.batch_size)))
-        log.info("holding: %d of %d samples of a batch go on with old memories", data.carried, data.batch_size)
-
-    def _restart_optimization(self, trainer: L.Trainer) -> None:
-        cast(FactClassifier, trainer.lightning_module).optimization = self.optimization
-        trainer.strategy.setup_optimizers(trainer)
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not self.curriculum.finished:
-            return
-        if self.first_step is None:
-            trainer.should_stop = False
-            self._begin(trainer)
-            self._restart_optimization(trainer)
-            return
-        counts = torch.tensor(list(self.counts.values()), device=pl_module.device)
-        summed = dict(zip(_COUNTS, trainer.strategy.reduce(counts, reduce_op="sum").tolist(), strict=True))
+    def validate(self, step: int, metrics: Mapping[str, Tensor], total: Callable[[Tensor], Tensor]) -> Verdict:
+        counts = dict(zip(_COUNTS, total(torch.tensor(list(self.counts.values()))).tolist(), strict=True))
         ages = self.old.age[self.old.age >= 0].float()
-        losses = Losses(step=trainer.global_step, age=float(ages.mean()) if len(ages) else 0.0, **summed)
+        losses = Losses(step=step, age=float(ages.mean()) if len(ages) else 0.0, **counts)
         self.history.append(losses)
         self.counts = dict.fromkeys(_COUNTS, 0)
         log.info(
-            "holding: step %d of %d, lost %d memories in %d segments, missed %d of %d late facts, mean age %.0f",
-            losses.step - self.first_step, self.steps, losses.lost, losses.segments, losses.missed, losses.told,
-            losses.age,
+            "%s: step %d of %d, lost %d memories in %d segments, missed %d of %d late facts, mean age %.0f",
+            self.title, step - (self.first_step or 0), self.steps, losses.lost, losses.segments, losses.missed,
+            losses.told, losses.age,
         )  # fmt: skip
-        trainer.should_stop = self.finished
+        return "end" if self.finished else "go on"
+
+    def progress(self, step: int, metrics: Mapping[str, Tensor]) -> Progress:
+        rate = f"{self.history[-1].lost} lost in {self.history[-1].segments:,} segments" if self.history else "–"
+        return Progress(f"{self.title} · {rate}", step - (self.first_step or 0), self.steps)
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [asdict(losses) | LossRate(losses.lost, losses.segments).row() for losses in self.history]
 
     # Rows of a batch: blank, fresh, carried, and the noise that finds no memory while the pool is filling.
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: dict[str, Tensor], batch_idx: int
-    ) -> None:
+    def start(self, batch: FactBatch, model: SegmentModel[Any], random: torch.Generator) -> Start:
         """Give old memories to the batch, and ask the questions of those that know a fact."""
-        carried = data_of(trainer).carried
-        if not carried:
-            return
-        classifier = cast(FactClassifier, pl_module)
-        samples, num_segments, _ = batch["input_ids"].shape
-        initial = classifier.model.initial_state(samples)
-        batch["story"] = _ending(batch["told"], batch["first_told"], self.curriculum.max_segments)
-        batch["gap"] = num_segments - 1 - batch["last_told"]
-        batch["late"] = torch.zeros_like(batch["border"], dtype=torch.bool)
-        if not hasattr(self, "old"):
-            self.old = Pool(self.size, _memories(batch, initial, _length(batch["story"])))
-            # Those of nothing are much alike; fewer of them grow older.
-            self.blank = Pool(max(1, self.size // 8), initial)
-        self._random = torch.Generator().manual_seed(_mix(classifier.seed, trainer.global_step, trainer.global_rank))
-        first = samples - carried
-        self._drawn_blank = self.blank.draw(first // 2, self._random)
-        self._drawn_old = self._draw_old(carried, num_segments)
-        rows = slice(first, first + len(self._drawn_old))
+        self.old.to(batch.input_ids.device)
+        self.blank.to(batch.input_ids.device)
+        samples, num_segments, _ = batch.input_ids.shape
+        first = samples - self.carried
+        self._drawn_blank = self.blank.draw(first // 2, random)
+        self._drawn_old = self._draw_old(num_segments, random)
+        asked, noise = slice(first, first + len(self._drawn_old)), slice(first + len(self._drawn_old), None)
         old = self.old.take(self._drawn_old)
-        self._tell(_rows(batch, rows), old)
-        batch["state"] = tree_map(
+        told, plan_of_old = self._tell(batch.input_ids[asked], old, random)
+        plan = self._plan(batch)
+        self._planned = tree.concat([tree.take(plan, slice(first)), plan_of_old, tree.take(plan, noise)])
+        state = tree.map(
             lambda new, blank, memory: torch.cat(
-                [self._disturbed(blank), new[len(blank) : first], self._disturbed(memory), new[rows.stop :]]
+                [self._disturbed(blank, random), new[len(blank) : first], self._disturbed(memory, random), new[noise]]
             ),
-            initial, self.blank.take(self._drawn_blank), old["state"],
+            model.initial_state(samples), self.blank.take(self._drawn_blank), old.state,
         )  # fmt: skip
+        batch = batch._replace(
+            input_ids=torch.cat([batch.input_ids[:first], told, batch.input_ids[noise]]),
+            questions=self._planned.questions,
+            answers=self._planned.answers,
+        )
+        return Start(batch, state)
 
-    def _draw_old(self, count: int, num_segments: int) -> Tensor:
+    def _plan(self, batch: FactBatch) -> Plan:
+        """What would become of the samples without old memories."""
+        return Plan(
+            story=_ending(batch.told, batch.first_told, self.num_segments),
+            gap=batch.input_ids.shape[1] - 1 - batch.last_told,
+            questions=batch.questions,
+            answers=batch.answers,
+            first_told=batch.first_told,
+            border=batch.border,
+            late=torch.zeros_like(batch.border, dtype=torch.bool),
+        )
+
+    @staticmethod
+    def _memories(plan: Plan, state: Any, waits: Tensor) -> Memories:
+        return Memories(state, waits, plan.story, plan.gap, plan.questions, plan.answers)
+
+    def _draw_old(self, num_segments: int, random: torch.Generator) -> Tensor:
         """The places of memories this batch is long enough for; at least half know all facts, if there are as many."""
-        waits, gap = self.old.content["waits"], self.old.content["gap"]
+        waits, gap = self.old.content.waits, self.old.content.gap
         ready = waits <= num_segments
-        whole = self.old.draw(count // 2, self._random, among=ready & (waits <= gap))
+        whole = self.old.draw(self.carried // 2, random, among=ready & (waits <= gap))
         ready[whole] = False
-        return torch.cat([whole, self.old.draw(count - len(whole), self._random, among=ready)])
+        return torch.cat([whole, self.old.draw(self.carried - len(whole), random, among=ready)])
 
-    def _tell(self, batch: dict[str, Tensor], old: dict[str, Any]) -> None:
-        """Write what old memories wait for over the ends of some rows, and choose before which segment to keep them.
+    def _tell(self, ids: Tensor, old: Memories, random: torch.Generator) -> tuple[Tensor, Plan]:
+        """Write what old memories wait for over the ends of noise (B, T, S), and choose where to keep them from.
 
         That is where they begin to wait; or the question, of which they need to know nothing else: always for those who
         know nothing, and nine times in ten for those who know some facts.
         """
-        num_segments = batch["input_ids"].shape[1]
-        self._ask_anything(old)
-        for name in _STORY:
-            batch[name].copy_(old[name])
-        begin = num_segments - old["waits"]
-        told = _ending(old["story"][:, -num_segments:], begin, num_segments)
-        batch["input_ids"].copy_(torch.where(told >= 0, told, batch["input_ids"]))
-        batch["late"].copy_(old["gap"] < old["waits"])
-        knows_nothing = old["waits"] == _length(old["story"])
-        chosen = torch.rand(len(begin), generator=self._random).to(begin.device) < 0.9
-        goes_on = (knows_nothing | chosen) & (old["gap"] > 0)
-        batch["border"].copy_(torch.where(goes_on, num_segments - 1, begin))
-        batch["first_told"].copy_(torch.where(knows_nothing, begin, 0))
+        num_segments = ids.shape[1]
+        self._ask_anything(old, random)
+        begin = num_segments - old.waits
+        told = _ending(old.story[:, -num_segments:], begin, num_segments)
+        knows_nothing = old.waits == _length(old.story)
+        chosen = torch.rand(len(begin), generator=random).to(begin.device) < 0.9
+        goes_on = (knows_nothing | chosen) & (old.gap > 0)
+        plan = Plan(
+            old.story, old.gap, old.questions, old.answers,
+            first_told=torch.where(knows_nothing, begin, 0),
+            border=torch.where(goes_on, num_segments - 1, begin),
+            late=old.gap < old.waits,
+        )  # fmt: skip
+        return torch.where(told >= 0, told, ids), plan
 
-    def _ask_anything(self, old: dict[str, Any]) -> None:
+    @staticmethod
+    def _ask_anything(old: Memories, random: torch.Generator) -> None:
         """Put some question about the same facts at the end of stories that tell nothing else there, and first in line.
 
         A memory that was always asked the same would not have to hold the rest.
         """
-        rows = torch.nonzero(old["gap"] > 0).flatten()
-        chosen = torch.randint(old["answers"].shape[1], (len(rows),), generator=self._random).to(rows.device)
-        for of_all in (old["questions"], old["answers"]):
+        rows = torch.nonzero(old.gap > 0).flatten()
+        chosen = torch.randint(old.answers.shape[1], (len(rows),), generator=random).to(rows.device)
+        for of_all in (old.questions, old.answers):
             of_all[rows, chosen], of_all[rows, 0] = of_all[rows, 0], of_all[rows, chosen]
-        old["story"][rows, -1] = old["questions"][rows, 0]
-        old["label"][rows] = old["answers"][rows, 0]
+        old.story[rows, -1] = old.questions[rows, 0]
 
-    def _disturbed(self, memories: Tensor) -> Tensor:
+    def _disturbed(self, memories: Tensor, random: torch.Generator) -> Tensor:
         if not self.jitter or not memories.is_floating_point():
             return memories
-        return memories + self.jitter * torch.randn(memories.shape, generator=self._random).to(memories)
+        return memories + self.jitter * torch.randn(memories.shape, generator=random).to(memories)
 
-    @torch.no_grad()
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Tensor], batch_idx: int
-    ) -> None:
+    def step(self, start: Start, outcome: Outcome, model: SegmentModel[Any], random: torch.Generator) -> None:
         """Put back the memories whose answers were right, tell the others again, and take in new ones."""
-        carried = data_of(trainer).carried
-        if not carried:
-            return
-        samples, num_segments, _ = batch["input_ids"].shape
-        first, num_blank, num_old = samples - carried, len(self._drawn_blank), len(self._drawn_old)
-        right, early, border, states = outputs["right"], batch["first_told"], batch["border"], outputs["states"]
+        samples, num_segments, _ = start.batch.input_ids.shape
+        first, num_blank, num_old = samples - self.carried, len(self._drawn_blank), len(self._drawn_old)
+        plan, right, states = self._planned, outcome.right, outcome.states
+        early, border = plan.first_told, plan.border
 
         # Memories of facts, as they were before the segment with what they wait for. What was lost is told again. A
         # story whose last fact stands beside the question is told once and dropped: no memory lies between the two.
-        initial = cast(FactClassifier, pl_module).model.initial_state(samples)
-        alone = batch["gap"] > 0
+        alone = plan.gap > 0
         again = ~right & alone
-        state = tree_map(partial(_where, again), initial, _before(border, states))
-        waits = torch.where(again, _length(batch["story"]), num_segments - border)
-        memories = _memories(batch, state, waits)
+        state = tree.where(again, model.initial_state(samples), tree.at(states, border))
+        waits = torch.where(again, _length(plan.story), num_segments - border)
+        memories = self._memories(plan, state, waits)
         old = slice(first, first + num_old)
         age = border - early
         age[old] += self.old.age[self._drawn_old]
-        kept = alone & ~self._retired(age, border)
+        kept = alone & ~self._retired(age, border, random)
         age = age.masked_fill(again, 0)
-        self.old.put_back(self._drawn_old, _rows(memories, old), age[old], kept[old])
-        self.old.admit(_rows(memories, slice(first)), age[:first], ((right | again) & (border > 0))[:first])
+        self.old.put_back(self._drawn_old, tree.take(memories, old), age[old], kept[old])
+        admitted = ((right | again) & (border > 0))[:first]
+        self.old.admit(tree.take(memories, slice(first)), age[:first], admitted)
 
         # Memories of nothing, as they were before the segment with the first fact.
-        nothing = _before(early, states)
+        nothing = tree.at(states, early)
         blank, fresh = slice(num_blank), slice(num_blank, first)
         age = self.blank.age[self._drawn_blank] + early[blank]
-        kept = right[blank] & ~self._retired(age, early[blank])
-        self.blank.put_back(self._drawn_blank, _rows(nothing, blank), age, kept)
-        self.blank.admit(_rows(nothing, fresh), early[fresh], (right & (early > 0))[fresh])
+        kept = right[blank] & ~self._retired(age, early[blank], random)
+        self.blank.put_back(self._drawn_blank, tree.take(nothing, blank), age, kept)
+        self.blank.admit(tree.take(nothing, fresh), early[fresh], (right & (early > 0))[fresh])
 
-        late = batch["late"][old]
+        late = plan.late[old]
         self.counts["segments"] += num_segments * int((~late).sum())
         self.counts["lost"] += int((~late & ~right[old]).sum())
         self.counts["told"] += num_blank + int(late.sum())
         self.counts["missed"] += int((~right[blank]).sum()) + int((late & ~right[old]).sum())
 
-    def _retired(self, age: Tensor, segments: Tensor) -> Tensor:
+    def _retired(self, age: Tensor, segments: Tensor, random: torch.Generator) -> Tensor:
         """Which memories, that have come to some age by reading some more segments, make room now."""
-        return torch.rand(len(age), generator=self._random).to(age.device) < segments / (age + self.youth)
-
-    # Checkpoints hold the pools of all ranks, so that a resumed run goes on as an uninterrupted one does.
-
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        if hasattr(self, "old"):
-            checkpoint["memories"] = tree_map(
-                lambda part: trainer.strategy.all_gather(part).view(trainer.world_size, *part.shape).cpu(),
-                [(pool.content, pool.age) for pool in (self.old, self.blank)],
-            )
-
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        if "memories" in checkpoint:
-            own = tree_map(
-                lambda parts: parts[trainer.global_rank % len(parts)].to(pl_module.device), checkpoint["memories"]
-            )
-            old, blank = (Pool.restored(content, age) for content, age in own)
-            # Pools from before all questions were kept fill anew.
-            if "questions" in old.content:
-                self.old, self.blank = old, blank
+        return torch.rand(len(age), generator=random).to(age.device) < segments / (age + self.youth)
 
     def state_dict(self) -> dict[str, Any]:
         history = [asdict(losses) for losses in self.history]
         return {"first_step": self.first_step, "counts": self.counts, "history": history}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.first_step, self.counts = state_dict["first_step"], state_dict["counts"]
-        self.history = [Losses(**losses) for losses in state_dict["history"]]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.first_step, self.counts = state["first_step"], state["counts"]
+        self.history = [Losses(**losses) for losses in state["history"]]
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.old.tensors(), *self.blank.tensors()]
+
+    def load_tensors(self, tensors: list[Tensor]) -> None:
+        old = len(self.old.tensors())
+        if (number := tensors[old - 1]).dim() == 2:
+            # Version 0.1 kept the number of an answer among those of the task.
+            texts = self.answers.to(number.device)[number]
+            tensors[old - 1] = texts.masked_fill(number[:, :, None] < 0, -1)
+        self.old.load(tensors[:old])
+        self.blank.load(tensors[old:])
 
 
-# What the pool knows of a memory beside its state: all that its sample tells, from the first fact on (longest, S); how
-# many segments the question stands behind the last fact; the answer; and all questions (Q, S) with their answers (Q,).
-_STORY = ("story", "gap", "label", "questions", "answers")
 _COUNTS = ("segments", "lost", "told", "missed")
 
 
@@ -390,27 +439,3 @@ def _ending(told: Tensor, border: Tensor, longest: int) -> Tensor:
 def _length(story: Tensor) -> Tensor:
     """How many segments (B,) each story (B, longest, S) takes."""
     return story.shape[1] - (story >= 0).any(dim=2).int().argmax(dim=1)
-
-
-def _memories(batch: dict[str, Tensor], state: Any, waits: Tensor) -> dict[str, Any]:
-    """What the pool keeps of a batch; memories wait for as many of the last segments of their stories (B,)."""
-    return {"state": state, "waits": waits} | {name: batch[name] for name in _STORY}
-
-
-def _before(segment: Tensor, states: list[Any]) -> Any:
-    """The state before some segment (B,) of each row."""
-    rows = torch.arange(len(segment), device=segment.device)
-    return tree_map(lambda *parts: torch.stack(parts)[segment, rows], *states)
-
-
-def _where(condition: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    """Rows of `one` (B, …) where the condition (B,) holds, else those of `other`."""
-    return torch.where(condition.view(-1, *[1] * (one.dim() - 1)), one, other.to(one))
-
-
-def _rows(tree: Any, rows: slice) -> Any:
-    return tree_map(lambda part: part[rows], tree)
-
-
-def _mix(seed: int, step: int, rank: int) -> int:
-    return (seed * 1_000_003 + step) * 1_009 + rank

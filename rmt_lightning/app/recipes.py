@@ -1,0 +1,191 @@
+"""The two kinds of runs, told apart here alone: questions about facts, and running text.
+
+A recipe is what a run is made of, and what is done with it at the end.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import lightning as L
+from hydra.utils import get_class, get_object, instantiate
+from omegaconf import DictConfig
+from rich import get_console
+from rich.progress import track
+from rich.table import Table
+
+from rmt_lightning.analysis.extrapolation import LengthTest, evaluate_length
+from rmt_lightning.analysis.perplexity import DocumentTest, evaluate_documents, total
+from rmt_lightning.app.build import build_answering, build_foundation
+from rmt_lightning.app.results import draw_attention, length_table
+from rmt_lightning.app.schema import CONF
+from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.files import write_csv
+from rmt_lightning.core.run_folder import EVALUATION
+from rmt_lightning.models.segment_model import SegmentModel
+from rmt_lightning.reporting import figures
+from rmt_lightning.tasks.datamodule import FactDataModule, ShortEpochs
+from rmt_lightning.tasks.language import DocumentDataModule, LanguageModeling, RunningText
+from rmt_lightning.tasks.noise import SPLITS
+from rmt_lightning.tasks.placement import Placement
+from rmt_lightning.training.answering import FactModule
+from rmt_lightning.training.language_modeling import LanguageModeler
+from rmt_lightning.training.module import SegmentModule
+from rmt_lightning.training.phases.curriculum import SegmentCurriculum
+from rmt_lightning.training.phases.fixed_steps import FixedSteps
+from rmt_lightning.training.phases.phase import Phase, Phases
+
+Kind = TypeVar("Kind", bound=Phase)
+
+
+class Recipe(ABC):
+    """What a run is made of.
+
+    Attributes:
+        NEEDS: of which kind the choices of some groups must be.
+        phases: what it goes through.
+        data: where its samples come from.
+        module: what is trained.
+    """
+
+    NEEDS: ClassVar[dict[str, type]]
+    phases: Phases
+    data: ShortEpochs
+    module: SegmentModule
+
+    @abstractmethod
+    def __init__(self, config: DictConfig, run: Path | None, trained: bool) -> None:
+        """Build it; arguments as of `build_foundation`."""
+
+    @property
+    def model(self) -> SegmentModel[Any]:
+        return self.module.model
+
+    @abstractmethod
+    def test(self, folder: Path, trainer: L.Trainer) -> None:
+        """Test what has been trained, show what came of it, and write that into the run folder."""
+
+    def draw(self, folder: Path, trainer: L.Trainer) -> None:
+        """Draw what else there is to be seen of what has been trained."""
+
+    def phase(self, kind: type[Kind]) -> Kind:
+        """The first phase of a kind."""
+        return next(phase for phase in self.phases if isinstance(phase, kind))
+
+
+class FactRecipe(Recipe):
+    """Questions about facts, at growing lengths."""
+
+    NEEDS: ClassVar = {"data": FactDataModule, "curriculum": SegmentCurriculum, "test": LengthTest}
+    data: FactDataModule
+    module: FactModule
+
+    def __init__(self, config: DictConfig, run: Path | None, trained: bool) -> None:
+        self.phases = _phases(config)
+        placement, self.module = build_answering(config, run, trained, phases=self.phases)
+        self.data = instantiate(config.data, placement=placement, keys=self.phases)
+        self.lengths: LengthTest = instantiate(config.test, _convert_="all")
+        self.model.fitting("curriculum.max_segments", [config.curriculum.max_segments])
+        self.model.fitting("test.segments", self.lengths.segments)
+        _check_noise(placement, config.curriculum.max_segments)
+
+    def test(self, folder: Path, trainer: L.Trainer) -> None:
+        device, console = trainer.strategy.root_device, get_console()
+        self.module.to(device).eval()
+        batch_size = 2 * self.data.batch_size
+        fitting = self.model.fitting("test.segments", self.lengths.segments)
+        shown = track(fitting, "testing", transient=True, console=console, disable=not console.is_terminal)
+        with trainer.precision_plugin.forward_context():
+            lengths = [
+                evaluate_length(self.module, self.data.placement, n, self.lengths.samples, batch_size, device)
+                for n in shown
+            ]
+        console.print(length_table(lengths, self.lengths.segments, self.model))
+        write_csv(folder / EVALUATION, [{"segments": result.segments, **result.row()} for result in lengths])
+        task, curriculum = self.data.placement.task, self.phase(SegmentCurriculum)
+        figure = figures.curriculum(
+            curriculum.history, lengths, curriculum.num_segments, 1 / len(task.answers), f"task={task.name}"
+        )
+        figure.savefig(folder / "curriculum.png", dpi=150)
+
+    def draw(self, folder: Path, trainer: L.Trainer) -> None:
+        draw_attention(self.data.placement, self.module, trainer.strategy.root_device, folder)
+
+
+class TextRecipe(Recipe):
+    """Running text, for a number of steps."""
+
+    NEEDS: ClassVar = {"data": DocumentDataModule, "curriculum": FixedSteps, "test": DocumentTest}
+    data: DocumentDataModule
+    module: LanguageModeler
+
+    def __init__(self, config: DictConfig, run: Path | None, trained: bool) -> None:
+        self.phases = _phases(config)
+        base = build_foundation(config, run, trained)
+        texts = {
+            split: RunningText(base.corpora[split], base.tokenizer, base.model.text_length, config.seed)
+            for split in SPLITS
+        }
+        self.data = instantiate(config.data, texts=texts, keys=self.phases)
+        metrics = instantiate(config.metrics, _convert_="all")
+        self.module = LanguageModeler(base.model, self.phases, metrics)
+        self.documents: DocumentTest = instantiate(config.test, _convert_="all")
+
+    def test(self, folder: Path, trainer: L.Trainer) -> None:
+        device = trainer.strategy.root_device
+        self.module.to(device).eval()
+        with trainer.precision_plugin.forward_context():
+            scores = evaluate_documents(self.module.nats, self.data, "test", self.documents.documents, device)
+        together = total(scores)
+        write_csv(folder / "documents.csv", [{"document": number, **score.row()} for number, score in scores.items()])
+        write_csv(folder / EVALUATION, [{"documents": len(scores), **together.row()}])
+        table = Table("documents", "tokens", "perplexity", "bits per byte", title="Test", title_justify="left")
+        shown = (f"{together.tokens:,}", f"{together.perplexity:.2f}", f"{together.bits_per_byte:.4f}")
+        table.add_row(str(len(scores)), *shown)
+        get_console().print(table)
+        history = self.phase(FixedSteps).history
+        figures.perplexity(history, together.perplexity, type(self.model).__name__).savefig(
+            folder / "perplexity.png", dpi=150
+        )
+
+
+def build_recipe(config: DictConfig, run: Path | None = None, trained: bool = False) -> Recipe:
+    """Build what a training run needs, by its task; arguments as of `build_foundation`.
+
+    Raises:
+        UserError: if something cannot be built, choices do not go together, or there is too little text.
+    """
+    task = get_class(config.task._target_)
+    recipe = TextRecipe if issubclass(task, LanguageModeling) else FactRecipe
+    for group, kind in recipe.NEEDS.items():
+        given = get_class(config[group]._target_)
+        if not issubclass(given, kind):
+            raise UserError(
+                f"{group}: a {given.__name__} does not go with task={getattr(task, 'name', task.__name__)}, which "
+                f"needs a {kind.__name__}; leave out {group}=…"
+            )
+    return recipe(config, run, trained)
+
+
+def _phases(config: DictConfig) -> Phases:
+    """The phases of a run, in the order of its config: whatever is a `Phase` there."""
+    phases = []
+    for name, part in config.items():
+        kind = get_object(part._target_) if isinstance(part, DictConfig) and "_target_" in part else None
+        if isinstance(kind, type) and issubclass(kind, Phase):
+            phases.append(instantiate(part, _convert_="all"))
+        elif isinstance(part, DictConfig) and not (CONF / str(name)).is_dir():
+            raise UserError(f"{name!s}: is no part of a run; give a choice that conf/ has, or a phase of your own")
+    return Phases(phases, instantiate(config.optim, _convert_="all"), config.seed)
+
+
+def _check_noise(placement: Placement, max_segments: int) -> None:
+    needed = max_segments * placement.text_length
+    for split, corpus in placement.corpora.items():
+        if len(corpus.tokens) < needed:
+            raise UserError(
+                f"noise: has {len(corpus.tokens)} tokens for {split}, fewer than the {needed} of one sample of "
+                f"{max_segments} segments; give more text or lower curriculum.max_segments"
+            )

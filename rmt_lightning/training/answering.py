@@ -1,0 +1,176 @@
+"""The fact tasks: one answer after the last segment. A linear head chooses it.
+
+Shapes: B batch, T segments, S text tokens of a segment, C answers, A tokens of the longest answer, Q questions about a
+sample.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+
+from rmt_lightning.core.errors import UserError
+from rmt_lightning.models import state as tree
+from rmt_lightning.models.segment_model import Reading, SegmentModel
+from rmt_lightning.tasks.datamodule import FactBatch
+from rmt_lightning.tasks.noise import token_ids
+from rmt_lightning.training.module import SegmentModule
+from rmt_lightning.training.phases.phase import Outcome, Phases
+
+
+class Verdict(NamedTuple):
+    """How the end of some inputs has been answered.
+
+    Attributes:
+        loss: the mean over those that ask something.
+        scores: (B, C), the largest of which stands for what is answered.
+        right: (B,) bool.
+    """
+
+    loss: Tensor
+    scores: Tensor
+    right: Tensor
+
+
+class FactModule(SegmentModule, ABC):
+    """A recurrent model that learns to answer.
+
+    Args:
+        model: reads segments.
+        answers: the C texts that it may answer with, which are saved in checkpoints.
+        phases: what it is led through; None if it is not trained.
+        metrics: of validation; they may ask for right (B,), num_segments, distance (B,), preds (B, C), target (B,).
+        all_questions: whether a training sample is asked all that the task could ask about its facts, or one question.
+            Each more is one more reading of the last segment, and a gradient for facts that the first one leaves aside.
+
+    Raises:
+        UserError: if the model's bptt_depth is 0: one loss after the last segment teaches it nothing about memory; or
+            if the tokenizer cannot tell two answers apart.
+    """
+
+    DECISIVE = "accuracy"
+    OFFERED = ("right", "num_segments", "distance", "preds", "target")
+    answer_ids: Tensor
+
+    def __init__(
+        self,
+        model: SegmentModel[Any],
+        answers: Sequence[str],
+        phases: Phases | None = None,
+        metrics: Mapping[str, Metric] | None = None,
+        all_questions: bool = False,
+    ) -> None:
+        if model.bptt_depth == 0:
+            raise UserError("model.bptt_depth=0: memory would never learn; give 1 or more, or -1 for all segments")
+        super().__init__(model, phases, metrics or {})
+        self.answers = tuple(answers)
+        self.all_questions = all_questions
+        self.val_loss = MeanMetric()
+        assert model.tokenizer is not None
+        rows = [torch.tensor(row) for row in token_ids(model.tokenizer, list(answers))]
+        if len({tuple(row.tolist()) for row in rows}) < len(rows):
+            raise UserError("backbone: its tokenizer cannot tell two of the answers apart; choose another backbone")
+        # (C, A), with -1 after their ends, as the data has them.
+        self.register_buffer("answer_ids", nn.utils.rnn.pad_sequence(rows, True, -1), persistent=False)
+
+    def classes(self, answer: Tensor) -> Tensor:
+        """Which of the C answers each one is, (B, A) token ids -> (B,); -1 where nothing is asked."""
+        missing = self.answer_ids.shape[1] - answer.shape[1]
+        same = (nn.functional.pad(answer, (0, missing), value=-1)[:, None] == self.answer_ids).all(dim=2)
+        return torch.where(same.any(dim=1), same.int().argmax(dim=1), -1)
+
+    @abstractmethod
+    def forward(self, input_ids: Any, attention_mask: Tensor | None = None) -> Tensor:
+        """Scores (B, C or more), the largest of which stands for what is answered; takes whatever the model takes."""
+
+    @abstractmethod
+    def judge(self, end: Reading[Any], answer: Tensor) -> Verdict:
+        """How inputs, of which this is the end, are answered, if this is the answer (B, A); -1 asks nothing."""
+
+    def training_step(self, batch: FactBatch, batch_idx: int) -> dict[str, Any]:
+        """The loss, and the `Outcome` for the phase."""
+        start = self.phases.start(batch, self.model, self.global_rank)
+        batch = start.batch
+        state = self.model.initial_state(len(batch.answers)) if start.state is None else start.state
+        states = [state]
+        for reading in self.model.read(batch.input_ids, state=state):
+            states.append(reading.state)
+        verdict = self.judge(reading, batch.answer)
+        loss, others = verdict.loss, batch.questions.shape[1] - 1
+        if self.all_questions and others:
+            loss = (loss + others * self._loss_of_others(batch, reading, states[-2])) / (1 + others)
+        self.checked(loss)
+        self.log("train/loss", loss.detach())
+        return {"loss": loss, "outcome": Outcome(verdict.right, states[:-1])}
+
+    def _loss_of_others(self, batch: FactBatch, end: Reading[Any], state: Any) -> Tensor:
+        """The mean loss of all questions but the first, each written over the end of what was read last, after `state`.
+
+        Where one is shorter than the first, a word of that remains before it.
+        """
+        last = end.segment.input_ids[:, None]
+        questions, answers = batch.questions[:, 1:], batch.answers[:, 1:]
+        # Lessons have shorter segments, and full attention reads all of them as one.
+        questions = nn.functional.pad(questions, (last.shape[2] - questions.shape[2], 0), value=-1)
+        asked = torch.where(questions >= 0, questions, last).flatten(0, 1)
+        before = tree.repeat(state, questions.shape[1])
+        return self.judge(next(self.model.read(asked[:, None], state=before)), answers.flatten(0, 1)).loss
+
+    def on_train_batch_end(self, outputs: Any, batch: FactBatch, batch_idx: int) -> None:
+        samples, segments, _ = batch.input_ids.shape
+        self.log_speed(samples * segments * self.data.segment_length)
+
+    def validation_step(self, batch: FactBatch, batch_idx: int) -> None:
+        for reading in self.model.read(batch.input_ids):  # noqa: B007
+            pass
+        loss, scores, right = self.judge(reading, batch.answer)
+        self.val_loss.update(loss, weight=len(right))
+        self.metrics.update(
+            right=right,
+            num_segments=batch.input_ids.shape[1],
+            distance=batch.distance,
+            preds=scores,
+            target=self.classes(batch.answer),
+        )
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        self.log("val/loss", self.val_loss.compute())
+        self.val_loss.reset()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["answers"] = list(self.answers)
+
+
+class FactClassifier(FactModule):
+    """A linear head chooses the answer after the last segment. The arguments are those of `FactModule`."""
+
+    def __init__(
+        self,
+        model: SegmentModel[Any],
+        answers: Sequence[str],
+        phases: Phases | None = None,
+        metrics: Mapping[str, Metric] | None = None,
+        all_questions: bool = False,
+    ) -> None:
+        super().__init__(model, answers, phases, metrics, all_questions)
+        self.head = nn.Linear(model.width, len(answers))
+
+    def forward(self, input_ids: Any, attention_mask: Tensor | None = None) -> Tensor:
+        """Scores (B, C) of the answers; takes whatever the model takes."""
+        return self.score(self.model.encode(input_ids, attention_mask))
+
+    def score(self, summary: Tensor) -> Tensor:
+        """Scores (B, C) from what the model has read, (B, D)."""
+        scores: Tensor = self.head(summary.to(self.head.weight.dtype))
+        return scores
+
+    def judge(self, end: Reading[Any], answer: Tensor) -> Verdict:
+        scores, target = self.score(self.model.readout(end.hidden, end.segment)), self.classes(answer)
+        loss = nn.functional.cross_entropy(scores, target, ignore_index=-1)
+        return Verdict(loss, scores, scores.argmax(dim=1) == target)
