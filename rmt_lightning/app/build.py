@@ -29,7 +29,7 @@ from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.tasks.datamodule import FactDataModule
 from rmt_lightning.tasks.facts import Split, Task
 from rmt_lightning.tasks.language import DocumentDataModule, LanguageModeling, RunningText
-from rmt_lightning.tasks.noise import SPLITS, Corpus, Noise, tokenise
+from rmt_lightning.tasks.noise import SPLITS, Corpus, Noise, tokenize
 from rmt_lightning.tasks.placement import Key, Placement
 from rmt_lightning.training.callbacks.checkpoints import check_fits, read_checkpoint
 from rmt_lightning.training.classification import FactModule
@@ -126,14 +126,14 @@ def _build_text(config: DictConfig, run: Path | None, trained: bool) -> TextPart
 def _foundation(
     config: DictConfig, run: Path | None, trained: bool, sentences: Iterable[str] = ()
 ) -> tuple[PreTrainedTokenizerBase, SegmentModel[Any], dict[Split, Corpus]]:
-    """What every run stands on: a tokenizer, which may have to learn `sentences` too, a model and tokenised text."""
+    """What every run stands on: a tokenizer, which may have to learn `sentences` too, a model and tokenized text."""
     noise: Noise = instantiate(config.noise, _convert_="all")
     fresh: Backbone = instantiate(config.backbone, _convert_="all")
     earlier = Restored(run / TOKENIZER, run / BACKBONE) if run and (run / TOKENIZER).is_dir() else None
     text = chain(sentences, chain.from_iterable(noise.documents("train")))
     tokenizer = (earlier or fresh).tokenizer(text)
     model = _model(config.model, earlier if earlier and trained else fresh, tokenizer)
-    return tokenizer, model, tokenise(noise, tokenizer, config.cache_dir)
+    return tokenizer, model, tokenize(noise, tokenizer, config.cache_dir)
 
 
 def _check_choices(config: DictConfig, wanted: dict[str, type]) -> None:

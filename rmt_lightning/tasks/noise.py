@@ -1,4 +1,4 @@
-"""Where unrelated text comes from, and how it is kept: tokenised once, memory-mapped, split by document.
+"""Where unrelated text comes from, and how it is kept: tokenized once, memory-mapped, split by document.
 
 A noise source is any object with `documents(split)`, which yields documents as lists of sentences, and
 `fingerprint()`, which names their content. To add one, write such a class and one yaml in conf/noise/.
@@ -268,7 +268,7 @@ class Corpus:
         return len(self.document_starts) - 1
 
 
-def tokenise(noise: Noise, tokenizer: PreTrainedTokenizerBase, cache_dir: str | Path) -> dict[Split, Corpus]:
+def tokenize(noise: Noise, tokenizer: PreTrainedTokenizerBase, cache_dir: str | Path) -> dict[Split, Corpus]:
     """Tokenise all splits of `noise`, or open what an earlier run has left in `cache_dir`.
 
     The cache is keyed by the content of the noise and of the tokenizer. It appears under its name only when it is
@@ -284,7 +284,7 @@ def tokenise(noise: Noise, tokenizer: PreTrainedTokenizerBase, cache_dir: str | 
     folder = cache / key
     with FileLock(cache / f"{key}.lock"):
         if folder.is_dir() and not _is_intact(folder):
-            log.warning("%s is damaged; tokenising again", folder)
+            log.warning("%s is damaged; tokenizing again", folder)
             shutil.rmtree(folder)
         if not folder.is_dir():
             partial = Path(tempfile.mkdtemp(prefix=f"{key}-", dir=cache))
