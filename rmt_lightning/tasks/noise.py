@@ -31,7 +31,7 @@ from rmt_lightning.tasks.facts import Split
 log = logging.getLogger(__name__)
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
-# The space after a full stop, question or exclamation mark and perhaps a closing quote, before a capital or a quote;
+# The space after a period, question or exclamation mark and perhaps a closing quote, before a capital or a quote;
 # not after titles and initials.
 _SENTENCE_END = re.compile(
     r"(?:(?<=[.!?])|(?<=[.!?][\"'”’)]))(?<!\bMr\.)(?<!\bMrs\.)(?<!\bDr\.)(?<!\bSt\.)(?<!\b[A-Z]\.)"
@@ -245,7 +245,7 @@ def _datasets() -> Any:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokenised sentences of one split, as memory-mapped arrays.
+    """Tokenized sentences of one split, as memory-mapped arrays.
 
     Attributes:
         tokens: (N,) token ids of all documents, one after the other, without special tokens.
@@ -269,7 +269,7 @@ class Corpus:
 
 
 def tokenize(noise: Noise, tokenizer: PreTrainedTokenizerBase, cache_dir: str | Path) -> dict[Split, Corpus]:
-    """Tokenise all splits of `noise`, or open what an earlier run has left in `cache_dir`.
+    """Tokenize all splits of `noise`, or open what an earlier run has left in `cache_dir`.
 
     The cache is keyed by the content of the noise and of the tokenizer. It appears under its name only when it is
     complete, and several processes may ask for it at once: one builds, the others wait. Its checksums are compared each
@@ -392,7 +392,7 @@ class Reader:
         self._position = int(starts[np.searchsorted(starts, self._position)])
 
     def spans(self, length: int) -> list[slice]:
-        """Where in the corpus the next `length` tokens stand: one span unless a document ends. Moves on behind them."""
+        """Where in the corpus the next `length` tokens stand: one span unless a document ends. Moves on after them."""
         spans = []
         while length > 0:
             if self._position == self._end:
