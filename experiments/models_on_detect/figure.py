@@ -30,7 +30,7 @@ def models(rows: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set_xscale("log", base=2)
     axes.set_xticks(numbers, [str(number) for number in numbers], fontsize=8)
     axes.minorticks_off()
-    axes.set(xlabel="segments of the input (grey: trained on)", ylabel="test accuracy", ylim=(0, 1.05))
+    axes.set(xlabel="segments of the input (gray: trained on)", ylabel="test accuracy", ylim=(0, 1.05))
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", fontsize=8, frameon=False)
     return figure

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 # Accuracy of models trained on at most 7 segments, on 4,096: read off figure 1 of RMT-2023 (arXiv 2304.11062).
 PUBLISHED = {"detect": 0.96, "memorize": 0.905, "reasoning": 0.82}
 PUBLISHED_TOKENS = 4096 * 499
-# A colour for each task (Okabe and Ito 2008: told apart by the colour-blind, too).
+# A color for each task (Okabe and Ito 2008: told apart by the color-blind, too).
 TASK_COLORS = {"memorize": "#0072B2", "detect": "#E69F00", "reasoning": "#009E73", "carried": "#CC79A7"}
 CONTEXTS = {32_768: "32K", 65_536: "64K"}
 
