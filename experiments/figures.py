@@ -1,33 +1,18 @@
-"""Draws the figure of each experiment again from its results.csv: `make figures`."""
+"""Draws the figures of the experiments again from their csv files: `make figures`.
+
+Each folder has a figure.py, whose `figures(rows)` returns them by name; `rows("results")` reads results.csv beside it.
+"""
 
 from __future__ import annotations
 
-import csv
+import runpy
 from pathlib import Path
 
-from matplotlib.figure import Figure
+from rmt_lightning.core.files import read_csv
+from rmt_lightning.reporting.figures import save
 
-from rmt_lightning.analysis.attention import curve_from_rows
-from rmt_lightning.reporting import figures
-
-
-def rewriting(rows: list[dict[str, str]]) -> Figure:
-    return figures.rewriting(curve_from_rows(rows), "How much of the memory a segment rewrites (16 texts)")
-
-
-# A folder, and the function that makes a figure of the rows of its results.csv.
-FIGURES = {
-    "attention_cost": figures.cost,
-    "attention_of_memory": rewriting,
-    "attention_of_memory_reasoning": rewriting,
-    "flops": figures.flops,
-    "generalisation": figures.generalisation,
-    "language_modeling": figures.language_models,
-    "models_on_detect": figures.models,
-    "two_million_tokens": figures.extrapolation,
-}
-
-for name, draw in FIGURES.items():
-    folder = Path(__file__).parent / name
-    with (folder / "results.csv").open() as file:
-        figures.save(draw(list(csv.DictReader(file))), folder / "figure")
+for script in sorted(Path(__file__).parent.glob("*/figure.py")):
+    folder = script.parent
+    drawn = runpy.run_path(str(script))["figures"](lambda table, folder=folder: read_csv(folder / f"{table}.csv"))
+    for name, figure in drawn.items():
+        save(figure, folder / name)

@@ -17,7 +17,7 @@ from rmt_lightning.core.files import write_csv
 from rmt_lightning.models.rmt import RMTEncoder
 from rmt_lightning.models.tiny import TinyBert
 from rmt_lightning.tasks.facts import Carried, Detect, Reasoning, Split
-from rmt_lightning.tasks.noise import Corpus, Prose, tokenise
+from rmt_lightning.tasks.noise import Corpus, Prose, tokenize
 from rmt_lightning.tasks.placement import Placement
 
 # Two cores are shared by two test processes.
@@ -62,7 +62,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="session")
 def corpora(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> dict[Split, Corpus]:
-    return tokenise(Prose(20), tokenizer, tmp_path_factory.mktemp("cache"))
+    return tokenize(Prose(20), tokenizer, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture

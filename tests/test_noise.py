@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.tasks.facts import PEOPLE, PLACES, Split
-from rmt_lightning.tasks.noise import SPLITS, Corpus, Files, Hub, Prose, sentences, tokenise
+from rmt_lightning.tasks.noise import SPLITS, Corpus, Files, Hub, Prose, sentences, tokenize
 
 
 def test_prose_is_varied_and_never_names_the_people_or_places_of_the_tasks() -> None:
@@ -154,7 +154,7 @@ def test_lines_of_the_hub_become_articles(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_cache_is_memory_mapped_and_keyed_by_content(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    first = tokenise(Prose(10), tokenizer, tmp_path)
+    first = tokenize(Prose(10), tokenizer, tmp_path)
     assert isinstance(first["train"].tokens, np.memmap)
     assert first["train"].num_documents == 10 and first["test"].num_documents == 1
     assert first["train"].sentence_starts[-1] == len(first["train"].tokens)
@@ -162,20 +162,20 @@ def test_cache_is_memory_mapped_and_keyed_by_content(tokenizer: PreTrainedTokeni
     decoded = tokenizer.decode(first["train"].tokens[: first["train"].sentence_starts[60]])
     assert " ".join(decoded.split()) == text
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
-    tokenise(Prose(10), tokenizer, tmp_path)
+    tokenize(Prose(10), tokenizer, tmp_path)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")} == stamps
-    tokenise(Prose(10, seed=1), tokenizer, tmp_path)
+    tokenize(Prose(10, seed=1), tokenizer, tmp_path)
     assert len(list(tmp_path.rglob("*.npy"))) == 2 * len(stamps)
 
 
-@pytest.mark.fault("a tokenised text in the cache is damaged", "it is built again, and said so")
+@pytest.mark.fault("a tokenized text in the cache is damaged", "it is built again, and said so")
 @pytest.mark.parametrize("name", ["train/tokens.npy", "test/document_bytes.npy", "checksums.json"])
 def test_a_damaged_cache_is_built_again(
     name: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
     monkeypatch.setattr("rmt_lightning.tasks.noise.log.warning", lambda text, *values: said.append(text % values))
-    before = tokenise(Prose(10), tokenizer, tmp_path)["train"].tokens.tolist()
+    before = tokenize(Prose(10), tokenizer, tmp_path)["train"].tokens.tolist()
     assert said == []
     (path,) = tmp_path.rglob(name)
     content = bytearray(path.read_bytes())
@@ -184,17 +184,17 @@ def test_a_damaged_cache_is_built_again(
     for damage in (None, path.unlink, lambda: os.truncate(path, 40)):
         if damage:
             damage()
-        assert tokenise(Prose(10), tokenizer, tmp_path)["train"].tokens.tolist() == before
-        assert said == [f"{next((tmp_path / 'noise').glob('*/'))} is damaged; tokenising again"]
+        assert tokenize(Prose(10), tokenizer, tmp_path)["train"].tokens.tolist() == before
+        assert said == [f"{next((tmp_path / 'noise').glob('*/'))} is damaged; tokenizing again"]
         said.clear()
     assert len([path for path in (tmp_path / "noise").iterdir() if path.is_dir()]) == 1
 
 
-def test_a_changed_file_is_tokenised_anew(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_a_changed_file_is_tokenized_anew(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     path = write(tmp_path, "jsonl", stories(20))
-    before = tokenise(Files(str(path)), tokenizer, tmp_path / "cache")["train"].tokens[:8].tolist()
+    before = tokenize(Files(str(path)), tokenizer, tmp_path / "cache")["train"].tokens[:8].tolist()
     path.write_text(path.read_text().replace("Story", "Novel"))
-    assert tokenise(Files(str(path)), tokenizer, tmp_path / "cache")["train"].tokens[:8].tolist() != before
+    assert tokenize(Files(str(path)), tokenizer, tmp_path / "cache")["train"].tokens[:8].tolist() != before
 
 
 class Failing(Prose):
@@ -208,14 +208,14 @@ class Failing(Prose):
 
 def test_a_build_that_breaks_off_leaves_nothing(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space"):
-        tokenise(Failing(10), tokenizer, tmp_path)
+        tokenize(Failing(10), tokenizer, tmp_path)
     assert [path for path in (tmp_path / "noise").iterdir() if path.suffix != ".lock"] == []
-    assert isinstance(tokenise(Prose(10), tokenizer, tmp_path)["train"], Corpus)
+    assert isinstance(tokenize(Prose(10), tokenizer, tmp_path)["train"], Corpus)
 
 
 def _build(arguments: tuple[PreTrainedTokenizerBase, Path]) -> tuple[int, int]:
     tokenizer, cache = arguments
-    corpus = tokenise(Prose(60), tokenizer, cache)["train"]
+    corpus = tokenize(Prose(60), tokenizer, cache)["train"]
     return os.getpid(), int(corpus.tokens.sum())
 
 
@@ -229,7 +229,7 @@ def test_several_processes_build_one_cache(tokenizer: PreTrainedTokenizerBase, t
 def test_real_stories(shared_data: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     folder = shared_data / "squality"
     noise = Files(str(folder / "train.jsonl"), "document", str(folder / "dev.jsonl"))
-    corpora = tokenise(noise, tokenizer, tmp_path)
+    corpora = tokenize(noise, tokenizer, tmp_path)
     assert [corpora[split].num_documents for split in SPLITS] == [50, 13, 12]
     lengths = np.diff(corpora["train"].sentence_starts)
     assert 15 < lengths.mean() < 60

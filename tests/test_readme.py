@@ -6,9 +6,11 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -56,6 +58,14 @@ def test_make_targets(tmp_path: Path) -> None:
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
+def test_the_workflow_tests_every_python_that_is_promised() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    promised = [name.rsplit(" ", 1)[1] for name in project["classifiers"] if ":: Python :: 3." in name]
+    job = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())["jobs"]["test"]
+    assert job["strategy"]["matrix"]["python"] == promised
+    assert job["steps"][-1]["run"] == "make test"
+
+
 def test_the_group_table_lists_every_choice() -> None:
     table = {row[1]: row[0] for row in re.findall(r"^(\| `(\w+)=` .*)$", README, flags=re.MULTILINE)}
     groups = {folder.name: folder for folder in (ROOT / "conf").iterdir() if folder.is_dir()}
@@ -66,7 +76,7 @@ def test_the_group_table_lists_every_choice() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for page in ("README.md", "CONTRIBUTING.md"):
+    for page in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
         for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()):
             assert target.startswith("https://") or (ROOT / target).exists(), f"{page}: {target}"
 

@@ -1,4 +1,4 @@
-"""Train every variant on every text with every seed; then write results.csv, the figure and the table of the README.
+"""Train every variant on every text with every seed; then write results.csv and the table of the README.
 
     python experiments/language_modeling/run.py --stories squality --wikitext wikitext-2/train.txt --seeds 1 2 --jobs 2
 
@@ -20,7 +20,6 @@ from statistics import mean
 from typing import Any
 
 from rmt_lightning.core.files import write_atomically, write_csv
-from rmt_lightning.reporting import figures
 
 HERE = Path(__file__).parent
 TEXT_LENGTH, MEMORY = 32, 5
@@ -124,7 +123,6 @@ def main() -> None:
         if (folder / "seconds").exists()
     ]
     write_csv(HERE / "results.csv", rows)
-    figures.save(figures.language_models(rows), HERE / "figure")
     readme = HERE / "README.md"
     filled = re.sub(r"(?s)(<!-- table -->\n).*(<!-- end -->)", rf"\1\n{table(rows)}\n\n\2", readme.read_text())
     write_atomically(readme, filled.encode())

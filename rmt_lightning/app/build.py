@@ -25,7 +25,7 @@ from rmt_lightning.models.answerer import Answerer
 from rmt_lightning.models.backbone import Backbone, Restored, parts_for
 from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.tasks.facts import Split, Task
-from rmt_lightning.tasks.noise import SPLITS, Corpus, Noise, tokenise
+from rmt_lightning.tasks.noise import SPLITS, Corpus, Noise, tokenize
 from rmt_lightning.tasks.placement import Key, Placement
 from rmt_lightning.training.answering import FactModule
 from rmt_lightning.training.callbacks.checkpoints import check_fits, read_checkpoint
@@ -34,7 +34,7 @@ from rmt_lightning.training.phases.phase import Phases
 
 @dataclass(frozen=True)
 class Foundation:
-    """What every run stands on: a tokenizer, a model, and tokenised text."""
+    """What every run stands on: a tokenizer, a model, and tokenized text."""
 
     tokenizer: PreTrainedTokenizerBase
     model: SegmentModel[Any]
@@ -60,7 +60,7 @@ def build_foundation(config: DictConfig, run: Path | None, trained: bool, senten
     text = chain(sentences, chain.from_iterable(noise.documents("train")))
     tokenizer = (earlier or fresh).tokenizer(text)
     model = _model(config.model, earlier if earlier and trained else fresh, tokenizer)
-    return Foundation(tokenizer, model, tokenise(noise, tokenizer, config.cache_dir))
+    return Foundation(tokenizer, model, tokenize(noise, tokenizer, config.cache_dir))
 
 
 def _model(config: DictConfig, backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> SegmentModel[Any]:

@@ -185,7 +185,7 @@ def _known_settings(config: DictConfig, folder: Path) -> bool:
 
     texts = [OmegaConf.to_yaml(given, resolve=True) for given in (config, saved_config(folder))]
     for key, (wanted, there) in differences([yaml.safe_load(text) for text in texts]).items():
-        # Where metrics and tokenised noise go decides nothing.
+        # Where metrics and tokenized noise go decides nothing.
         if key.split(".")[0] not in ("logger", "cache_dir"):
             raise UserError(
                 f"{os.path.relpath(folder)}: holds a run with {key}={there}, not {wanted}; "

@@ -113,54 +113,6 @@ def flops(rows: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-# Accuracy of models trained on at most 7 segments, on 4,096: read off figure 1 of RMT-2023 (arXiv 2304.11062).
-PUBLISHED = {"detect": 0.96, "memorize": 0.905, "reasoning": 0.82}
-PUBLISHED_TOKENS = 4096 * 499
-# A colour for each task (Okabe and Ito 2008: told apart by the colour-blind, too).
-TASK_COLORS = {"memorize": "#0072B2", "detect": "#E69F00", "reasoning": "#009E73", "carried": "#CC79A7"}
-CONTEXTS = {32_768: "32K", 65_536: "64K"}
-
-
-def extrapolation(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Accuracy out to millions of tokens, and the memory it takes (RMT-2023, figure 1).
-
-    Args:
-        rows: of evaluation.csv of one or more runs, with a column `run` that names the run and one `task`.
-    """
-    figure = Figure(figsize=(9, 4.8), layout="constrained")
-    axes = figure.subplots()
-    memory_axes = axes.twinx()
-    for run in dict.fromkeys(row["run"] for row in rows):
-        own = sorted((row for row in rows if row["run"] == run), key=lambda row: int(row["text_tokens"]))
-        tokens = [int(row["text_tokens"]) for row in own]
-        accuracy, low, high, device, host = (
-            np.array([float(row[column]) for row in own])
-            for column in ("accuracy", "low", "high", "device_memory_mb", "host_memory_mb")
-        )
-        color = TASK_COLORS.get(own[0]["task"], "black")
-        axes.plot(tokens, accuracy, "o-", color=color, markersize=4, label=run)
-        axes.fill_between(tokens, low, high, color=color, alpha=0.15, linewidth=0)
-        memory_axes.plot(tokens, np.where(device > 0, device, host), ":", color=color, linewidth=1)
-    for task, published in PUBLISHED.items():
-        if task in {row["task"] for row in rows}:
-            axes.plot(
-                PUBLISHED_TOKENS, published, "*", color=TASK_COLORS[task], markersize=11, markeredgecolor="black",
-                markeredgewidth=0.5, label=f"{task}, published",
-            )  # fmt: skip
-    for length, name in CONTEXTS.items():
-        axes.axvline(length, color="0.8", linewidth=1, zorder=0)
-        axes.annotate(name, (length, 0.02), xytext=(3, 0), textcoords="offset points", fontsize=8, color="0.5")
-    axes.axhline(1 / 6, color=CHANCE, linestyle=":", linewidth=1)
-    axes.annotate("guessing", (1, 1 / 6), xycoords=("axes fraction", "data"), xytext=(-4, 3), ha="right",
-                  textcoords="offset points", fontsize=8, color="0.4")  # fmt: skip
-    axes.set(xscale="log", xlabel="tokens of text", ylabel="test accuracy (bands: 95% interval)", ylim=(0, 1.04))
-    memory_axes.set(ylabel="peak memory in MB (dotted)", ylim=(0, None))
-    axes.legend(loc="lower left", fontsize=9, frameon=False)
-    for part in (axes, memory_axes):
-        part.spines["top"].set_visible(False)
-    return figure
-
-
 def generalisation(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """How far each stage of a curriculum generalises (RMT-2023, figure 5).
 
@@ -226,33 +178,6 @@ def save(figure: Figure, path: Path) -> None:
         content = io.BytesIO()
         figure.savefig(content, format=kind, dpi=150, metadata=metadata)
         write_atomically(path.with_name(f"{path.name}.{kind}"), content.getvalue())
-
-
-def language_models(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Variants of a language model side by side, a dot in the colour of each seed and a line at their mean.
-
-    Args:
-        rows: text, variant, seed and perplexity of each run.
-    """
-    texts, variants, seeds = (
-        list(dict.fromkeys(row[column] for row in rows)) for column in ("text", "variant", "seed")
-    )
-    figure = Figure(figsize=(3 + 3.5 * len(texts), 0.8 + 0.36 * len(variants)), layout="constrained")
-    panels = figure.subplots(1, len(texts), squeeze=False)[0]
-    for axes, text in zip(panels, texts, strict=True):
-        for place, variant in enumerate(variants):
-            runs = [row for row in rows if (row["text"], row["variant"]) == (text, variant)]
-            values = [float(row["perplexity"]) for row in runs]
-            for row, value in zip(runs, values, strict=True):
-                colour, label = f"C{seeds.index(row['seed'])}", "_" if place else f"seed {row['seed']}"
-                axes.plot([value], [place], "o", color=colour, markersize=5, label=label)
-            axes.plot([sum(values) / len(values)], [place], "|", color="black", markersize=14)
-        axes.set(xlabel="test perplexity", title=text, yticks=range(len(variants)), ylim=(len(variants) - 0.5, -0.5))
-        axes.set_yticklabels(variants if axes.get_subplotspec().is_first_col() else [])
-        axes.grid(axis="y", color="0.93")
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside lower right", ncols=len(seeds), frameon=False)
-    return figure
 
 
 def sweep(sweep: Sweep) -> Figure:
@@ -337,59 +262,6 @@ def _sweep_slices(panels: Iterable[Axes], sweep: Sweep) -> None:
         if scale:
             axes.set_xscale(scale)
         axes.set(xlabel=axis, title=in_words(name) if sweep.of_accuracy else "")
-
-
-def models(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Accuracy against length, a line for each model; × marks where a model's positions end.
-
-    Args:
-        rows: model, trained_to (segments of its longest training inputs), segments and accuracy at each length that it
-            can read.
-    """
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.set_prop_cycle(color=[colormaps["tab20"](number) for number in (*range(0, 20, 2), *range(1, 20, 2))])
-    numbers = sorted({int(row["segments"]) for row in rows})
-    for name in dict.fromkeys(row["model"] for row in rows):
-        points = [(int(row["segments"]), float(row["accuracy"])) for row in rows if row["model"] == name]
-        (line,) = axes.plot(*zip(*points, strict=True), "o-", markersize=3, label=name)
-        if points[-1][0] < numbers[-1]:
-            axes.plot(*points[-1], "x", color=line.get_color(), markersize=10, markeredgewidth=2)
-    axes.axvspan(numbers[0], max(int(row["trained_to"]) for row in rows), color="0.93", zorder=0)
-    axes.axhline(1 / 6, color=CHANCE, linestyle=":", linewidth=1)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(numbers, [str(number) for number in numbers], fontsize=8)
-    axes.minorticks_off()
-    axes.set(xlabel="segments of the input (grey: trained on)", ylabel="test accuracy", ylim=(0, 1.05))
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right center", fontsize=8, frameon=False)
-    return figure
-
-
-def cost(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """What reading costs, against length.
-
-    Args:
-        rows: model, segments, seconds and megabytes of each measurement.
-    """
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    panels = figure.subplots(1, 2)
-    for name in dict.fromkeys(row["model"] for row in rows):
-        own = [row for row in rows if row["model"] == name]
-        segments = [int(row["segments"]) for row in own]
-        costs = [[float(row[column]) for row in own] for column in ("seconds", "megabytes")]
-        for axes, values in zip(panels, costs, strict=True):
-            axes.plot(segments, values, "o-", markersize=3.5, label=name)
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(segments, [str(number) for number in segments])
-            axes.set_yscale("log")
-            axes.minorticks_off()
-            axes.set_xlabel("segments of the input")
-            axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set(ylabel="seconds of one core", title="Time")
-    panels[1].set(ylabel="MB beyond program and weights", title="Peak memory")
-    panels[0].legend(fontsize=8, frameon=False)
-    return figure
 
 
 def attention(maps: Sequence[AttentionMap], title: str) -> Figure:

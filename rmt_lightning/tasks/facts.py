@@ -152,7 +152,7 @@ class Reasoning:
 
     def draw(self, rng: np.random.Generator, split: Split) -> Example:
         while True:
-            # How far the outer places stand behind the middle one in the list of places, less one; and whether they lie
+            # How far the outer places stand after the middle one in the list of places, less one; and whether they lie
             # north and south of it, or east and west. The middle place is drawn apart, which keeps the answers even.
             one, other, line = (int(rng.integers(size)) for size in (len(PLACES) - 1, len(PLACES) - 1, 2))
             # Two times in three the middle place comes last in a fact, as in the published rows.
@@ -161,7 +161,7 @@ class Reasoning:
             if one != other and held_out(one, other, line, swapped + 2 * first + 4 * second) == (split != "train"):
                 break
         middle = int(rng.integers(len(PLACES)))
-        left, right = ((middle + 1 + behind) % len(PLACES) for behind in (one, other))
+        left, right = ((middle + 1 + after) % len(PLACES) for after in (one, other))
         d = DIRECTIONS[2 * line]
         facts = [(middle, OPPOSITE[d], left) if first else (left, d, middle)]
         facts += [(middle, d, right) if second else (right, OPPOSITE[d], middle)]
@@ -225,7 +225,7 @@ class Carried:
     def easier(self) -> tuple[Carried, ...]:
         """What to begin with (see `SegmentCurriculum`): the second of the two steps, then both.
 
-        Which of two stories the question matches is learnt late, like a parity: as long as the model tells neither
+        Which of two stories the question matches is learned late, like a parity: as long as the model tells neither
         stories nor questions apart, learning one of them alone gains nothing. So the question is the same at first. The
         same is true of memory, and later stages begin with the last forms: who has the apple is worth remembering
         alone, and so is a story that is told to its end before the other begins.

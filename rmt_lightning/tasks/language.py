@@ -1,4 +1,4 @@
-"""Running text for language modelling: documents in order, segment by segment.
+"""Running text for language modeling: documents in order, segment by segment.
 
 Shapes: B rows, T segments, S text tokens of a segment.
 """
@@ -175,7 +175,7 @@ class DocumentDataModule(ShortEpochs):
         keys: which pieces of rows come next, and which documents are validated.
         segment_length: what the model sees of a segment, memory included.
         batch_size: B, rows side by side, on each device.
-        num_segments: T, segments of a training step; the next step reads on behind them.
+        num_segments: T, segments of a training step; the next step reads on after them.
         num_workers: processes that read; 0 reads in the main process.
         steps_per_epoch: training steps between two validations.
         validation_documents: how many documents a validation reads, at most.

@@ -1,4 +1,4 @@
-"""Where unrelated text comes from, and how it is kept: tokenised once, memory-mapped, split by document.
+"""Where unrelated text comes from, and how it is kept: tokenized once, memory-mapped, split by document.
 
 A noise source is any object with `documents(split)`, which yields documents as lists of sentences, and
 `fingerprint()`, which names their content. To add one, write such a class and one yaml in conf/noise/.
@@ -31,7 +31,7 @@ from rmt_lightning.tasks.facts import Split
 log = logging.getLogger(__name__)
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
-# The space after a full stop, question or exclamation mark and perhaps a closing quote, before a capital or a quote;
+# The space after a period, question or exclamation mark and perhaps a closing quote, before a capital or a quote;
 # not after titles and initials.
 _SENTENCE_END = re.compile(
     r"(?:(?<=[.!?])|(?<=[.!?][\"'”’)]))(?<!\bMr\.)(?<!\bMrs\.)(?<!\bDr\.)(?<!\bSt\.)(?<!\b[A-Z]\.)"
@@ -245,7 +245,7 @@ def _datasets() -> Any:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokenised sentences of one split, as memory-mapped arrays.
+    """Tokenized sentences of one split, as memory-mapped arrays.
 
     Attributes:
         tokens: (N,) token ids of all documents, one after the other, without special tokens.
@@ -268,8 +268,8 @@ class Corpus:
         return len(self.document_starts) - 1
 
 
-def tokenise(noise: Noise, tokenizer: PreTrainedTokenizerBase, cache_dir: str | Path) -> dict[Split, Corpus]:
-    """Tokenise all splits of `noise`, or open what an earlier run has left in `cache_dir`.
+def tokenize(noise: Noise, tokenizer: PreTrainedTokenizerBase, cache_dir: str | Path) -> dict[Split, Corpus]:
+    """Tokenize all splits of `noise`, or open what an earlier run has left in `cache_dir`.
 
     The cache is keyed by the content of the noise and of the tokenizer. It appears under its name only when it is
     complete, and several processes may ask for it at once: one builds, the others wait. Its checksums are compared each
@@ -284,7 +284,7 @@ def tokenise(noise: Noise, tokenizer: PreTrainedTokenizerBase, cache_dir: str | 
     folder = cache / key
     with FileLock(cache / f"{key}.lock"):
         if folder.is_dir() and not _is_intact(folder):
-            log.warning("%s is damaged; tokenising again", folder)
+            log.warning("%s is damaged; tokenizing again", folder)
             shutil.rmtree(folder)
         if not folder.is_dir():
             partial = Path(tempfile.mkdtemp(prefix=f"{key}-", dir=cache))
@@ -392,7 +392,7 @@ class Reader:
         self._position = int(starts[np.searchsorted(starts, self._position)])
 
     def spans(self, length: int) -> list[slice]:
-        """Where in the corpus the next `length` tokens stand: one span unless a document ends. Moves on behind them."""
+        """Where in the corpus the next `length` tokens stand: one span unless a document ends. Moves on after them."""
         spans = []
         while length > 0:
             if self._position == self._end:

@@ -48,7 +48,7 @@ class Key(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Neighbouring tokens of a segment that come from one sentence or from the noise.
+    """Neighboring tokens of a segment that come from one sentence or from the noise.
 
     Attributes:
         source: index of the fact, "noise" or "question".
