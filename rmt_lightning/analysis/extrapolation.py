@@ -51,11 +51,11 @@ class Proportion:
     @property
     def interval(self) -> tuple[float, float]:
         """95% Wilson score interval of the accuracy (Wilson 1927)."""
-        z, n, p = 1.959964, self.samples, self.accuracy
-        centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-        half = z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5 / (1 + z**2 / n)
-        # Rounding must not leave the accuracy outside of its interval.
-        return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
+        # Imported here, for it takes a second.
+        from scipy.stats import binomtest
+
+        low, high = binomtest(self.right, self.samples).proportion_ci(0.95, method="wilson")
+        return float(low), float(high)
 
     def row(self) -> dict[str, float]:
         """The columns of a csv file."""

@@ -39,13 +39,15 @@ class LossRate:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95% interval of the rate: Byar's approximation to the Poisson interval (Breslow and Day 1987, p. 69)."""
+        """95% interval of the rate: the exact one of a Poisson count (Garwood 1936)."""
         if not self.exposure:
             return math.nan, math.nan
-        z, n = 1.959964, self.lost
-        low = n * (1 - 1 / (9 * n) - z / (3 * n**0.5)) ** 3 if n else 0.0
-        high = (n + 1) * (1 - 1 / (9 * (n + 1)) + z / (3 * (n + 1) ** 0.5)) ** 3
-        return low / self.exposure, high / self.exposure
+        # Imported here, for it takes a second.
+        from scipy.stats import chi2
+
+        low = chi2.ppf(0.025, 2 * self.lost) / 2 if self.lost else 0.0
+        high = chi2.ppf(0.975, 2 * (self.lost + 1)) / 2
+        return float(low) / self.exposure, float(high) / self.exposure
 
     def row(self) -> dict[str, float]:
         """The columns of a csv file."""
