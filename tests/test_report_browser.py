@@ -16,7 +16,7 @@ from rmt_lightning.report import main
 from rmt_lightning.reporting.plots import COLOURS
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-PLOTS = ("timeline_steps", "timeline_seconds", "accuracy", "loss", "lengths", "speed")
+PLOTS = ("timeline_steps", "timeline_seconds", "val_accuracy", "loss", "lengths", "speed")
 EVIL = "<img src=x onerror=alert(1)> <b>bold"
 
 
@@ -118,7 +118,7 @@ def test_the_page(page: sync_api.Page) -> None:
 
 
 def test_pointing_and_hiding(page: sync_api.Page) -> None:
-    plot = page.locator("#accuracy")
+    plot = page.locator("#val_accuracy")
     plot.scroll_into_view_if_needed()
     on_phone = page.evaluate("matchMedia('(pointer: coarse)').matches")
     mark = plot.locator(".scatterlayer .trace").nth(1).locator(".points path").nth(2).bounding_box()
@@ -128,12 +128,12 @@ def test_pointing_and_hiding(page: sync_api.Page) -> None:
         page.touchscreen.tap(x, y)
     else:
         page.mouse.move(x, y)
-    page.wait_for_selector("#accuracy .hoverlayer .hovertext")
+    page.wait_for_selector("#val_accuracy .hoverlayer .hovertext")
     told = plot.locator(".hoverlayer").text_content() or ""
     assert "step 9, stage 2" in told and "validation accuracy" in told
 
     # Its buttons stay on this machine: none uploads the data.
-    titles = page.evaluate("[...document.querySelectorAll('#accuracy .modebar-btn')].map(b => b.dataset.title)")
+    titles = page.evaluate("[...document.querySelectorAll('#val_accuracy .modebar-btn')].map(b => b.dataset.title)")
     assert on_phone == (titles == [])
     assert not any(word in title for title in titles for word in ("Share", "cloud", "Edit", "Plotly"))
 
