@@ -1,6 +1,6 @@
 """Front door: `python -m rmt_lightning.report outputs/2026-01-31/12-00-00-detect outputs/2026-01-31/13-00-00-memorize`.
 
-Writes one HTML page that compares runs: summary, curriculum, curves, accuracy against length, attention maps, settings,
+Writes one HTML page that compares runs: summary, phases, curves, accuracy against length, attention maps, settings,
 hardware, speed and memory. It holds all it needs, so that it can be mailed and opened without a network. Of a sweep it
 also prints one table over all jobs, and writes sweep.csv (jobs), summary.csv (means over seeds) and a figure.
 """

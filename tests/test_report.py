@@ -211,7 +211,7 @@ def test_evaluations_are_told_apart(here: Path) -> None:
         folder.mkdir(parents=True)
         (folder / "evaluation.csv").write_text(f"{columns}64,2240,6,8,0.75,0.4,0.9,1000.5,512.4,0.0\n")
         settings = {"checkpoint": checkpoint, "task": config["task"], "noise": noise, "device": "cpu"}
-        (folder / "evaluation.json").write_text(json.dumps({"settings": settings}))
+        (folder / "evaluation.json").write_text(json.dumps({"settings": settings, "lengths": {}}))
     run = only(here / "good")
     assert [evaluation.label for evaluation in run.evaluations] == [
         "at the end of training",
@@ -586,7 +586,7 @@ def test_bad_outputs(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     (here / "folder.html").mkdir()
     assert fails(capsys, "good", output="folder.html").startswith("error: --output=folder.html: is not the name")
     assert "cannot be written: " in fails(capsys, "good", output="good/config.yaml/x.html")
-    assert fails(capsys, "--colour=red").startswith("error: ")
+    assert fails(capsys, "--color=red").startswith("error: ")
     # An older page survives a full disk, and is replaced as a whole otherwise.
     Path("old.html").write_text("old")
 
@@ -679,12 +679,12 @@ finally:
     assert "a folder that holds runs at any depth" in " ".join(result.stdout.split())
 
 
-def test_colours_are_legible_on_white_and_on_black() -> None:
+def test_colors_are_legible_on_white_and_on_black() -> None:
     """A contrast of at least 3 (WCAG 2.2, 1.4.11) for everything that is drawn, and 4.5 for text."""
     css = (Path(plots.__file__).parent / "report.html").read_text()
     light, dark = (dict(re.findall(r"--(\w+): (#\w+)", part)) for part in css.split("prefers-color-scheme: dark"))
     for theme in (light, dark):
-        assert all(contrast(colour, theme["paper"]) >= 3 for colour in plots.COLOURS)
+        assert all(contrast(color, theme["paper"]) >= 3 for color in plots.COLORS)
         for name in ("ink", "quiet", "good", "bad", "open"):
             assert contrast(theme[name], theme["paper"]) >= 4.5 and contrast(theme[name], theme["raised"]) >= 4.5
     styles = [plots.style(number) for number in range(20)]
@@ -692,8 +692,8 @@ def test_colours_are_legible_on_white_and_on_black() -> None:
 
 
 def contrast(one: str, other: str) -> float:
-    def luminance(colour: str) -> float:
-        full = colour if len(colour) == 7 else "#" + "".join(2 * digit for digit in colour[1:])
+    def luminance(color: str) -> float:
+        full = color if len(color) == 7 else "#" + "".join(2 * digit for digit in color[1:])
         red, green, blue = (int(full[place : place + 2], 16) / 255 for place in (1, 3, 5))
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (red, green, blue)]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

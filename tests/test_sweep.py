@@ -183,7 +183,7 @@ def test_figures(axes: dict[str, list[Any]], form: str, panels: int) -> None:
     sweep = grid(**axes)
     assert sweep.form == form
     figure = figures.sweep(sweep)
-    # A heat map has a panel for its colours, too.
+    # A heat map has a panel for its colors, too.
     assert len(figure.axes) - (form == "map") == panels
     figure.canvas.draw()
     assert [figure.axes[place].get_xlabel() for place in range(panels)] == [*axes][:panels]

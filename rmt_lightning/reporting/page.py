@@ -80,13 +80,6 @@ def _figures(runs: Sequence[Run]) -> dict[str, go.Figure]:
     }
 
 
-_SWEEP_CAPTIONS = {
-    "curves": "Lines: means over seeds, with 95% intervals; dots: seeds.",
-    "map": "Means over seeds, on the longest inputs.",
-    "slices": "A dot for each job.",
-}
-
-
 def _environment() -> Environment:
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     environment.filters |= {
@@ -101,7 +94,6 @@ def _environment() -> Environment:
         "data_uri": _data_uri,
     }
     environment.globals |= {
-        "captions": _SWEEP_CAPTIONS,
         "with_interval": with_interval,
         "typical_speed": lambda run: median(run.logged(SPEED)) if run.logged(SPEED) else None,
         "peak_memory": lambda run: [max(run.logged(name), default=None) for name in (HOST_MEMORY, DEVICE_MEMORY)],

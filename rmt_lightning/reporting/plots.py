@@ -1,6 +1,6 @@
 """Runs in, interactive plotly Figure out.
 
-Backgrounds are transparent, and the page colours text and lines, so that a figure is readable on white and on black.
+Backgrounds are transparent, and the page colors text and lines, so that a figure is readable on white and on black.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from plotly import graph_objects as go
 
 from rmt_lightning.reporting.runs import Evaluation, Point, Row, Run
 
-# Five colours that differ to colour-blind eyes too (least CIELAB distance 21 with protanopia or deuteranopia simulated
+# Five colors that differ to color-blind eyes too (least CIELAB distance 21 with protanopia or deuteranopia simulated
 # after Machado et al. 2009), each with a contrast of 3 or more on the page's white and on its black.
-COLOURS = ("#1e6ecc", "#d55e00", "#00966c", "#a4417f", "#2f9cc3")
+COLORS = ("#1e6ecc", "#d55e00", "#00966c", "#a4417f", "#2f9cc3")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "star")
 GLYPHS = "●■◆▲▼★"
 DASHES = ("solid", "dash", "dot", "dashdot")
 
-# Longer curves are drawn as means of neighbouring points.
+# Longer curves are drawn as means of neighboring points.
 POINTS = 1000
 
 _FAINT = "rgba(128, 134, 145, 0.22)"
@@ -48,9 +48,9 @@ _TEMPLATE = go.layout.Template(
 
 @dataclass(frozen=True)
 class Style:
-    """How a run looks in all plots and tables: two runs differ in colour, in symbol and glyph, or in dash."""
+    """How a run looks in all plots and tables: two runs differ in color, in symbol and glyph, or in dash."""
 
-    colour: str
+    color: str
     symbol: str
     glyph: str
     dash: str
@@ -58,9 +58,9 @@ class Style:
 
 def style(number: int) -> Style:
     """The style of the n-th run, counted from 0."""
-    turn, place = divmod(number, len(COLOURS))
+    turn, place = divmod(number, len(COLORS))
     symbol = (place + turn) % len(SYMBOLS)
-    return Style(COLOURS[place], SYMBOLS[symbol], GLYPHS[symbol], DASHES[turn % len(DASHES)])
+    return Style(COLORS[place], SYMBOLS[symbol], GLYPHS[symbol], DASHES[turn % len(DASHES)])
 
 
 def timeline(runs: Sequence[Run], of: Literal["steps", "seconds"]) -> go.Figure:
@@ -120,7 +120,7 @@ def _drawn(bars: list[_Bar], number: int, unit: str, scale: int) -> dict[str, An
         "textangle": 0,
         "textfont": {"color": "#fff"},
         "marker": {
-            "color": style(number).colour,
+            "color": style(number).color,
             "line": {"width": 1},
             "pattern": {
                 "shape": [bar.hatch for bar in bars],
@@ -156,7 +156,7 @@ def curve(runs: Sequence[Run], metric: str, axis: str, value: str, markers: bool
                 text=ends,
                 textposition="top center",
                 mode="lines+markers+text" if markers and len(points) <= 60 else "lines",
-                line={"width": 1.8, "color": style(number).colour, "dash": style(number).dash},
+                line={"width": 1.8, "color": style(number).color, "dash": style(number).dash},
                 marker={"size": 6, "symbol": style(number).symbol},
                 hovertemplate=f"step %{{x:,}}%{{customdata}}<br>{axis} %{{y:{value}}}",
             )
@@ -166,7 +166,7 @@ def curve(runs: Sequence[Run], metric: str, axis: str, value: str, markers: bool
 
 
 def _thinned(points: list[Point]) -> list[Point]:
-    """At most some `POINTS`, each the mean of its neighbours in the same stage or phase."""
+    """At most some `POINTS`, each the mean of its neighbors in the same stage or phase."""
     together = ceil(len(points) / POINTS)
     if together == 1:
         return points
@@ -221,7 +221,7 @@ def loss_rate(runs: Sequence[Run]) -> go.Figure:
                     "width": 3,
                 },
                 mode="lines+markers",
-                line={"width": 1.8, "color": style(number).colour, "dash": style(number).dash},
+                line={"width": 1.8, "color": style(number).color, "dash": style(number).dash},
                 marker={"size": 6, "symbol": style(number).symbol},
                 customdata=[[row["rate_low"], row["rate_high"]] for row in rows],
                 hovertemplate="step %{x:,}<br>%{y:.2%} a segment (%{customdata[0]:.2%} – %{customdata[1]:.2%})",
@@ -243,7 +243,7 @@ def retention(runs: Sequence[Run]) -> go.Figure:
                     y=[row["right"] / row["streams"] for row in test.followed],
                     customdata=[row["streams"] for row in test.followed],
                     mode="lines",
-                    line={"width": 1.8, "color": style(number).colour, "dash": DASHES[place % len(DASHES)]},
+                    line={"width": 1.8, "color": style(number).color, "dash": DASHES[place % len(DASHES)]},
                     hovertemplate=f"{_text(test.label)}<br>%{{y:.1%}} of %{{customdata:,}} after %{{x:,}} segments",
                 )
     figure.update_xaxes(title_text="segments read since", rangemode="tozero", tickformat=",")
@@ -285,8 +285,8 @@ def _by_length(runs: Sequence[Run], values: Callable[[Evaluation], dict[str, Any
                 opacity=1 if evaluation.own else 0.6,
                 x=segments,
                 mode="lines+markers",
-                line={"width": 1.8, "color": look.colour, "dash": DASHES[place % len(DASHES)]},
-                marker={"size": 10, "symbol": symbols, "line": {"width": 1.8, "color": look.colour}},
+                line={"width": 1.8, "color": look.color, "dash": DASHES[place % len(DASHES)]},
+                marker={"size": 10, "symbol": symbols, "line": {"width": 1.8, "color": look.color}},
                 **shown,
             )
     figure.update_xaxes(title_text="segments of the input", type="log", **_powers_of_two(lengths))

@@ -18,23 +18,13 @@ from pydantic import TypeAdapter
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.names import public_name
-from rmt_lightning.core.run_folder import (
-    CHECKPOINTS,
-    CONFIG,
-    EVALUATION,
-    HARDWARE,
-    HOLD,
-    LAST,
-    METRICS,
-    PHASES,
-    STAGES,
-)
+from rmt_lightning.core.run_folder import CHECKPOINTS, CONFIG, EVALUATION, HARDWARE, HOLD, LAST, METRICS, PHASES, STAGES
 from rmt_lightning.reporting.redaction import public, public_text
 
 Status = Literal["finished", "stopped at max_steps", "did not converge", "interrupted or running"]
 Row = dict[str, float]
 AT_THE_END = "at the end of training"
-Content = TypeVar("Content", dict[str, Any], list[Any])
+Content = TypeVar("Content")
 
 
 @dataclass(frozen=True)
@@ -227,7 +217,7 @@ def _find(places: Iterable[str]) -> tuple[list[Path], list[str]]:
 
 
 def matching(place: str) -> list[Path]:
-    """What there is at a path, or at all that a pattern stands for."""
+    """The path, or all paths that it stands for as a pattern."""
     return [Path(name) for name in ([place] if os.path.lexists(place) else sorted(glob.glob(place, recursive=True)))]
 
 
@@ -260,7 +250,7 @@ def _read_run(folder: Path) -> Run:
     config = _config(folder / CONFIG)
     problems: list[str] = []
     logged = _metrics(folder / METRICS, problems)
-    phases = _phases(folder / PHASES, problems)
+    phases = _json(folder / PHASES, list[Phase], problems) or []
     passed = _rows(folder / STAGES, problems, ("stage", "steps", "seconds", "accuracy", "converged"))
     stages = _stages(passed, logged[_titles(logged, phases) == ""], config)
     phases = phases or _phases_of_earlier_versions(config, stages, logged)
@@ -269,13 +259,13 @@ def _read_run(folder: Path) -> Run:
     return Run(
         name=folder.name,
         config=config,
-        phases=[replace(phase, rows=_cells(folder, phase.table, problems)) for phase in phases],
+        phases=[_with_rows(phase, folder, problems) for phase in phases],
         stages=stages,
         curves=_curves(logged, stages, phases),
         evaluations=list(_evaluations(folder, [] if of_text else tests, config, problems)),
         losses=_rows(folder / HOLD, problems, ("step", "rate", "rate_low", "rate_high")),
         text_score=tests[0] if of_text else None,
-        hardware=_hardware(folder / HARDWARE, problems),
+        hardware=public(_json(folder / HARDWARE, list[dict[str, Any]], problems) or []),
         attention=dict(_pictures(folder / "attention", problems)),
         problems=[public_text(problem.removeprefix(f"{folder}/")) for problem in dict.fromkeys(problems)],
     )
@@ -311,46 +301,44 @@ def _limit(config: dict[str, Any], part: str, name: str) -> float:
     return limit if isinstance(limit, int) else float("inf")
 
 
-def _table(path: Path, problems: list[str]) -> pd.DataFrame | None:
-    """The cells of a csv file as they stand; None without a file, or if it is no table."""
+def _table(path: Path, problems: list[str]) -> pd.DataFrame:
+    """The cells of a csv file as they stand; without a file, or if it is no table, there are none."""
     try:
         text = path.read_text()
         # Its last line is half written, or still being written, if it does not end.
         whole = text[: text.rfind("\n") + 1]
-        table = pd.read_csv(
-            StringIO(whole), dtype=str, keep_default_na=False, index_col=False, usecols=lambda name: True
-        )
+        # A row with more cells than there are columns loses those.
+        wanted: Any = {"dtype": str, "keep_default_na": False, "index_col": False, "usecols": lambda name: True}
+        table = pd.read_csv(StringIO(whole), **wanted)
     except FileNotFoundError:
-        return None
+        return pd.DataFrame()
     except (OSError, ValueError) as error:
         problems.append(f"{path}: {_reason(error)}")
-        return None
+        return pd.DataFrame()
     if whole != text:
         problems.append(f"{path}: is incomplete; {len(table)} rows could be read")
     return table
 
 
-def _cells(folder: Path, name: str | None, problems: list[str]) -> list[dict[str, str]]:
-    """The rows of a phase's csv file, whatever its columns are."""
-    # The name stands in a file that may come from anybody.
-    table = _table(folder / Path(name).name, problems) if name else None
-    return [] if table is None else [public(row) for row in table.to_dict("records")]
+def _with_rows(phase: Phase, folder: Path, problems: list[str]) -> Phase:
+    """A phase with the rows of its csv file, whatever its columns are, and nothing that a page must not tell."""
+    # The name of the file stands in another, which may come from anybody.
+    table = _table(folder / Path(phase.table).name, problems) if phase.table else pd.DataFrame()
+    return replace(phase, title=public_text(phase.title), rows=public(table.to_dict("records")))
 
 
 def _numbers(path: Path, problems: list[str], *choices: Sequence[str]) -> pd.DataFrame:
     """The rows of a csv file that hold a number in all columns of one of `choices`; no words, no infinities."""
     table = _table(path, problems)
-    if table is None:
-        return pd.DataFrame(columns=choices[0], dtype=float)
     needed = next((columns for columns in choices if columns[0] in table), choices[0])
     if missing := [name for name in needed if name not in table]:
-        problems.append(f"{path}: has no column {missing[0]}")
-        return pd.DataFrame(columns=choices[0], dtype=float)
+        if len(table.columns):
+            problems.append(f"{path}: has no column {missing[0]}")
+        return pd.DataFrame(columns=list(needed), dtype=float)
     # A loss that is no number has no place in a plot.
     numbers = table.replace({"True": "1", "False": "0"}).apply(pd.to_numeric, errors="coerce").astype(float)
-    numbers = numbers.replace([float("inf"), -float("inf")], float("nan"))
-    good = numbers.dropna(subset=list(needed))
-    if "segments" in needed:
+    good = numbers.replace([float("inf"), -float("inf")], float("nan")).dropna(subset=list(needed))
+    if "segments" in good:
         good = good[good["segments"] >= 1]
     if len(good) < len(table):
         problems.append(f"{path}: is incomplete; {len(good)} rows could be read")
@@ -365,22 +353,11 @@ def _rows(path: Path, problems: list[str], *choices: Sequence[str]) -> list[Row]
 def _metrics(folder: Path, problems: list[str]) -> pd.DataFrame:
     """All that was logged. Each start of a run writes a new file; what it repeats of an earlier one replaces it."""
     versions = sorted(folder.glob("version_*/metrics.csv"), key=lambda path: (len(path.parent.name), path.parent.name))
-    logs = [log for path in versions if len(log := _numbers(path, problems, ("step",)))]
-    begins = [log["step"].iloc[0] for log in logs]
-    kept = [log[log["step"] < min(begins[number + 1 :], default=float("inf"))] for number, log in enumerate(logs)]
-    return pd.concat(kept, ignore_index=True) if kept else pd.DataFrame({"step": []})
-
-
-def _phases(path: Path, problems: list[str]) -> list[Phase]:
-    """What a run says of its phases; nothing if it was begun before runs did."""
-    try:
-        phases = TypeAdapter(list[Phase]).validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as error:
-        problems.append(f"{path}: {_reason(error)}")
-        return []
-    return [replace(phase, title=public_text(phase.title)) for phase in phases]
+    logged = pd.DataFrame({"step": []}, dtype=float)
+    for path in versions:
+        if len(log := _numbers(path, problems, ("step",))):
+            logged = pd.concat([logged[logged["step"] < log["step"].iloc[0]], log], ignore_index=True)
+    return logged
 
 
 def _phases_of_earlier_versions(config: dict[str, Any], stages: list[Stage], logged: pd.DataFrame) -> list[Phase]:
@@ -533,12 +510,8 @@ def kind(part: Any) -> str:
 
 
 def _settings(path: Path, problems: list[str]) -> dict[str, Any]:
-    settings = public(_json(path, dict, problems).get("settings"))
+    settings = public((_json(path, dict[str, Any], problems) or {}).get("settings"))
     return {name: _renamed(part) for name, part in settings.items()} if isinstance(settings, dict) else {}
-
-
-def _hardware(path: Path, problems: list[str]) -> list[dict[str, Any]]:
-    return [start for start in public(_json(path, list, problems)) if isinstance(start, dict)]
 
 
 def _pictures(folder: Path, problems: list[str]) -> Iterator[tuple[str, bytes]]:
@@ -555,17 +528,15 @@ def _pictures(folder: Path, problems: list[str]) -> Iterator[tuple[str, bytes]]:
             problems.append(f"{path}: is no picture")
 
 
-def _json(path: Path, kind: type[Content], problems: list[str]) -> Content:
+def _json(path: Path, kind: type[Content], problems: list[str]) -> Content | None:
+    """What a json file holds; None without it, or if it is of another kind."""
     try:
-        content = json.loads(path.read_text())
-        if isinstance(content, kind):
-            return content
-        raise UserError("is not what a run writes")
+        return TypeAdapter(kind).validate_json(path.read_bytes())
     except FileNotFoundError:
-        pass
-    except (OSError, ValueError, RecursionError) as error:
+        return None
+    except (OSError, ValueError) as error:
         problems.append(f"{path}: {_reason(error)}")
-    return kind()
+        return None
 
 
 def _reason(error: Exception) -> str:
