@@ -69,6 +69,7 @@ def main(config: DictConfig) -> None:
 
 def evaluate_stages(config: DictConfig, run_config: DictConfig, run: Path) -> None:
     """Test the checkpoint of each stage, and draw how far it generalises (RMT-2023, figure 5)."""
+    from hydra.utils import instantiate
     from rich import get_console
 
     from rmt_lightning.reporting import figures
@@ -85,7 +86,8 @@ def evaluate_stages(config: DictConfig, run_config: DictConfig, run: Path) -> No
     # The last folder's name tells the task and the settings.
     folder = folder.with_name(folder.name.replace(checkpoints[stage].stem, "stages", 1))
     write_csv(folder / "results.csv", rows)
-    figures.save(figures.generalisation(rows), folder / "figure")
+    chance = 1 / len(instantiate(run_config.task).answers)
+    figures.save(figures.generalization(rows, chance), folder / "figure")
     get_console().print(f"[bold]{os.path.relpath(folder)}[/] holds them all", highlight=False, soft_wrap=True)
 
 

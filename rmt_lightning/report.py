@@ -1,6 +1,6 @@
 """Front door: `python -m rmt_lightning.report outputs/2026-01-31/12-00-00-detect outputs/2026-01-31/13-00-00-memorize`.
 
-Writes one HTML page that compares runs: summary, curriculum, curves, accuracy against length, attention maps, settings,
+Writes one HTML page that compares runs: summary, phases, curves, accuracy against length, attention maps, settings,
 hardware, speed and memory. It holds all it needs, so that it can be mailed and opened without a network. Of a sweep it
 also prints one table over all jobs, and writes sweep.csv (jobs), summary.csv (means over seeds) and a figure.
 """
@@ -42,18 +42,24 @@ def report(places: list[str], output: Path) -> None:
     from rmt_lightning.core.files import write_atomically
     from rmt_lightning.reporting.page import page
     from rmt_lightning.reporting.runs import read_runs
-    from rmt_lightning.reporting.sweeps import find_sweeps, sum_up
+    from rmt_lightning.reporting.sweeps import find_sweeps, read_sweep, show, write
 
     if output.suffix != ".html" or output.is_dir():
         raise UserError(f"--output={output}: is not the name of a page; give one that ends in .html")
     runs, skipped = read_runs(places)
-    sweeps = [sum_up(folder) for folder in find_sweeps(places)]
     if not runs:
         raise UserError(f"no run could be read: {'; '.join(skipped)}")
+    sweeps = {folder: read_sweep(folder) for folder in find_sweeps(places)}
     try:
-        write_atomically(output, page(runs, skipped, sweeps).encode())
+        write_atomically(output, page(runs, skipped, list(sweeps.values())).encode())
     except OSError as error:
         raise UserError(f"--output={output}: cannot be written: {error.strerror}; give another place") from None
+    for folder, sweep in sweeps.items():
+        show(sweep)
+        try:
+            write(sweep, folder)
+        except OSError as error:
+            skipped.append(f"{os.path.relpath(folder)}/sweep.csv: cannot be written: {error.strerror}")
     for line in (*skipped, *(f"{run.name}/{problem}" for run in runs for problem in run.problems)):
         print(f"skipped {line}", file=sys.stderr)
     print(f"{os.path.relpath(output)} shows {len(runs)} run{'s' * (len(runs) > 1)}")

@@ -414,6 +414,6 @@ def test_following_counts_what_is_lost_and_when(placement: Placement) -> None:
 def test_the_interval_of_a_rate_is_that_of_a_poisson_count() -> None:
     # Exact limits for counts of 0, 3 and 20: Garwood 1936.
     for lost, low, high in ((0, 0.0, 3.69), (3, 0.62, 8.77), (20, 12.22, 30.89)):
-        assert LossRate(lost, 1).interval == pytest.approx((low, high), abs=0.06)
+        assert LossRate(lost, 1).interval == pytest.approx((low, high), abs=5e-3)
     assert LossRate(20, 1000).rate == 0.02
     assert math.isnan(LossRate(0, 0).rate)

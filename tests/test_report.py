@@ -22,7 +22,7 @@ import yaml
 from test_readme import COMMANDS
 
 from rmt_lightning import report as front_door
-from rmt_lightning.reporting import plots
+from rmt_lightning.reporting import figures, plots
 from rmt_lightning.reporting.redaction import public, public_text
 from rmt_lightning.reporting.runs import LOSS, Point, Run, differences, read_runs
 
@@ -117,7 +117,7 @@ def test_the_numbers_are_those_of_the_run(here: Path) -> None:
     accuracy = f"{float(tests[-1]['accuracy']):.1%}"
     assert cells["test of the longest inputs"] == f"{accuracy} at 4 segments {low:.1%} – {high:.1%}"
 
-    (trace,) = page.figures["accuracy"]["data"]
+    (trace,) = page.figures["val_accuracy"]["data"]
     validations = [row for row in logged if row["val/accuracy"]]
     assert trace["x"] == [int(row["step"]) + 1 for row in validations] == [3, 6, 9, 12, 15, 18]
     assert trace["y"] == pytest.approx([float(row["val/accuracy"]) for row in validations])
@@ -194,7 +194,7 @@ def test_all_runs_in_a_folder_and_their_differences(here: Path) -> None:
     assert [[cell.strip() for cell in row] for row in page.tables["differences"][1:]] == [
         ["model.memory_size", "2", "5", "10"]
     ]
-    assert [trace["meta"] for trace in page.figures["accuracy"]["data"]] == [0, 1, 2]
+    assert [trace["meta"] for trace in page.figures["val_accuracy"]["data"]] == [0, 1, 2]
     assert page.text.count("all settings") == 3
 
 
@@ -211,7 +211,7 @@ def test_evaluations_are_told_apart(here: Path) -> None:
         folder.mkdir(parents=True)
         (folder / "evaluation.csv").write_text(f"{columns}64,2240,6,8,0.75,0.4,0.9,1000.5,512.4,0.0\n")
         settings = {"checkpoint": checkpoint, "task": config["task"], "noise": noise, "device": "cpu"}
-        (folder / "evaluation.json").write_text(json.dumps({"settings": settings}))
+        (folder / "evaluation.json").write_text(json.dumps({"settings": settings, "lengths": {}}))
     run = only(here / "good")
     assert [evaluation.label for evaluation in run.evaluations] == [
         "at the end of training",
@@ -285,7 +285,8 @@ def test_a_resumed_run_is_one_curve(here: Path) -> None:
     (here / "good/stages.csv").unlink()
     run = only(here / "good")
     assert run.curves[LOSS] == [
-        Point(3, 1, 9.0), Point(6, 1, 9.0), Point(7, 2, 1.0), Point(9, 2, 1.0), Point(10, 2, 0.5),
+        Point(3, "stage 1", 9.0), Point(6, "stage 1", 9.0), Point(7, "stage 2", 1.0), Point(9, "stage 2", 1.0),
+        Point(10, "stage 2", 0.5),
     ]  # fmt: skip
     assert [(stage.number, stage.steps, stage.accuracy) for stage in run.stages] == [(1, 6, 1.0), (2, 3, 0.6)]
     assert run.problems == [] and run.status == "interrupted or running"
@@ -301,13 +302,13 @@ def test_a_phase_after_the_curriculum(here: Path) -> None:
         (folder / "config.yaml").write_text(yaml.safe_dump(config | {"hold": {"steps": steps}}))
         (folder / "stages.csv").write_text("\n".join([stages[0], *shorter, ""]))
     done, holding = read_runs(["done", "holding"])[0]
-    assert (done.status, done.held) == ("finished", 6)
-    assert (holding.status, holding.held) == ("interrupted or running", 6)
+    assert (done.status, done.phases[1].steps) == ("finished", 6)
+    assert (holding.status, holding.phases[1].steps) == ("interrupted or running", 6)
     page = made("done")
     (bars,) = page.figures["timeline_steps"]["data"]
-    assert bars["text"] == ["1", "2", "3", "hold"] and bars["base"][-1] == 12 and bars["x"][-1] == 6
+    assert bars["text"] == ["1", "2", "3", "State passing"] and bars["base"][-1] == 12 and bars["x"][-1] == 6
     assert page.figures["timeline_seconds"]["data"][0]["text"] == ["1", "2", "3"]
-    assert page.tables["runs"][1][5].split()[-2:] == ["+", "hold"]
+    assert page.tables["runs"][1][5].split()[-3:] == ["+", "State", "passing"]
 
 
 def test_a_language_model_has_perplexity_and_no_stages(here: Path) -> None:
@@ -327,16 +328,90 @@ def test_a_language_model_has_perplexity_and_no_stages(here: Path) -> None:
     cells = {head.strip(): " ".join(cell.split()) for head, cell in zip(heads, summary, strict=True)}
     assert cells["status"] == "finished" and cells["segments"] == "–" and cells["model"] == "TransformerXL 1 × 16"
     assert cells["test of the longest inputs"] == "perplexity 592.33 3.4321 bits per byte, 2 documents"
-    (trace,) = page.figures["perplexity"]["data"]
+    (trace,) = page.figures["val_perplexity"]["data"]
     assert (trace["x"], trace["y"], trace["customdata"]) == ([5, 10], [597.5, 544.5], ["", ""])
-    assert page.figures.keys() == {"loss", "perplexity"} and "Not everything could be read" not in page.text
+    assert page.figures["timeline_steps"]["data"][0]["text"] == ["Training"]
+    validated = {"val_bits_per_byte", "val_loss", "val_perplexity"}
+    assert page.figures.keys() == {"loss", "timeline_steps"} | validated
+    assert "Not everything could be read" not in page.text
+
+
+def test_a_new_metric_shows_by_itself(here: Path) -> None:
+    log = here / "good/metrics/version_0/metrics.csv"
+    head, *lines = log.read_text().splitlines()
+    validated = [bool(row["val/accuracy"]) for row in rows(log)]
+    scores = [f",{0.1 * number:.1f}" if done else "," for number, done in enumerate(validated)]
+    log.write_text("\n".join([f"{head},val/f1_score", *map("".join, zip(lines, scores, strict=True)), ""]))
+    page = made("good")
+    (trace,) = page.figures["val_f1_score"]["data"]
+    assert trace["y"] == pytest.approx([0.1 * number for number, done in enumerate(validated) if done])
+    assert page.figures["val_f1_score"]["layout"]["yaxis"]["title"]["text"] == "validation f1 score"
+    assert "Validation f1 score" in page.text
+    # Slices of an accuracy are no metrics of their own.
+    assert {name for name in page.figures if name.startswith("val")} == {"val_accuracy", "val_f1_score"}
+
+
+def phases(folder: Path, *entries: dict[str, Any]) -> None:
+    default = {"name": "any", "first_step": None, "steps": 0, "finished": False, "stuck": False, "table": None}
+    (folder / "phases.json").write_text(json.dumps([default | entry for entry in entries]))
+
+
+CURRICULUM = {"title": "Curriculum", "first_step": 0, "steps": 12, "finished": True, "table": "stages.csv"}
+
+
+def test_any_phase_is_shown_by_its_own_title_and_rows(here: Path) -> None:
+    sleep = {"title": "Sleep <b>", "first_step": 12, "steps": 6, "table": "sleep.csv"}
+    (here / "good/sleep.csv").write_text("step,depth,dream\n15,0.123456789,fish\n18,2,/home/jane/x\n18,")
+    stages = (here / "good/stages.csv").read_text().splitlines()[:3]
+    (here / "good/stages.csv").write_text("\n".join([*stages, ""]))
+    phases(here / "good", CURRICULUM, sleep)
+    page = made("good")
+    assert [[cell.strip() for cell in row] for row in page.tables["phase-0-1"]] == [
+        ["step", "depth", "dream"], ["15", "0.12346", "fish"], ["18", "2", "~/x"],
+    ]  # fmt: skip
+    assert "good: Sleep <b>, 6 steps" in " ".join(page.text.split())
+    assert "good/sleep.csv: is incomplete; 2 rows could be read" in page.text
+    (bars,) = page.figures["timeline_steps"]["data"]
+    # Its validations, on three segments, make no stage.
+    assert bars["text"] == ["1", "2", "Sleep &lt;b&gt;"] and bars["x"] == [6, 6, 6]
+    assert bars["marker"]["pattern"]["shape"][-1] == "."
+    (trace,) = page.figures["val_accuracy"]["data"]
+    assert trace["text"] == ["", "1", "", "2", "", "Sleep &lt;b&gt;"]
+    assert page.tables["runs"][1][5].split()[-3:] == ["+", "Sleep", "<b>"]
+
+
+def test_the_status_follows_from_the_phases(here: Path) -> None:
+    def status(*entries: dict[str, Any]) -> str:
+        phases(here / "good", *entries)
+        return only(here / "good").status
+
+    later = {"title": "Later", "first_step": 12}
+    assert status(CURRICULUM, later) == "interrupted or running"
+    assert status(CURRICULUM, later | {"finished": True}) == "finished"
+    assert status(CURRICULUM | {"finished": False, "stuck": True}, later | {"first_step": None}) == "did not converge"
+    change(here / "good", trainer={"max_steps": 18})
+    assert status(CURRICULUM, later) == "stopped at max_steps"
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b'[{"title": 1}]', b"\xff[", b"[" * 9999], ids=range(5))
+def test_phases_that_cannot_be_read_are_those_of_the_other_files(content: bytes, here: Path) -> None:
+    (here / "good/phases.json").write_bytes(content)
+    (run,), _ = read_runs(["good"])
+    assert run.problems == ["phases.json: is damaged"]
+    assert [(phase.title, phase.steps) for phase in run.phases] == [("Curriculum", 18)] and run.status == "finished"
+
+
+def test_a_phase_has_no_table_elsewhere(here: Path) -> None:
+    (here / "secret.csv").write_text("word\nhush\n")
+    phases(here / "good", CURRICULUM | {"table": "../secret.csv"})
+    assert "hush" not in made("good").text
 
 
 def test_long_curves_become_means() -> None:
-    points = [Point(step, 1 + (step > 1500), float(step)) for step in range(1, 3001)]
+    points = [Point(step, f"stage {1 + (step > 1500)}", float(step)) for step in range(1, 3001)]
     thinned = plots._thinned(points)
     assert len(thinned) <= plots.POINTS + 2
-    assert thinned[0] == Point(3, 1, 2.0) and thinned[-1] == Point(3000, 2, 2999.0)
+    assert thinned[0] == Point(3, "stage 1", 2.0) and thinned[-1] == Point(3000, "stage 2", 2999.0)
     assert sum(point.value for point in thinned) / len(thinned) == pytest.approx(1500.5, rel=1e-3)
 
 
@@ -511,7 +586,7 @@ def test_bad_outputs(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     (here / "folder.html").mkdir()
     assert fails(capsys, "good", output="folder.html").startswith("error: --output=folder.html: is not the name")
     assert "cannot be written: " in fails(capsys, "good", output="good/config.yaml/x.html")
-    assert fails(capsys, "--colour=red").startswith("error: ")
+    assert fails(capsys, "--color=red").startswith("error: ")
     # An older page survives a full disk, and is replaced as a whole otherwise.
     Path("old.html").write_text("old")
 
@@ -525,6 +600,59 @@ def test_bad_outputs(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert Path("old.html").read_text() == "old" and not list(here.glob("*.partial"))
     front_door.main(["good", "--output", "old.html"])
     assert Path("old.html").read_text().endswith("</html>")
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def sweep_of(here: Path) -> None:
+    for number, size in enumerate((2, 5)):
+        job = copy(here, f"sweeps/one/memory_size_{size}")
+        settings = {"number": number, "settings": {"model.memory_size": size}, "failed": None}
+        (job / "job.json").write_text(json.dumps(settings))
+
+
+def test_a_report_that_fails_writes_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep_of(here)
+    before = files(here)
+    assert "cannot be written: " in fails(capsys, "sweeps/one", output="good/config.yaml/x.html")
+    assert files(here) == before
+    # Nothing but a job that has not begun: there is no run to show.
+    (here / "young/job").mkdir(parents=True)
+    (here / "young/job/job.json").write_text("{}")
+    before = files(here)
+    assert "no run could be read: young: holds no run" in fails(capsys, "young")
+    assert files(here) == before
+
+
+def test_patterns_find_sweeps_each_once(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep_of(here)
+    page = made("sweeps/o*", "sweeps/one", "sweeps/../sweeps", "sweeps/*/memory*")
+    assert [name for name in page.tables if name.startswith("sweep")] == ["sweep-0-groups"]
+    assert capsys.readouterr().out.count("sweeps/one holds all of it") == 1
+    assert {"sweep.csv", "summary.csv", "sweep.png", "sweep.pdf"} <= files(here / "sweeps/one")
+
+
+def test_a_sweep_from_within(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep_of(here)
+    monkeypatch.chdir(here / "sweeps/one/memory_size_2")
+    made(".")
+    assert (here / "sweeps/one/sweep.csv").exists() and not Path("sweep.csv").exists()
+
+
+def test_a_folder_of_a_sweep_that_cannot_be_written_is_named(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep_of(here)
+    (here / "sweeps/one/sweep.csv").mkdir()
+    page = made("sweeps")
+    told = capsys.readouterr()
+    assert told.err == "skipped sweeps/one/sweep.csv: cannot be written: Is a directory\n"
+    assert "Sweep one" in told.out and len(page.tables["runs"]) == 3
+
+
+def test_chance_is_that_of_the_task() -> None:
+    (axes,) = figures.generalization([{"stage": 1, "segments": 1, "accuracy": 0.5}], chance=0.25).axes
+    assert 0.25 in [line.get_ydata()[0] for line in axes.lines]
 
 
 def test_the_commands_of_the_readme(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -544,19 +672,19 @@ from rmt_lightning.report import main
 try:
     main(["--help"])
 finally:
-    print(sorted({"torch", "plotly", "hydra", "yaml"} & set(sys.modules)))
+    print(sorted({"torch", "plotly", "hydra", "yaml", "pandas", "scipy", "matplotlib"} & set(sys.modules)))
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0 and result.stdout.endswith("\n[]\n")
     assert "a folder that holds runs at any depth" in " ".join(result.stdout.split())
 
 
-def test_colours_are_legible_on_white_and_on_black() -> None:
+def test_colors_are_legible_on_white_and_on_black() -> None:
     """A contrast of at least 3 (WCAG 2.2, 1.4.11) for everything that is drawn, and 4.5 for text."""
     css = (Path(plots.__file__).parent / "report.html").read_text()
     light, dark = (dict(re.findall(r"--(\w+): (#\w+)", part)) for part in css.split("prefers-color-scheme: dark"))
     for theme in (light, dark):
-        assert all(contrast(colour, theme["paper"]) >= 3 for colour in plots.COLOURS)
+        assert all(contrast(color, theme["paper"]) >= 3 for color in plots.COLORS)
         for name in ("ink", "quiet", "good", "bad", "open"):
             assert contrast(theme[name], theme["paper"]) >= 4.5 and contrast(theme[name], theme["raised"]) >= 4.5
     styles = [plots.style(number) for number in range(20)]
@@ -564,8 +692,8 @@ def test_colours_are_legible_on_white_and_on_black() -> None:
 
 
 def contrast(one: str, other: str) -> float:
-    def luminance(colour: str) -> float:
-        full = colour if len(colour) == 7 else "#" + "".join(2 * digit for digit in colour[1:])
+    def luminance(color: str) -> float:
+        full = color if len(color) == 7 else "#" + "".join(2 * digit for digit in color[1:])
         red, green, blue = (int(full[place : place + 2], 16) / 255 for place in (1, 3, 5))
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (red, green, blue)]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

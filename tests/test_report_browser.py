@@ -13,10 +13,10 @@ import yaml
 from PIL import Image
 
 from rmt_lightning.report import main
-from rmt_lightning.reporting.plots import COLOURS
+from rmt_lightning.reporting.plots import COLORS
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-PLOTS = ("timeline_steps", "timeline_seconds", "accuracy", "loss", "lengths", "speed")
+PLOTS = ("timeline_steps", "timeline_seconds", "val_accuracy", "loss", "lengths", "speed")
 EVIL = "<img src=x onerror=alert(1)> <b>bold"
 
 
@@ -73,9 +73,9 @@ def page(request: pytest.FixtureRequest, browser: sync_api.Browser, address: str
     context.close()
 
 
-def painted(page: sync_api.Page, selector: str, colour: str) -> int:
-    """How many pixels of an element have a colour."""
-    red, green, blue = (int(colour[place : place + 2], 16) for place in (1, 3, 5))
+def painted(page: sync_api.Page, selector: str, color: str) -> int:
+    """How many pixels of an element have a color."""
+    red, green, blue = (int(color[place : place + 2], 16) for place in (1, 3, 5))
     with Image.open(BytesIO(page.locator(selector).screenshot())) as picture:
         pixels = np.asarray(picture.convert("RGB"), dtype=int)
     return int((abs(pixels - [red, green, blue]).max(axis=2) < 12).sum())
@@ -94,16 +94,16 @@ def test_the_page(page: sync_api.Page) -> None:
     for plot in PLOTS:
         shapes = ".barlayer .trace" if "timeline" in plot else ".scatterlayer .trace"
         assert page.locator(f"#{plot} {shapes}").count() == 3, plot
-    # All of it is really painted: the bars in the colours of their runs, the curves (these lie upon each other) in one.
+    # All of it is really painted: the bars in the colors of their runs, the curves (these lie upon each other) in one.
     for plot in PLOTS:
-        for colour in COLOURS[:3] if "timeline" in plot else COLOURS[2:3]:
-            assert painted(page, f"#{plot}", colour) > 50, f"{plot}: {colour}"
+        for color in COLORS[:3] if "timeline" in plot else COLORS[2:3]:
+            assert painted(page, f"#{plot}", color) > 50, f"{plot}: {color}"
     # A run's name is text, in tables and in plots.
     assert EVIL in page.locator("#runs").inner_text()
     assert EVIL in page.locator("#timeline_steps").inner_text().replace("\xa0", " ")
     assert page.locator("b:text('bold')").count() == 0
 
-    # Its colours are those of the theme, and readable.
+    # Its colors are those of the theme, and readable.
     dark = page.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
     style = "getComputedStyle(document.querySelector('{}')).{}"
     paper, quiet = ("rgb(21, 24, 29)", "rgb(163, 171, 181)") if dark else ("rgb(255, 255, 255)", "rgb(91, 99, 109)")
@@ -118,7 +118,7 @@ def test_the_page(page: sync_api.Page) -> None:
 
 
 def test_pointing_and_hiding(page: sync_api.Page) -> None:
-    plot = page.locator("#accuracy")
+    plot = page.locator("#val_accuracy")
     plot.scroll_into_view_if_needed()
     on_phone = page.evaluate("matchMedia('(pointer: coarse)').matches")
     mark = plot.locator(".scatterlayer .trace").nth(1).locator(".points path").nth(2).bounding_box()
@@ -128,12 +128,12 @@ def test_pointing_and_hiding(page: sync_api.Page) -> None:
         page.touchscreen.tap(x, y)
     else:
         page.mouse.move(x, y)
-    page.wait_for_selector("#accuracy .hoverlayer .hovertext")
+    page.wait_for_selector("#val_accuracy .hoverlayer .hovertext")
     told = plot.locator(".hoverlayer").text_content() or ""
     assert "step 9, stage 2" in told and "validation accuracy" in told
 
     # Its buttons stay on this machine: none uploads the data.
-    titles = page.evaluate("[...document.querySelectorAll('#accuracy .modebar-btn')].map(b => b.dataset.title)")
+    titles = page.evaluate("[...document.querySelectorAll('#val_accuracy .modebar-btn')].map(b => b.dataset.title)")
     assert on_phone == (titles == [])
     assert not any(word in title for title in titles for word in ("Share", "cloud", "Edit", "Plotly"))
 

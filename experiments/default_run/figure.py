@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from matplotlib.figure import Figure
 
-from rmt_lightning.reporting.figures import generalisation
+from rmt_lightning.reporting.figures import generalization
 
 
 def figures(rows: Callable[[str], list[dict[str, str]]]) -> dict[str, Figure]:
-    return {"figure": generalisation(rows("generalization"))}
+    return {"figure": generalization(rows("generalization"), chance=1 / 6)}

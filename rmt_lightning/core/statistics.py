@@ -25,11 +25,11 @@ class Proportion:
     @property
     def interval(self) -> tuple[float, float]:
         """95% Wilson score interval of the accuracy (Wilson 1927)."""
-        z, n, p = 1.959964, self.samples, self.accuracy
-        centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-        half = z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5 / (1 + z**2 / n)
-        # Rounding must not leave the accuracy outside of its interval.
-        return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
+        # Imported here, for it takes a second.
+        from scipy.stats import binomtest
+
+        low, high = binomtest(self.right, self.samples).proportion_ci(0.95, method="wilson")
+        return float(low), float(high)
 
     def row(self) -> dict[str, float]:
         """The columns of a csv file."""
@@ -56,13 +56,15 @@ class LossRate:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95% interval of the rate: Byar's approximation to the Poisson interval (Breslow and Day 1987, p. 69)."""
+        """95% interval of the rate: the exact one of a Poisson count (Garwood 1936)."""
         if not self.exposure:
             return math.nan, math.nan
-        z, n = 1.959964, self.lost
-        low = n * (1 - 1 / (9 * n) - z / (3 * n**0.5)) ** 3 if n else 0.0
-        high = (n + 1) * (1 - 1 / (9 * (n + 1)) + z / (3 * (n + 1) ** 0.5)) ** 3
-        return low / self.exposure, high / self.exposure
+        # Imported here, for it takes a second.
+        from scipy.stats import chi2
+
+        low = chi2.ppf(0.025, 2 * self.lost) / 2 if self.lost else 0.0
+        high = chi2.ppf(0.975, 2 * (self.lost + 1)) / 2
+        return float(low) / self.exposure, float(high) / self.exposure
 
     def row(self) -> dict[str, float]:
         """The columns of a csv file."""

@@ -113,11 +113,12 @@ def flops(rows: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def generalisation(rows: Sequence[Mapping[str, Any]]) -> Figure:
+def generalization(rows: Sequence[Mapping[str, Any]], chance: float) -> Figure:
     """How far each stage of a curriculum generalises (RMT-2023, figure 5).
 
     Args:
         rows: stage, segments and accuracy of each stage's checkpoint on inputs of each length.
+        chance: accuracy of guessing.
     """
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -127,7 +128,7 @@ def generalisation(rows: Sequence[Mapping[str, Any]]) -> Figure:
         color = colormaps["viridis"](0.9 * (1 - stage / max(stages)))
         axes.plot(*zip(*own, strict=True), "o-", color=color, markersize=4, label=str(stage))
     lengths = sorted({int(row["segments"]) for row in rows})
-    axes.axhline(1 / 6, color=CHANCE, linestyle=":", linewidth=1)
+    axes.axhline(chance, color=CHANCE, linestyle=":", linewidth=1)
     axes.set(xlabel="segments of the input", ylabel="test accuracy", ylim=(0, 1.04), xticks=lengths)
     axes.legend(title="trained on", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -174,10 +175,15 @@ def _label(axes: Axes, points: Iterable[tuple[str, float, float, Any]], align: L
 
 def save(figure: Figure, path: Path) -> None:
     """Write `<path>.png` and `<path>.pdf`, each whole or not at all. The same figure gives the same bytes."""
-    for kind, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
-        content = io.BytesIO()
-        figure.savefig(content, format=kind, dpi=150, metadata=metadata)
-        write_atomically(path.with_name(f"{path.name}.{kind}"), content.getvalue())
+    for kind in ("png", "pdf"):
+        write_atomically(path.with_name(f"{path.name}.{kind}"), rendered(figure, kind))
+
+
+def rendered(figure: Figure, kind: Literal["png", "pdf"] = "png") -> bytes:
+    """A figure as a picture."""
+    content = io.BytesIO()
+    figure.savefig(content, format=kind, dpi=150, metadata={"CreationDate": None} if kind == "pdf" else {})
+    return content.getvalue()
 
 
 def sweep(sweep: Sweep) -> Figure:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from base64 import b64encode
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import yaml
 from jinja2 import Environment, FileSystemLoader
@@ -14,18 +16,8 @@ from markupsafe import Markup
 from plotly import graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from rmt_lightning.reporting import plots
-from rmt_lightning.reporting.runs import (
-    ACCURACY,
-    DEVICE_MEMORY,
-    HOST_MEMORY,
-    LOSS,
-    PERPLEXITY,
-    SPEED,
-    Run,
-    differences,
-    kind,
-)
+from rmt_lightning.reporting import figures, plots
+from rmt_lightning.reporting.runs import ACCURACY, DEVICE_MEMORY, HOST_MEMORY, LOSS, SPEED, Run, differences, kind
 from rmt_lightning.reporting.sweeps import Sweep, in_words, with_interval
 
 
@@ -38,32 +30,48 @@ def page(runs: Sequence[Run], skipped: Sequence[str], sweeps: Sequence[Sweep] = 
         sweeps: those that some of the runs belong to.
     """
     template = _environment().get_template("report.html")
+    metrics = _metrics(runs)
+    drawn = _figures(runs) | {name: figure for name, _, _, figure in metrics}
     return template.render(
         runs=[(run, plots.style(number)) for number, run in enumerate(runs)],
         skipped=skipped,
         made=datetime.now(UTC),
-        sweeps=sweeps,
-        figures={name: _embedded(figure) for name, figure in _figures(runs, sweeps).items() if figure.data},
+        sweeps=[(sweep, figures.rendered(figures.sweep(sweep)) if sweep.drawable else None) for sweep in sweeps],
+        metrics=metrics,
+        figures={name: _embedded(figure) for name, figure in drawn.items() if figure.data},
         differences=differences([run.config for run in runs]),
         plotly=Markup(get_plotlyjs()),
     )
 
 
-def _figures(runs: Sequence[Run], sweeps: Sequence[Sweep]) -> dict[str, go.Figure]:
+# How the axis of a metric of validation looks, how a value is written, and what there is to say about it.
+_LOOKS: dict[str, tuple[dict[str, Any], str, str]] = {
+    ACCURACY: (
+        {"range": [-0.03, 1.1], "tickformat": ".0%"}, ".1%",
+        "On the longest inputs of the stage; it falls when a segment is added.",
+    ),
+    "val/perplexity": (
+        {"type": "log", "tickformat": "~g"}, ".2f", "Of documents that were not trained on, on a logarithmic axis.",
+    ),
+}  # fmt: skip
+
+
+def _metrics(runs: Sequence[Run]) -> list[tuple[str, str, str, go.Figure]]:
+    """For each metric of validation that a run has logged: the name of its plot, title, caption and figure."""
+    found = []
+    for name in dict.fromkeys(name for run in runs for name in run.curves if name.startswith("val/")):
+        title = f"validation {name.removeprefix('val/').replace('_', ' ')}"
+        axis, value, caption = _LOOKS.get(name, ({}, ".4g", ""))
+        curve = plots.curve(runs, name, title, value, markers=True, **axis)
+        found.append((re.sub(r"\W", "_", name), title, caption, curve))
+    return found
+
+
+def _figures(runs: Sequence[Run]) -> dict[str, go.Figure]:
     return {
-        f"sweep_{number}_{place}": figure
-        for number, sweep in enumerate(sweeps)
-        for place, figure in enumerate(plots.sweep(sweep))
-    } | {
         "timeline_steps": plots.timeline(runs, "steps"),
         "timeline_seconds": plots.timeline(runs, "seconds"),
         "loss": plots.curve(runs, LOSS, "training loss (nats)", ".3g", type="log", tickformat="~g"),
-        "accuracy": plots.curve(
-            runs, ACCURACY, "validation accuracy", ".1%", markers=True, range=[-0.03, 1.1], tickformat=".0%"
-        ),
-        "perplexity": plots.curve(
-            runs, PERPLEXITY, "validation perplexity", ".2f", markers=True, type="log", tickformat="~g"
-        ),
         "lengths": plots.accuracy_by_length(runs),
         "loss_rate": plots.loss_rate(runs),
         "retention": plots.retention(runs),
@@ -81,6 +89,7 @@ def _environment() -> Environment:
         "kind": kind,
         "commit": _commit,
         "in_words": in_words,
+        "cell": _cell,
         "yaml": lambda config: yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
         "data_uri": _data_uri,
     }
@@ -112,6 +121,14 @@ def _number(value: float | None) -> str:
 
 def _percent(value: float) -> str:
     return f"{value:.1%}"
+
+
+def _cell(text: str) -> str:
+    """A cell of a csv file; a long number is rounded."""
+    try:
+        return f"{float(text):.5g}" if "." in text else text
+    except ValueError:
+        return text
 
 
 def _duration(seconds: float | None) -> str:

@@ -1,6 +1,6 @@
 """Runs in, interactive plotly Figure out.
 
-Backgrounds are transparent, and the page colours text and lines, so that a figure is readable on white and on black.
+Backgrounds are transparent, and the page colors text and lines, so that a figure is readable on white and on black.
 """
 
 from __future__ import annotations
@@ -16,16 +16,15 @@ from typing import Any, Literal
 from plotly import graph_objects as go
 
 from rmt_lightning.reporting.runs import Evaluation, Point, Row, Run
-from rmt_lightning.reporting.sweeps import Sweep, in_words, with_interval
 
-# Five colours that differ to colour-blind eyes too (least CIELAB distance 21 with protanopia or deuteranopia simulated
+# Five colors that differ to color-blind eyes too (least CIELAB distance 21 with protanopia or deuteranopia simulated
 # after Machado et al. 2009), each with a contrast of 3 or more on the page's white and on its black.
-COLOURS = ("#1e6ecc", "#d55e00", "#00966c", "#a4417f", "#2f9cc3")
+COLORS = ("#1e6ecc", "#d55e00", "#00966c", "#a4417f", "#2f9cc3")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "star")
 GLYPHS = "●■◆▲▼★"
 DASHES = ("solid", "dash", "dot", "dashdot")
 
-# Longer curves are drawn as means of neighbouring points.
+# Longer curves are drawn as means of neighboring points.
 POINTS = 1000
 
 _FAINT = "rgba(128, 134, 145, 0.22)"
@@ -49,9 +48,9 @@ _TEMPLATE = go.layout.Template(
 
 @dataclass(frozen=True)
 class Style:
-    """How a run looks in all plots and tables: two runs differ in colour, in symbol and glyph, or in dash."""
+    """How a run looks in all plots and tables: two runs differ in color, in symbol and glyph, or in dash."""
 
-    colour: str
+    color: str
     symbol: str
     glyph: str
     dash: str
@@ -59,13 +58,13 @@ class Style:
 
 def style(number: int) -> Style:
     """The style of the n-th run, counted from 0."""
-    turn, place = divmod(number, len(COLOURS))
+    turn, place = divmod(number, len(COLORS))
     symbol = (place + turn) % len(SYMBOLS)
-    return Style(COLOURS[place], SYMBOLS[symbol], GLYPHS[symbol], DASHES[turn % len(DASHES)])
+    return Style(COLORS[place], SYMBOLS[symbol], GLYPHS[symbol], DASHES[turn % len(DASHES)])
 
 
 def timeline(runs: Sequence[Run], of: Literal["steps", "seconds"]) -> go.Figure:
-    """The stages of each run, one behind the other, by the steps or the seconds they took."""
+    """The stages and phases of each run, one after the other, by the steps or the seconds they took."""
     rows = [(number, run, bars) for number, run in enumerate(runs) if (bars := _bars(run, of))]
     unit, scale = ("optimizer steps", 1)
     if of == "seconds":
@@ -83,7 +82,7 @@ def timeline(runs: Sequence[Run], of: Literal["steps", "seconds"]) -> go.Figure:
 
 @dataclass(frozen=True)
 class _Bar:
-    """A phase of a run in its timeline: what stands in it, how wide it is, its hatching, and what hovering tells."""
+    """A stage or a phase in the timeline of a run: its text, width and hatching, and what hovering tells."""
 
     label: str
     width: float
@@ -94,19 +93,17 @@ class _Bar:
 def _bars(run: Run, of: Literal["steps", "seconds"]) -> list[_Bar]:
     hatches = {True: "", False: "/", None: "."}
     outcomes = {True: "passed", False: "did not converge", None: "goes on"}
-    bars = [
-        _Bar(
-            str(stage.number),
-            width,
-            hatches[stage.converged],
-            f"stage {stage.number}, {outcomes[stage.converged]}<br>accuracy {stage.accuracy:.1%}",
-        )
-        for stage in run.stages
-        if (width := stage.steps if of == "steps" else stage.seconds) is not None
-    ]
-    # How long it took is written down for stages alone.
-    if run.held and of == "steps":
-        bars.append(_Bar("hold", run.held, "x", "memories carried over"))
+    bars = []
+    for phase in run.phases:
+        for stage in run.stages if phase.staged else []:
+            told = f"stage {stage.number}, {outcomes[stage.converged]}<br>accuracy {stage.accuracy:.1%}"
+            if width := stage.steps if of == "steps" else stage.seconds:
+                bars.append(_Bar(str(stage.number), width, hatches[stage.converged], told))
+        # How long it took is written down for stages alone.
+        if not phase.staged and phase.steps and of == "steps":
+            outcome = False if phase.stuck else phase.finished or None
+            told = f"{_text(phase.title)}, {outcomes[outcome]}"
+            bars.append(_Bar(_text(phase.title), phase.steps, hatches[outcome], told))
     return bars
 
 
@@ -123,7 +120,7 @@ def _drawn(bars: list[_Bar], number: int, unit: str, scale: int) -> dict[str, An
         "textangle": 0,
         "textfont": {"color": "#fff"},
         "marker": {
-            "color": style(number).colour,
+            "color": style(number).color,
             "line": {"width": 1},
             "pattern": {
                 "shape": [bar.hatch for bar in bars],
@@ -138,13 +135,13 @@ def _drawn(bars: list[_Bar], number: int, unit: str, scale: int) -> dict[str, An
 
 
 def curve(runs: Sequence[Run], metric: str, axis: str, value: str, markers: bool = False, **yaxis: Any) -> go.Figure:
-    """A logged metric over the steps of each run, with the stage on hover.
+    """A logged metric over the steps of each run, with the stage or the phase on hover.
 
     Args:
         metric: its name in metrics.csv.
         axis: its name and unit.
         value: how hovering shows one, in the format language of d3.
-        markers: whether to mark each point, if there are few, and with a single run each stage at its end.
+        markers: whether to mark each point, if there are few, and with a single run each stage and phase at its end.
         yaxis: how the axis looks.
     """
     figure = _figure()
@@ -155,11 +152,11 @@ def curve(runs: Sequence[Run], metric: str, axis: str, value: str, markers: bool
                 **_identity(run, number),
                 x=[point.step for point in points],
                 y=[_short(point.value) for point in points],
-                customdata=[f", stage {point.stage}" if run.stages else "" for point in points],
+                customdata=[f", {_text(point.place)}" if point.place else "" for point in points],
                 text=ends,
                 textposition="top center",
                 mode="lines+markers+text" if markers and len(points) <= 60 else "lines",
-                line={"width": 1.8, "color": style(number).colour, "dash": style(number).dash},
+                line={"width": 1.8, "color": style(number).color, "dash": style(number).dash},
                 marker={"size": 6, "symbol": style(number).symbol},
                 hovertemplate=f"step %{{x:,}}%{{customdata}}<br>{axis} %{{y:{value}}}",
             )
@@ -169,19 +166,20 @@ def curve(runs: Sequence[Run], metric: str, axis: str, value: str, markers: bool
 
 
 def _thinned(points: list[Point]) -> list[Point]:
-    """At most some `POINTS`, each the mean of its neighbours in the same stage."""
+    """At most some `POINTS`, each the mean of its neighbors in the same stage or phase."""
     together = ceil(len(points) / POINTS)
     if together == 1:
         return points
-    groups = groupby(enumerate(points), key=lambda item: (item[0] // together, item[1].stage))
+    groups = groupby(enumerate(points), key=lambda item: (item[0] // together, item[1].place))
     parts = [[point for _, point in group] for _, group in groups]
-    return [Point(part[-1].step, part[-1].stage, fmean(point.value for point in part)) for part in parts]
+    return [Point(part[-1].step, part[-1].place, fmean(point.value for point in part)) for part in parts]
 
 
 def _ends(points: list[Point]) -> list[str]:
-    """The number of each stage at its last point."""
-    following = [*(point.stage for point in points[1:]), None]
-    return [str(point.stage) if point.stage != after else "" for point, after in zip(points, following, strict=True)]
+    """The number of each stage, or the title of each phase, at its last point."""
+    following = [*(point.place for point in points[1:]), None]
+    ends = zip(points, following, strict=True)
+    return [_text(point.place.removeprefix("stage ")) if point.place != after else "" for point, after in ends]
 
 
 def accuracy_by_length(runs: Sequence[Run]) -> go.Figure:
@@ -207,100 +205,6 @@ def accuracy_by_length(runs: Sequence[Run]) -> go.Figure:
     return figure
 
 
-def sweep(sweep: Sweep) -> list[go.Figure]:
-    """What came of a sweep: curves along one axis, a heat map over two, else a figure for each axis."""
-    if not (sweep.values and sweep.measures):
-        return []
-    if sweep.form == "map":
-        return [_sweep_map(sweep)]
-    figures = [_sweep_curves(sweep)] if sweep.form == "curves" else _sweep_slices(sweep)
-    for figure in figures:
-        figure.update_yaxes(title_text="test accuracy" if sweep.of_accuracy else sweep.drawn[-1])
-        if sweep.of_accuracy:
-            figure.update_yaxes(range=[-0.03, 1.06], tickformat=".0%")
-    return figures
-
-
-def _sweep_curves(sweep: Sweep) -> go.Figure:
-    figure = _figure(showlegend=len(sweep.drawn) > 1)
-    (axis,) = sweep.axes
-    for number, name in enumerate(sweep.drawn):
-        look = {"color": style(number).colour, "symbol": style(number).symbol}
-        groups = [group for group in sweep.groups if name in group.scores]
-        means = [group.scores[name] for group in groups]
-        figure.add_scatter(
-            name=in_words(name),
-            legendgroup=name,
-            x=[str(group.values[axis]) for group in groups],
-            y=[_short(found.value) for found in means],
-            error_y={"array": [_short(found.half or 0) for found in means], "thickness": 1.2, "width": 3},
-            mode="lines+markers",
-            line={"width": 1.8, "color": look["color"], "dash": style(number).dash},
-            marker={"size": 1, "color": look["color"]},
-            text=[with_interval(name, found) for found in means],
-            hovertemplate="%{text}",
-        )
-        jobs = [job for job in sweep.jobs if name in job.scores]
-        figure.add_scatter(
-            name=in_words(name),
-            legendgroup=name,
-            showlegend=False,
-            x=[str(job.values[axis]) for job in jobs],
-            y=[_short(job.scores[name]) for job in jobs],
-            mode="markers",
-            marker={"size": 8, "opacity": 0.7, **look},
-            text=[_text(job.name) for job in jobs],
-            hovertemplate="%{text}<br>%{y}",
-        )
-    places = [str(value) for value in sweep.tried(axis)]
-    figure.update_xaxes(title_text=_text(axis), type="category", categoryorder="array", categoryarray=places)
-    return figure
-
-
-def _sweep_map(sweep: Sweep) -> go.Figure:
-    name = sweep.drawn[-1]
-    across, up = sweep.axes
-    found = {(str(group.values[across]), str(group.values[up])): group.scores.get(name) for group in sweep.groups}
-    columns, rows = ([str(value) for value in sweep.tried(axis)] for axis in (across, up))
-    cells = [[found.get((column, row)) for column in columns] for row in rows]
-    limits = {"zmin": 0, "zmax": 1, "colorbar": {"tickformat": ".0%"}} if sweep.of_accuracy else {"reversescale": True}
-    figure = _figure(height=120 + 60 * len(rows))
-    figure.add_heatmap(
-        x=columns,
-        y=rows,
-        z=[[_short(cell.value) if cell else None for cell in row] for row in cells],
-        text=[[with_interval(name, cell) if cell else "" for cell in row] for row in cells],
-        texttemplate="%{text}",
-        hovertemplate=f"{_text(across)} %{{x}}<br>{_text(up)} %{{y}}<br>%{{text}}<extra></extra>",
-        colorscale="Viridis",
-        **limits,
-    )
-    figure.update_xaxes(title_text=_text(across), type="category")
-    figure.update_yaxes(title_text=_text(up), type="category")
-    return figure
-
-
-def _sweep_slices(sweep: Sweep) -> list[go.Figure]:
-    name = sweep.drawn[-1]
-    jobs = [job for job in sweep.jobs if name in job.scores]
-    figures = []
-    for axis in sweep.axes or sweep.values:
-        scale = sweep.scale(axis) or "category"
-        figure = _figure()
-        figure.add_scatter(
-            name=in_words(name),
-            x=[str(job.values[axis]) if scale == "category" else job.values[axis] for job in jobs],
-            y=[_short(job.scores[name]) for job in jobs],
-            mode="markers",
-            marker={"size": 9, "color": COLOURS[0], "opacity": 0.7},
-            text=[_text(job.name) for job in jobs],
-            hovertemplate="%{text}<br>%{y}<extra></extra>",
-        )
-        figure.update_xaxes(title_text=_text(axis), type=scale)
-        figures.append(figure)
-    return figures
-
-
 def loss_rate(runs: Sequence[Run]) -> go.Figure:
     """The rate at which old memories were lost in training, with 95% intervals, over the steps of the phase."""
     figure = _figure()
@@ -317,7 +221,7 @@ def loss_rate(runs: Sequence[Run]) -> go.Figure:
                     "width": 3,
                 },
                 mode="lines+markers",
-                line={"width": 1.8, "color": style(number).colour, "dash": style(number).dash},
+                line={"width": 1.8, "color": style(number).color, "dash": style(number).dash},
                 marker={"size": 6, "symbol": style(number).symbol},
                 customdata=[[row["rate_low"], row["rate_high"]] for row in rows],
                 hovertemplate="step %{x:,}<br>%{y:.2%} a segment (%{customdata[0]:.2%} – %{customdata[1]:.2%})",
@@ -339,7 +243,7 @@ def retention(runs: Sequence[Run]) -> go.Figure:
                     y=[row["right"] / row["streams"] for row in test.followed],
                     customdata=[row["streams"] for row in test.followed],
                     mode="lines",
-                    line={"width": 1.8, "color": style(number).colour, "dash": DASHES[place % len(DASHES)]},
+                    line={"width": 1.8, "color": style(number).color, "dash": DASHES[place % len(DASHES)]},
                     hovertemplate=f"{_text(test.label)}<br>%{{y:.1%}} of %{{customdata:,}} after %{{x:,}} segments",
                 )
     figure.update_xaxes(title_text="segments read since", rangemode="tozero", tickformat=",")
@@ -381,8 +285,8 @@ def _by_length(runs: Sequence[Run], values: Callable[[Evaluation], dict[str, Any
                 opacity=1 if evaluation.own else 0.6,
                 x=segments,
                 mode="lines+markers",
-                line={"width": 1.8, "color": look.colour, "dash": DASHES[place % len(DASHES)]},
-                marker={"size": 10, "symbol": symbols, "line": {"width": 1.8, "color": look.colour}},
+                line={"width": 1.8, "color": look.color, "dash": DASHES[place % len(DASHES)]},
+                marker={"size": 10, "symbol": symbols, "line": {"width": 1.8, "color": look.color}},
                 **shown,
             )
     figure.update_xaxes(title_text="segments of the input", type="log", **_powers_of_two(lengths))

@@ -2,29 +2,57 @@
 
 from __future__ import annotations
 
-import csv
 import glob
 import json
 import os
 import re
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import pandas as pd
 import yaml
+from pydantic import TypeAdapter
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.names import public_name
-from rmt_lightning.core.run_folder import CHECKPOINTS, CONFIG, EVALUATION, HARDWARE, HOLD, LAST, METRICS, STAGES
+from rmt_lightning.core.run_folder import CHECKPOINTS, CONFIG, EVALUATION, HARDWARE, HOLD, LAST, METRICS, PHASES, STAGES
 from rmt_lightning.reporting.redaction import public, public_text
 
 Status = Literal["finished", "stopped at max_steps", "did not converge", "interrupted or running"]
-_UNFINISHED: Status = "interrupted or running"
 Row = dict[str, float]
 AT_THE_END = "at the end of training"
-Content = TypeVar("Content", dict[str, Any], list[Any])
+Content = TypeVar("Content")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase of a run, as phases.json has it.
+
+    Attributes:
+        title: names it.
+        first_step: optimizer steps of the run before it; None if it has not begun.
+        steps: optimizer steps it has taken so far.
+        finished: whether it has come to its end.
+        stuck: whether it has stopped short of it, and the run with it.
+        table: the csv file with its rows, if it has one.
+        rows: the cells of that file.
+    """
+
+    title: str
+    first_step: int | None
+    steps: int
+    finished: bool
+    stuck: bool
+    table: str | None
+    rows: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def staged(self) -> bool:
+        """Whether it is told stage by stage."""
+        return self.table == STAGES
 
 
 @dataclass(frozen=True)
@@ -48,10 +76,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Point:
-    """A logged value: at which optimizer step (the first is 1) of which stage."""
+    """A logged value: at which optimizer step (the first is 1), and in which stage or phase."""
 
     step: int
-    stage: int
+    place: str
     value: float
 
 
@@ -83,10 +111,11 @@ class Run:
     Attributes:
         name: the end of its path, as long as it takes to tell it from the others.
         config: the resolved settings, without secrets and home folders.
-        stages: in order.
+        phases: in order.
+        stages: of its curriculum, in order.
         curves: what was logged, by metric.
         evaluations: the one at the end of the run first.
-        losses: memories lost in training, in the phase after the curriculum: step, rate, rate_low, rate_high.
+        losses: memories lost in training, in the phase that makes memory hold: step, rate, rate_low, rate_high.
         text_score: perplexity of the documents that a language model was tested on at the end.
         hardware: what each start of the run ran on.
         attention: pictures (png) of attention maps, by their path without the ending.
@@ -95,6 +124,7 @@ class Run:
 
     name: str
     config: dict[str, Any]
+    phases: list[Phase]
     stages: list[Stage]
     curves: dict[str, list[Point]]
     evaluations: list[Evaluation]
@@ -106,12 +136,18 @@ class Run:
 
     @property
     def steps(self) -> int:
-        return max([curve[-1].step for curve in self.curves.values()], default=sum(s.steps for s in self.stages))
+        logged = [curve[-1].step for curve in self.curves.values()]
+        return max([*logged, sum(phase.steps for phase in self.phases)])
 
     @property
     def seconds(self) -> float | None:
         known = [stage.seconds for stage in self.stages if stage.seconds is not None]
         return sum(known) if known else None
+
+    @property
+    def untimed(self) -> list[Phase]:
+        """Phases that have begun beside the stages, which alone tell how long they took."""
+        return [phase for phase in self.phases if phase.steps and not phase.staged] if self.stages else []
 
     @property
     def reached(self) -> int:
@@ -120,33 +156,12 @@ class Run:
 
     @property
     def status(self) -> Status:
-        if self.stages and self.stages[-1].converged is False and not _goes_on_when_stuck(self.config):
-            return "did not converge"
-        if self._finished:
+        if all(phase.finished for phase in self.phases):
             return "finished"
-        return "stopped at max_steps" if 0 <= self._limit("trainer", "max_steps") <= self.steps else _UNFINISHED
-
-    @property
-    def _finished(self) -> bool:
-        if _models_text(self.config):
-            return self.steps >= self._limit("curriculum", "steps")
-        return self._curriculum_over and (not self.config.get("hold") or self.held >= self._limit("hold", "steps"))
-
-    @property
-    def _curriculum_over(self) -> bool:
-        last = self.stages[-1] if self.stages else None
-        return bool(last and last.converged is not None and last.number >= self._limit("curriculum", "max_segments"))
-
-    def _limit(self, part: str, name: str) -> float:
-        settings = self.config.get(part)
-        limit = settings.get(name) if isinstance(settings, dict) else None
-        return limit if isinstance(limit, int) else float("inf")
-
-    @property
-    def held(self) -> int:
-        """Steps of the phase after the curriculum, in which memories are carried over from step to step."""
-        behind = self.steps - sum(stage.steps for stage in self.stages)
-        return max(0, behind) if self.config.get("hold") and self._curriculum_over else 0
+        if any(phase.stuck for phase in self.phases):
+            return "did not converge"
+        stopped = 0 <= _limit(self.config, "trainer", "max_steps") <= self.steps
+        return "stopped at max_steps" if stopped else "interrupted or running"
 
     def logged(self, metric: str) -> list[float]:
         """All values of a metric; there may be none."""
@@ -187,18 +202,23 @@ def _find(places: Iterable[str]) -> tuple[list[Path], list[str]]:
     found: dict[Path, Path] = {}
     reasons: list[str] = []
     for place in places:
-        matches = [place] if os.path.lexists(place) else sorted(glob.glob(place, recursive=True))
+        matches = matching(place)
         if not matches:
             reasons.append(f"{place}: does not exist")
         for match in matches:
             errors: list[OSError] = []
-            inside = list(_run_folders(Path(match), errors))
+            inside = list(_run_folders(match, errors))
             reasons += [f"{error.filename}: {_reason(error)}" for error in errors]
             if not inside and not errors:
                 reasons.append(f"{match}: holds no run")
             for folder in inside:
                 found.setdefault(folder.resolve(), folder)
     return list(found.values()), reasons
+
+
+def matching(place: str) -> list[Path]:
+    """The path, or all paths that it stands for as a pattern."""
+    return [Path(name) for name in ([place] if os.path.lexists(place) else sorted(glob.glob(place, recursive=True)))]
 
 
 def _run_folders(place: Path, errors: list[OSError]) -> Iterator[Path]:
@@ -229,20 +249,25 @@ def _read_run(folder: Path) -> Run:
     """
     config = _config(folder / CONFIG)
     problems: list[str] = []
-    finished = _rows(folder / STAGES, ("stage", "steps", "seconds", "accuracy", "converged"), problems)
-    logged = list(_metrics(folder / METRICS, problems))
-    stages = _stages(finished, logged, _goes_on_when_stuck(config))
+    logged = _metrics(folder / METRICS, problems)
+    phases = _json(folder / PHASES, list[Phase], problems) or []
+    passed = _rows(folder / STAGES, problems, ("stage", "steps", "seconds", "accuracy", "converged"))
+    stages = _stages(passed, logged[_titles(logged, phases) == ""], config)
+    phases = phases or _phases_of_earlier_versions(config, stages, logged)
+    tests = _rows(folder / EVALUATION, problems, _LENGTHS, ("documents", "tokens", "perplexity", "bits_per_byte"))
+    of_text = bool(tests) and "documents" in tests[0]
     return Run(
         name=folder.name,
         config=config,
+        phases=[_with_rows(phase, folder, problems) for phase in phases],
         stages=stages,
-        curves=_curves(logged, stages),
-        evaluations=list(_evaluations(folder, config, problems)),
-        losses=_rows(folder / HOLD, ("step", "rate", "rate_low", "rate_high"), problems),
-        text_score=_text_score(folder / EVALUATION, problems) if _models_text(config) else None,
-        hardware=_hardware(folder / HARDWARE, problems),
+        curves=_curves(logged, stages, phases),
+        evaluations=list(_evaluations(folder, [] if of_text else tests, config, problems)),
+        losses=_rows(folder / HOLD, problems, ("step", "rate", "rate_low", "rate_high")),
+        text_score=tests[0] if of_text else None,
+        hardware=public(_json(folder / HARDWARE, list[dict[str, Any]], problems) or []),
         attention=dict(_pictures(folder / "attention", problems)),
-        problems=[public_text(problem.removeprefix(f"{folder}/")) for problem in problems],
+        problems=[public_text(problem.removeprefix(f"{folder}/")) for problem in dict.fromkeys(problems)],
     )
 
 
@@ -270,128 +295,176 @@ def _renamed(part: Any) -> Any:
 _PARTS = ("task", "noise", "backbone", "model", "curriculum", "trainer")
 
 
-def _goes_on_when_stuck(config: dict[str, Any]) -> bool:
-    return config["curriculum"].get("when_stuck") == "continue"
+def _limit(config: dict[str, Any], part: str, name: str) -> float:
+    settings = config.get(part)
+    limit = settings.get(name) if isinstance(settings, dict) else None
+    return limit if isinstance(limit, int) else float("inf")
 
 
-def _models_text(config: dict[str, Any]) -> bool:
-    """Whether a language model is trained, for a number of steps, rather than facts asked for at growing lengths."""
-    return "max_segments" not in config["curriculum"]
-
-
-def _rows(path: Path, needed: Sequence[str], problems: list[str]) -> list[Row]:
-    """The rows of a csv file that hold a number in all `needed` columns; empty cells and words are left out."""
+def _table(path: Path, problems: list[str]) -> pd.DataFrame:
+    """The cells of a csv file as they stand; without a file, or if it is no table, there are none."""
     try:
         text = path.read_text()
         # Its last line is half written, or still being written, if it does not end.
-        lines = text.splitlines()[: None if text.endswith("\n") else -1]
-        reader = csv.DictReader(lines)
-        missing = [name for name in needed if name not in (reader.fieldnames or [])]
-        if missing:
-            raise UserError(f"has no column {missing[0]}")
-        table = list(reader)
+        whole = text[: text.rfind("\n") + 1]
+        # A row with more cells than there are columns loses those.
+        wanted: Any = {"dtype": str, "keep_default_na": False, "index_col": False, "usecols": lambda name: True}
+        table = pd.read_csv(StringIO(whole), **wanted)
     except FileNotFoundError:
-        return []
-    except (OSError, ValueError, csv.Error) as error:
+        return pd.DataFrame()
+    except (OSError, ValueError) as error:
         problems.append(f"{path}: {_reason(error)}")
-        return []
-    rows = [{name: number for name, cell in row.items() if (number := _number(cell)) is not None} for row in table]
-    good = [row for row in rows if all(name in row for name in needed) and row.get("segments", 1) >= 1]
-    if not text.endswith("\n") or len(good) < len(rows):
+        return pd.DataFrame()
+    if whole != text:
+        problems.append(f"{path}: is incomplete; {len(table)} rows could be read")
+    return table
+
+
+def _with_rows(phase: Phase, folder: Path, problems: list[str]) -> Phase:
+    """A phase with the rows of its csv file, whatever its columns are, and nothing that a page must not tell."""
+    # The name of the file stands in another, which may come from anybody.
+    table = _table(folder / Path(phase.table).name, problems) if phase.table else pd.DataFrame()
+    return replace(phase, title=public_text(phase.title), rows=public(table.to_dict("records")))
+
+
+def _numbers(path: Path, problems: list[str], *choices: Sequence[str]) -> pd.DataFrame:
+    """The rows of a csv file that hold a number in all columns of one of `choices`; no words, no infinities."""
+    table = _table(path, problems)
+    needed = next((columns for columns in choices if columns[0] in table), choices[0])
+    if missing := [name for name in needed if name not in table]:
+        if len(table.columns):
+            problems.append(f"{path}: has no column {missing[0]}")
+        return pd.DataFrame(columns=list(needed), dtype=float)
+    # A loss that is no number has no place in a plot.
+    numbers = table.replace({"True": "1", "False": "0"}).apply(pd.to_numeric, errors="coerce").astype(float)
+    good = numbers.replace([float("inf"), -float("inf")], float("nan")).dropna(subset=list(needed))
+    if "segments" in good:
+        good = good[good["segments"] >= 1]
+    if len(good) < len(table):
         problems.append(f"{path}: is incomplete; {len(good)} rows could be read")
     return good
 
 
-def _number(cell: Any) -> float | None:
-    if cell in ("True", "False"):
-        return float(cell == "True")
-    try:
-        number = float(cell)
-    except (TypeError, ValueError):
-        return None
-    # A loss that is no number has no place in a plot.
-    return number if abs(number) < float("inf") else None
+def _rows(path: Path, problems: list[str], *choices: Sequence[str]) -> list[Row]:
+    rows = _numbers(path, problems, *choices).to_dict("records")
+    return [{str(name): value for name, value in row.items() if not pd.isna(value)} for row in rows]
 
 
-def _metrics(folder: Path, problems: list[str]) -> Iterator[Row]:
+def _metrics(folder: Path, problems: list[str]) -> pd.DataFrame:
     """All that was logged. Each start of a run writes a new file; what it repeats of an earlier one replaces it."""
     versions = sorted(folder.glob("version_*/metrics.csv"), key=lambda path: (len(path.parent.name), path.parent.name))
-    logs = [rows for path in versions if (rows := _rows(path, ("step",), problems))]
-    for number, rows in enumerate(logs):
-        end = min((later[0]["step"] for later in logs[number + 1 :]), default=float("inf"))
-        yield from (row for row in rows if row["step"] < end)
+    logged = pd.DataFrame({"step": []}, dtype=float)
+    for path in versions:
+        if len(log := _numbers(path, problems, ("step",))):
+            logged = pd.concat([logged[logged["step"] < log["step"].iloc[0]], log], ignore_index=True)
+    return logged
 
 
-def _validations(logged: list[Row]) -> list[tuple[int, int, float]]:
-    """(step, stage, accuracy) of each; the stage is the number of segments of the longest inputs."""
-    return [
-        (int(row["step"]) + 1, max(stages), row["val/accuracy"])
-        for row in logged
-        if "val/accuracy" in row and (stages := [int(found[1]) for name in row if (found := _SEGMENTS.fullmatch(name))])
-    ]
+def _phases_of_earlier_versions(config: dict[str, Any], stages: list[Stage], logged: pd.DataFrame) -> list[Phase]:
+    """What phases.json would say of a run that was begun before runs wrote it."""
+    taken = sum(stage.steps for stage in stages)
+    steps = int(logged["step"].max()) + 1 if len(logged) else taken
+    if "max_segments" not in config["curriculum"]:
+        return [Phase("Training", 0, steps, steps >= _limit(config, "curriculum", "steps"), False, None)]
+    last = stages[-1] if stages else None
+    stuck = bool(last and last.converged is False and not _goes_on_when_stuck(config))
+    ended = bool(last and last.converged is not None and last.number >= _limit(config, "curriculum", "max_segments"))
+    over = ended and not stuck
+    phases = [Phase("Curriculum", 0, taken, over, stuck, STAGES)]
+    if config.get("hold"):
+        held = max(0, steps - taken) if over else 0
+        finished = over and held >= _limit(config, "hold", "steps")
+        phases.append(Phase("State passing", taken if held else None, held, finished, False, HOLD))
+    return phases
+
+
+def _goes_on_when_stuck(config: dict[str, Any]) -> bool:
+    return config["curriculum"].get("when_stuck") == "continue"
+
+
+def _titles(logged: pd.DataFrame, phases: list[Phase]) -> pd.Series[str]:
+    """For each row the title of its phase; none in a curriculum, whose stages tell more."""
+    titles = pd.Series("", index=logged.index, dtype=object)
+    for phase in phases:
+        if phase.first_step is not None:
+            titles[logged["step"] >= phase.first_step] = "" if phase.staged else phase.title
+    return titles
+
+
+def _validations(logged: pd.DataFrame) -> pd.DataFrame:
+    """Step, stage and accuracy of each; the stage is the number of segments of the longest inputs."""
+    lengths = {name: int(found[1]) for name in logged if (found := _SEGMENTS.fullmatch(name))}
+    stage = (logged[list(lengths)].notna() * list(lengths.values())).max(axis=1)
+    accuracy = logged[ACCURACY] if ACCURACY in logged else float("nan")
+    found = pd.DataFrame({"step": logged["step"] + 1, "stage": stage, "accuracy": accuracy})
+    return found[found["stage"] > 0].dropna().astype({"step": int, "stage": int})
 
 
 _SEGMENTS = re.compile(r"val/accuracy_segments_(\d+)")
 
 
-def _stages(finished: list[Row], logged: list[Row], goes_on_when_stuck: bool) -> list[Stage]:
+def _stages(passed: list[Row], logged: pd.DataFrame, config: dict[str, Any]) -> list[Stage]:
     """Stages that are over, as stages.csv has them, and the one that goes on, as the validations tell it."""
     stages = {
         int(row["stage"]): Stage(
             int(row["stage"]), int(row["steps"]), row["seconds"], row["accuracy"], bool(row["converged"])
         )
-        for row in finished
+        for row in passed
     }
     validations = _validations(logged)
-    began = 0 if validations and validations[0][1] == 1 else int(min((row["step"] for row in logged), default=0))
-    for number in sorted({stage for _, stage, _ in validations}):
-        step, _, accuracy = [validation for validation in validations if validation[1] == number][-1]
+    began = 0 if 1 in validations["stage"].values else logged["step"].min()
+    for number, last in validations.groupby("stage"):
+        step, _, accuracy = last.iloc[-1]
         known = stages.get(number)
         # A stage that was stuck may go on in a resumed run; what follows the last one that was passed is another phase.
-        passed = known and (known.converged or goes_on_when_stuck)
-        if not known or (not passed and step - began > known.steps):
-            over = number < validations[-1][1]
-            stages[number] = Stage(number, step - began, None, accuracy, True if over else None)
+        done = known and (known.converged or _goes_on_when_stuck(config))
+        if not known or (not done and step - began > known.steps):
+            over = number < validations["stage"].iloc[-1]
+            stages[number] = Stage(number, int(step - began), None, accuracy, True if over else None)
         began = step
     return [stages[number] for number in sorted(stages)]
 
 
-def _curves(logged: list[Row], stages: list[Stage]) -> dict[str, list[Point]]:
-    validations = _validations(logged)
-    ends = [step for step, _, _ in validations]
-    over = {stage.number for stage in stages if stage.converged}
-    last = validations[-1][1] if validations else 0
-    after = last + (not validations or last in over)
+def _curves(logged: pd.DataFrame, stages: list[Stage], phases: list[Phase]) -> dict[str, list[Point]]:
+    """What was logged, by metric: of validation whatever there is, except for slices of an accuracy."""
+    stage = _validations(logged)["stage"].reindex(logged.index)
+    # A value belongs to the stage of the next validation; after the last one, to the stage that then goes on.
+    last = stage.max() if stage.notna().any() else 0
+    going_on = last + (last in {0, *(known.number for known in stages if known.converged)})
+    stage = stage.groupby(logged["step"]).transform("max").bfill().fillna(going_on).astype(int)
+    titles = _titles(logged, phases)
+    places = titles.where(titles != "", "stage " + stage.astype(str))
+    if [phase.staged for phase in phases] == [False]:
+        # The only phase needs no name.
+        places[:] = ""
+    # Accuracy on the easier samples of a lesson is not that of the task.
+    easier = logged["lesson"] > 0 if "lesson" in logged else pd.Series(False, index=logged.index)
     curves: dict[str, list[Point]] = {}
-    for row in logged:
-        step = int(row["step"]) + 1
-        place = bisect_left(ends, step)
-        stage = validations[place][1] if place < len(ends) else after
-        names = row.keys() & {LOSS, ACCURACY, PERPLEXITY, SPEED, HOST_MEMORY, DEVICE_MEMORY}
-        if row.get("lesson"):
-            # Accuracy on the easier samples of a lesson is not that of the task.
-            names -= {ACCURACY}
-        for name in names:
-            curves.setdefault(name, []).append(Point(step, stage, row[name]))
+    for name in logged:
+        validated = name.startswith("val/") and not _SLICE.search(name)
+        if validated or name in (LOSS, SPEED, HOST_MEMORY, DEVICE_MEMORY):
+            values = logged.loc[~easier, name] if validated else logged[name]
+            points = [Point(int(logged["step"][row]) + 1, places[row], value) for row, value in values.dropna().items()]
+            curves |= {name: points} if points else {}
     return curves
 
 
 LOSS = "train/loss"
 ACCURACY = "val/accuracy"
-PERPLEXITY = "val/perplexity"
 SPEED = "train/tokens_per_second"
 HOST_MEMORY = "train/host_memory_mb"
 DEVICE_MEMORY = "train/device_memory_mb"
+_SLICE = re.compile(r"_(segments|distance)_\d+$")
+_LENGTHS = ("segments", "right", "samples", "accuracy", "low", "high")
 
 
-def _evaluations(folder: Path, config: dict[str, Any], problems: list[str]) -> Iterator[Evaluation]:
-    if _models_text(config):
-        return
-    needed = ("segments", "right", "samples", "accuracy", "low", "high")
-    if rows := _rows(folder / EVALUATION, needed, problems):
-        yield Evaluation(AT_THE_END, True, None, "", sorted(rows, key=lambda row: row["segments"]), [])
+def _evaluations(
+    folder: Path, at_the_end: list[Row], config: dict[str, Any], problems: list[str]
+) -> Iterator[Evaluation]:
+    if at_the_end:
+        yield Evaluation(AT_THE_END, True, None, "", sorted(at_the_end, key=lambda row: row["segments"]), [])
     for path in sorted(folder.glob(f"evaluations/*/{EVALUATION}")):
-        if not (rows := _rows(path, needed, problems)):
+        if not (rows := _rows(path, problems, _LENGTHS)):
             continue
         settings = _settings(path.with_suffix(".json"), problems)
         other = [part for part in ("task", "noise") if settings.get(part) not in (None, config[part])]
@@ -404,12 +477,8 @@ def _evaluations(folder: Path, config: dict[str, Any], problems: list[str]) -> I
             stage=int(stage[1]) if stage else None,
             device=str(settings.get("device", "")),
             rows=sorted(rows, key=lambda row: row["segments"]),
-            followed=_rows(path.with_name("retention.csv"), ("age", "right", "streams"), problems),
+            followed=_rows(path.with_name("retention.csv"), problems, ("age", "right", "streams")),
         )
-
-
-def _text_score(path: Path, problems: list[str]) -> Row | None:
-    return next(iter(_rows(path, ("documents", "tokens", "perplexity", "bits_per_byte"), problems)), None)
 
 
 def differences(configs: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
@@ -441,12 +510,8 @@ def kind(part: Any) -> str:
 
 
 def _settings(path: Path, problems: list[str]) -> dict[str, Any]:
-    settings = public(_json(path, dict, problems).get("settings"))
+    settings = public((_json(path, dict[str, Any], problems) or {}).get("settings"))
     return {name: _renamed(part) for name, part in settings.items()} if isinstance(settings, dict) else {}
-
-
-def _hardware(path: Path, problems: list[str]) -> list[dict[str, Any]]:
-    return [start for start in public(_json(path, list, problems)) if isinstance(start, dict)]
 
 
 def _pictures(folder: Path, problems: list[str]) -> Iterator[tuple[str, bytes]]:
@@ -463,17 +528,15 @@ def _pictures(folder: Path, problems: list[str]) -> Iterator[tuple[str, bytes]]:
             problems.append(f"{path}: is no picture")
 
 
-def _json(path: Path, kind: type[Content], problems: list[str]) -> Content:
+def _json(path: Path, kind: type[Content], problems: list[str]) -> Content | None:
+    """What a json file holds; None without it, or if it is of another kind."""
     try:
-        content = json.loads(path.read_text())
-        if isinstance(content, kind):
-            return content
-        raise UserError("is not what a run writes")
+        return TypeAdapter(kind).validate_json(path.read_bytes())
     except FileNotFoundError:
-        pass
-    except (OSError, ValueError, RecursionError) as error:
+        return None
+    except (OSError, ValueError) as error:
         problems.append(f"{path}: {_reason(error)}")
-    return kind()
+        return None
 
 
 def _reason(error: Exception) -> str:

@@ -9,15 +9,16 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any, Literal
 
+import pandas as pd
 from rich.table import Table
 
-from rmt_lightning.core.files import write_csv
+from rmt_lightning.core.files import write_atomically
 from rmt_lightning.core.run_folder import JOB
 from rmt_lightning.reporting.redaction import public_text
-from rmt_lightning.reporting.runs import AT_THE_END, Run, read_runs
+from rmt_lightning.reporting.runs import AT_THE_END, Run, matching, read_runs
 
 SEED = "seed"
 # A job that ended so has a result; the others are tried again when the sweep goes on.
@@ -83,31 +84,10 @@ class Mean:
 
 def mean(values: Sequence[float]) -> Mean:
     """The mean of some values, and how far it may be off, if they are drawn from a normal distribution."""
-    if len(values) == 1:
-        return Mean(values[0], None)
-    return Mean(fmean(values), t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values)))
+    from scipy import stats
 
-
-def t_quantile(freedom: int) -> float:
-    """The 97.5% quantile of Student's t distribution with `freedom` degrees of freedom."""
-    low, high = 0.0, 20.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _within(middle, freedom) < 0.95 else (low, middle)
-    return high
-
-
-def _within(t: float, freedom: int) -> float:
-    """The probability of lying between -t and t (Abramowitz and Stegun 1964, equations 26.7.3 and 26.7.4)."""
-    angle = math.atan(t / math.sqrt(freedom))
-    odd = freedom % 2
-    term, total = (math.cos(angle), math.cos(angle)) if odd else (1.0, 1.0)
-    for number in range(2 + odd, freedom - 1, 2):
-        term *= (number - 1) / number * math.cos(angle) ** 2
-        total += term
-    if not odd:
-        return math.sin(angle) * total
-    return 2 / math.pi * (angle + (math.sin(angle) * total if freedom > 1 else 0))
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values) if len(values) > 1 else None
+    return Mean(fmean(values), None if half is None else float(half))
 
 
 @dataclass(frozen=True)
@@ -193,6 +173,11 @@ class Sweep:
         return [name for name in self.measures if name.startswith(ACCURACY_AT)] or self.measures[-1:]
 
     @property
+    def drawable(self) -> bool:
+        """Whether something is swept, and has a result."""
+        return bool(self.values and self.measures)
+
+    @property
     def form(self) -> Literal["curves", "map", "slices"]:
         """How it is drawn: curves along one axis, a heat map over two, or points along each of any number."""
         sizes = [len(self.tried(axis)) for axis in self.axes]
@@ -239,7 +224,7 @@ PERPLEXITY = "perplexity"
 
 
 def _order(name: str) -> tuple[int, str]:
-    """Accuracies by length; and perplexity, which counts, behind bits per byte."""
+    """Accuracies by length; and perplexity, which counts, after bits per byte."""
     return (int(name.removeprefix(ACCURACY_AT)) if name.startswith(ACCURACY_AT) else 0, name)
 
 
@@ -272,9 +257,14 @@ def read_sweep(folder: Path) -> Sweep:
 
 
 def find_sweeps(places: Iterable[str]) -> list[Path]:
-    """The folders of sweeps that are in some places or, at any depth, below them."""
-    found = {path.parent.parent: None for place in places for path in sorted(Path(place).rglob(JOB))}
-    return list(found)
+    """The folders of sweeps that are in some places or, at any depth, below them, each once.
+
+    Args:
+        places: folders, or patterns of some.
+    """
+    jobs = (path for place in places for match in matching(place) for path in sorted(match.rglob(JOB)))
+    # A place may be called by its end: "." or "..".
+    return list(dict.fromkeys(Path(os.path.abspath(path)).parents[1].resolve() for path in jobs))
 
 
 def read_job(folder: Path) -> Job:
@@ -305,37 +295,39 @@ def _scores(run: Run) -> dict[str, float]:
     return {f"{ACCURACY_AT}{row['segments']:.0f}": row["accuracy"] for test in tests for row in test.rows}
 
 
-def job_rows(sweep: Sweep) -> list[dict[str, Any]]:
-    """The rows of sweep.csv: jobs."""
-    return _filled([job.row() for job in sweep.jobs])
-
-
-def group_rows(sweep: Sweep) -> list[dict[str, Any]]:
-    """The rows of summary.csv: means over seeds."""
-    return _filled([group.row() for group in sweep.groups])
-
-
-def _filled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows with the same columns; what one of them lacks is left empty."""
-    columns = {name: None for row in rows for name in row}
-    return [columns | row for row in rows]
-
-
 def sum_up(folder: Path) -> Sweep:
     """Print one table over the jobs of a sweep, and write it and its figure into the sweep's folder."""
+    sweep = read_sweep(folder)
+    show(sweep)
+    write(sweep, folder)
+    return sweep
+
+
+def show(sweep: Sweep) -> None:
+    """Print the table of a sweep, and why jobs failed."""
     from rich import get_console
 
-    from rmt_lightning.reporting import figures
-
-    sweep = read_sweep(folder)
-    write_csv(folder / "sweep.csv", job_rows(sweep))
-    write_csv(folder / "summary.csv", group_rows(sweep))
-    if sweep.values and sweep.measures:
-        figures.save(figures.sweep(sweep), folder / "sweep")
     console = get_console()
     console.print(sweep.table())
     for job in sweep.jobs:
         if job.reason:
             console.print(f"{job.name}: {job.reason}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"[bold]{os.path.relpath(folder)}[/] holds all of it", highlight=False, soft_wrap=True)
-    return sweep
+
+
+def write(sweep: Sweep, folder: Path) -> None:
+    """Write the tables of a sweep, over jobs and over means, and its figure if there is something to draw; say where.
+
+    Raises:
+        OSError: if the folder cannot be written.
+    """
+    from rich import get_console
+
+    from rmt_lightning.reporting import figures
+
+    for name, rows in (("sweep.csv", sweep.jobs), ("summary.csv", sweep.groups)):
+        # What a row lacks is left empty; integers stay integers all the same.
+        table = pd.DataFrame([row.row() for row in rows], dtype=object)
+        write_atomically(folder / name, table.to_csv(index=False).encode())
+    if sweep.drawable:
+        figures.save(figures.sweep(sweep), folder / "sweep")
+    get_console().print(f"[bold]{os.path.relpath(folder)}[/] holds all of it", highlight=False, soft_wrap=True)
