@@ -193,7 +193,7 @@ def test_memories_are_followed_and_the_rate_of_loss_is_told(
     assert row["lost"] <= row["written"] <= row["streams"] == 10
     assert 0 < row["exposure"] <= 4 * 3 * row["written"]
     # Done once, it is not done again; another way of following is added.
-    monkeypatch.setattr("rmt_lightning.evaluate._follow", None)
+    monkeypatch.setattr("rmt_lightning.app.evaluation._follow", None)
     evaluate(monkeypatch, "segments=[1]", "follow=12", "every=4", "batch_size=10")
 
 
