@@ -197,6 +197,30 @@ def test_memories_are_followed_and_the_rate_of_loss_is_told(
     evaluate(monkeypatch, "segments=[1]", "follow=12", "every=4", "batch_size=10")
 
 
+def test_another_number_of_memories_is_another_result(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """retention.csv tells the ways apart, and a call is not given what another way of following has found."""
+    follow = ["segments=[1]", "follow=8", "every=4"]
+    for settings in ("batch_size=10", "batch_size=3", "batch_size=3 follow=4"):
+        evaluate(monkeypatch, *follow, *settings.split())
+    ways = ("follow", "every", "streams", "age")
+    asked = [tuple(row[way] for way in ways) for row in rows(only(here) / "retention.csv")]
+    assert asked == [("8", "4", streams, age) for streams in ("10", "3") for age in ("4", "8")] + [("4", "4", "3", "4")]
+    # A file of before, whose keys leave out the streams: its rows know them.
+    path = only(here) / "evaluation.json"
+    content = json.loads(path.read_text())
+    content["retention"] = {"8 every 4": next(iter(content["retention"].values()))}
+    path.write_text(json.dumps(content))
+    capsys.readouterr()
+    with monkeypatch.context() as without:
+        without.setattr("rmt_lightning.app.evaluation._follow", None)
+        evaluate(monkeypatch, *follow, "batch_size=10")
+    assert "Memory lost per segment" in capsys.readouterr().out
+    evaluate(monkeypatch, *follow, "batch_size=3")
+    assert [row["streams"] for row in rows(only(here) / "retention.csv")] == ["10", "10", "3", "3"]
+
+
 def test_following_without_asking_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit) as stopped:
         evaluate(monkeypatch, "segments=[1]", "follow=5", "every=6")

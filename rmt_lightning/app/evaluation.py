@@ -71,12 +71,13 @@ def evaluate(
     settings = provenance(run_config, checkpoint) | {"samples": config.samples, "device": hardware}
     folder = findings(run, "evaluations", f"{checkpoint.stem}-{parts.data.placement.task.name}", settings)
     done = _Done.read(folder, settings)
-    followed = f"{config.follow} every {config.every}"
+    streams = 64 if config.batch_size == "auto" else config.batch_size
+    followed = f"{config.follow} every {config.every} of {streams}"
     # Only a head can be asked on the way, and a model that keeps the whole text has nothing to lose.
     classifier = parts.classifier if isinstance(parts.classifier, FactClassifier) else None
     follows = config.follow > 0 and classifier is not None and classifier.model.max_segments is None
     if follows and classifier and followed not in done.retention:
-        done.retention[followed] = _follow(classifier, parts.data, config, device)
+        done.retention[followed] = _follow(classifier, parts.data, config, streams, device)
         done.write()
     for num_segments in fitting:
         if str(num_segments) not in done.lengths:
@@ -99,7 +100,7 @@ class _Done:
         folder: where it is written.
         settings: all that it depends on and that is in no key.
         lengths: a row for each number of segments.
-        retention: a row for each way in which memories were followed.
+        retention: a row for each way in which memories were followed: "<segments> every <segments> of <memories>".
     """
 
     folder: Path
@@ -111,14 +112,18 @@ class _Done:
     def read(cls, folder: Path, settings: dict[str, Any]) -> _Done:
         path = folder / "evaluation.json"
         found = json.loads(path.read_text()) if path.exists() else {}
-        return cls(folder, settings, found.get("lengths", {}), found.get("retention", {}))
+        # Earlier versions left the memories out of the key.
+        retention = {
+            f"{key.partition(' of ')[0]} of {row['streams']}": row for key, row in found.get("retention", {}).items()
+        }
+        return cls(folder, settings, found.get("lengths", {}), retention)
 
     def write(self) -> None:
         content = {"settings": self.settings, "lengths": self.lengths, "retention": self.retention}
         write_atomically(self.folder / "evaluation.json", json.dumps(content, indent=2).encode())
         asked = [
-            {"age": age, "right": right, "streams": row["streams"]}
-            for row in self.retention.values()
+            dict(zip(("follow", "every", "streams"), key.split()[::2], strict=True)) | {"age": age, "right": right}
+            for key, row in self.retention.items()
             for age, right in row["right"].items()
         ]
         write_csv(self.folder / "retention.csv", asked)
@@ -177,11 +182,10 @@ def _test_in_batches(
 
 
 def _follow(
-    classifier: FactClassifier, data: FactDataModule, config: DictConfig, device: torch.device
+    classifier: FactClassifier, data: FactDataModule, config: DictConfig, streams: int, device: torch.device
 ) -> dict[str, Any]:
     """Measure the rate at which memory is lost, and put what was found into a row."""
     classifier = classifier.to(device).eval()
-    streams = 64 if config.batch_size == "auto" else config.batch_size
     with _bar(f"following {streams} memories", config.follow, streams) as advance, _autocast(device):
         found = follow(
             classifier.model, classifier.score, data, config.follow, config.every, streams, device,
