@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from functools import partial
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -21,7 +22,7 @@ FIGURES = {
     "attention_of_memory": rewriting,
     "attention_of_memory_reasoning": rewriting,
     "flops": figures.flops,
-    "generalisation": figures.generalisation,
+    "generalisation": partial(figures.generalisation, chance=1 / 6),
     "language_modeling": figures.language_models,
     "models_on_detect": figures.models,
     "two_million_tokens": figures.extrapolation,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich import get_console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -27,6 +28,7 @@ from rmt_lightning.core.files import write_atomically, write_csv
 from rmt_lightning.core.run_folder import CHECKPOINTS, findings
 from rmt_lightning.reporting import figures
 from rmt_lightning.tasks.datamodule import FactDataModule
+from rmt_lightning.tasks.facts import Task
 from rmt_lightning.training.callbacks.hardware import host_memory, keep_heap_flat
 from rmt_lightning.training.classification import FactClassifier
 
@@ -51,7 +53,8 @@ def evaluate_stages(config: DictConfig, run_config: DictConfig, run: Path) -> No
     # The last folder's name tells the task and the settings.
     folder = folder.with_name(folder.name.replace(checkpoints[stage].stem, "stages", 1))
     write_csv(folder / "results.csv", rows)
-    figures.save(figures.generalisation(rows), folder / "figure")
+    task: Task = instantiate(run_config.task, _convert_="all")
+    figures.save(figures.generalisation(rows, chance=1 / len(task.answers)), folder / "figure")
     get_console().print(f"[bold]{os.path.relpath(folder)}[/] holds them all", highlight=False, soft_wrap=True)
 
 

@@ -161,11 +161,12 @@ def extrapolation(rows: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def generalisation(rows: Sequence[Mapping[str, Any]]) -> Figure:
+def generalisation(rows: Sequence[Mapping[str, Any]], chance: float) -> Figure:
     """How far each stage of a curriculum generalises (RMT-2023, figure 5).
 
     Args:
         rows: stage, segments and accuracy of each stage's checkpoint on inputs of each length.
+        chance: accuracy of guessing.
     """
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -175,7 +176,7 @@ def generalisation(rows: Sequence[Mapping[str, Any]]) -> Figure:
         color = colormaps["viridis"](0.9 * (1 - stage / max(stages)))
         axes.plot(*zip(*own, strict=True), "o-", color=color, markersize=4, label=str(stage))
     lengths = sorted({int(row["segments"]) for row in rows})
-    axes.axhline(1 / 6, color=CHANCE, linestyle=":", linewidth=1)
+    axes.axhline(chance, color=CHANCE, linestyle=":", linewidth=1)
     axes.set(xlabel="segments of the input", ylabel="test accuracy", ylim=(0, 1.04), xticks=lengths)
     axes.legend(title="trained on", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
