@@ -8,29 +8,16 @@ heads); rewrite.csv holds the curve of rewrite.png and .pdf; settings.json the s
 
 from __future__ import annotations
 
-import json
-import os
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
 from omegaconf import DictConfig
 
 from rmt_lightning.app.hydra_errors import front_door
-from rmt_lightning.app.resume import provenance, trained_config
+from rmt_lightning.app.resume import trained_config
 from rmt_lightning.app.schema import check
-from rmt_lightning.core.errors import UserError
-from rmt_lightning.core.files import read_csv, write_atomically, write_csv
-from rmt_lightning.core.run_folder import findings, locate_checkpoint
-
-# What follows takes seconds to import; --help and spelling mistakes should not have to wait for it.
-if TYPE_CHECKING:
-    import torch
-
-    from rmt_lightning.models.rmt import RMTEncoder
-    from rmt_lightning.tasks.placement import Placement
-    from rmt_lightning.training.answering import FactModule
+from rmt_lightning.core.run_folder import locate_checkpoint
 
 
 @dataclass(frozen=True)
@@ -50,90 +37,10 @@ class Root:
 def main(config: DictConfig) -> None:
     check(config, Root)
     run, checkpoint = locate_checkpoint(config.checkpoint)
+    # Takes seconds to import; --help and spelling mistakes should not have to wait for it.
+    from rmt_lightning.app.attention import attend
+
     attend(config, trained_config(run, config), run, checkpoint)
-
-
-def attend(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: Path) -> None:
-    """Draw the heatmaps and then, unless an earlier call has, the curve."""
-    from rich import get_console
-
-    from rmt_lightning.app.build import find_device, load
-    from rmt_lightning.app.console import start_logging
-    from rmt_lightning.models.rmt import RMTEncoder
-
-    start_logging(None, first_process=True)
-    device, hardware = find_device(config.device)
-    placement, module = load(run_config, run, checkpoint)
-    model = module.model
-    if not isinstance(model, RMTEncoder) or model.memory_size == 0:
-        raise UserError(
-            f"checkpoint={config.checkpoint}: has no memory tokens whose attention can be shown; give a run with "
-            "model=rmt_encoder and model.memory_size>0"
-        )
-    module.to(device).eval()
-    asked = {key: config[key] for key in ("segments", "streams", "stream_segments")}
-    settings = provenance(run_config, checkpoint) | asked | {"device": hardware}
-    folder = findings(run, "attention", f"{checkpoint.stem}-{placement.task.name}", settings)
-    _draw_maps(placement, module, model, config, device, folder)
-    write_atomically(folder / "settings.json", json.dumps(settings, indent=2).encode())
-    _draw_curve(placement, model, config, device, folder)
-    files = ", ".join(sorted(path.name for path in folder.iterdir()))
-    get_console().print(f"[bold]{os.path.relpath(folder)}[/] holds {files}", highlight=False, soft_wrap=True)
-
-
-def _draw_maps(
-    placement: Placement, module: FactModule, model: RMTEncoder, config: DictConfig, device: torch.device, folder: Path
-) -> None:
-    """Read one test sample; show what the model answers and what its memory attends to."""
-    from rich import get_console
-    from rich.markup import escape
-    from rich.table import Table
-
-    from rmt_lightning.analysis.attention import maps_to_rows
-    from rmt_lightning.app.results import watch_clearest
-    from rmt_lightning.reporting import figures
-
-    sample, title, maps = watch_clearest(placement, module, model, config.segments, device, config.layer, config.head)
-    assert sample.example is not None, "only mere noise has none"
-    table = Table("segment", "facts", "event", "attention", title=escape(title), title_justify="left")
-    for segment, one in enumerate(maps):
-        facts = " ".join(fact for fact, home in zip(sample.example.facts, sample.homes, strict=True) if home == segment)
-        reader, sources = one.operation
-        table.add_row(str(segment + 1), escape(facts), one.event, f"{reader} → {', '.join(sources)} {one.share:.0%}")
-    get_console().print(table)
-    stem = "attention" + "".join(f"-{name}-{config[name]}" for name in ("layer", "head") if config[name] != "mean")
-    write_csv(folder / f"{stem}.csv", maps_to_rows(maps))
-    figures.save(figures.attention(maps, f"{title}   layer={config.layer}, head={config.head}"), folder / stem)
-
-
-def _draw_curve(
-    placement: Placement, model: RMTEncoder, config: DictConfig, device: torch.device, folder: Path
-) -> None:
-    """Read long texts side by side, unless an earlier call has; show how much of the memory noise and facts rewrite."""
-    import numpy as np
-    from rich import get_console
-    from rich.progress import track
-    from rich.table import Table
-
-    from rmt_lightning.analysis.attention import curve_from_rows, rewriting_curve
-    from rmt_lightning.reporting import figures
-
-    console, path, length = get_console(), folder / "rewrite.csv", config.stream_segments
-    if not path.exists():
-        read = rewriting_curve(model, placement, length, config.streams, device)
-        shown = track(
-            read, f"{length} segments", length, transient=True, console=console, disable=not console.is_terminal
-        )
-        write_csv(path, [asdict(point) for points in shown for point in points])
-    curve = curve_from_rows(read_csv(path))
-    title = f"How much of the memory a segment rewrites ({config.streams} texts)"
-    table = Table("holding", "‖m′ − m‖ / ‖m′‖", "cosine of m and m′", title=title, title_justify="left")
-    for part in ("noise", "fact", "question"):
-        if points := [point for point in curve if point.part == part]:
-            means = np.average([(p.rewritten, p.cosine) for p in points], axis=0, weights=[p.texts for p in points])
-            table.add_row(part, *(f"{mean:.3f}" for mean in means))
-    console.print(table)
-    figures.save(figures.rewriting(curve, title), folder / "rewrite")
 
 
 run = front_door(main, "attend")

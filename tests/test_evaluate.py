@@ -193,8 +193,32 @@ def test_memories_are_followed_and_the_rate_of_loss_is_told(
     assert row["lost"] <= row["written"] <= row["streams"] == 10
     assert 0 < row["exposure"] <= 4 * 3 * row["written"]
     # Done once, it is not done again; another way of following is added.
-    monkeypatch.setattr("rmt_lightning.evaluate._follow", None)
+    monkeypatch.setattr("rmt_lightning.app.evaluation._follow", None)
     evaluate(monkeypatch, "segments=[1]", "follow=12", "every=4", "batch_size=10")
+
+
+def test_another_number_of_memories_is_another_result(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """retention.csv tells the ways apart, and a call is not given what another way of following has found."""
+    follow = ["segments=[1]", "follow=8", "every=4"]
+    for settings in ("batch_size=10", "batch_size=3", "batch_size=3 follow=4"):
+        evaluate(monkeypatch, *follow, *settings.split())
+    ways = ("follow", "every", "streams", "age")
+    asked = [tuple(row[way] for way in ways) for row in rows(only(here) / "retention.csv")]
+    assert asked == [("8", "4", streams, age) for streams in ("10", "3") for age in ("4", "8")] + [("4", "4", "3", "4")]
+    # A file of before, whose keys leave out the streams: its rows know them.
+    path = only(here) / "evaluation.json"
+    content = json.loads(path.read_text())
+    content["retention"] = {"8 every 4": next(iter(content["retention"].values()))}
+    path.write_text(json.dumps(content))
+    capsys.readouterr()
+    with monkeypatch.context() as without:
+        without.setattr("rmt_lightning.app.evaluation._follow", None)
+        evaluate(monkeypatch, *follow, "batch_size=10")
+    assert "Memory lost per segment" in capsys.readouterr().out
+    evaluate(monkeypatch, *follow, "batch_size=3")
+    assert [row["streams"] for row in rows(only(here) / "retention.csv")] == ["10", "10", "3", "3"]
 
 
 def test_following_without_asking_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,6 +239,16 @@ def test_all_stages_side_by_side(
     # Each row is what the stage's own evaluation says.
     own = rows(next((here / "run" / "evaluations").glob("stage-2-detect-*")) / "evaluation.csv")
     assert [row["right"] for row in own] == [row["right"] for row in found if row["stage"] == "2"]
+
+
+def test_the_figure_of_all_stages_draws_chance_of_the_task(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guess among two answers is right half of the time, whatever else the model knows to say."""
+    (here / "qa.txt").write_text("".join(story for story in STORIES if "kitchen" in story or "garden" in story) * 10)
+    drawn = []
+    monkeypatch.setattr("rmt_lightning.reporting.figures.save", lambda figure, _stem: drawn.append(figure))
+    evaluate(monkeypatch, "stages=true", "segments=[1]", "task=babi", "task.path=qa.txt")
+    (axes,) = drawn[0].axes
+    assert [list(line.get_ydata()) for line in axes.lines if line.get_linestyle() == ":"] == [[0.5, 0.5]]
 
 
 def test_stages_of_a_run_that_has_passed_none(

@@ -21,6 +21,7 @@ from wandb_server import serving
 from rmt_lightning import dashboard
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import read_csv
+from rmt_lightning.reporting import workspace
 from rmt_lightning.training.callbacks.wandb_run import WandbRun
 
 # A key as W&B makes them, which nobody has.
@@ -334,7 +335,7 @@ def test_a_dashboard_without_a_key_is_a_file(
     monkeypatch.setenv("WANDB_MODE", "offline")
     with pytest.raises(UserError, match="is something else than a dashboard"):
         dashboard.main(["--output", str(tmp_path / "other.json")])
-    assert (tmp_path / "other.json").read_text() == "{}" and dashboard._is_view(tmp_path / "dashboard.json")
+    assert (tmp_path / "other.json").read_text() == "{}" and workspace._is_view(tmp_path / "dashboard.json")
 
 
 def test_a_dashboard_without_its_library(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

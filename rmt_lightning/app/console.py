@@ -52,14 +52,20 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints log records above a live progress bar instead of through it."""
+    """Prints log records above a live progress bar instead of through it.
+
+    (Rich's own handler sets each in a table, which breaks and pads it at the width of the screen; paths are long.)
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         get_console().print(self.format(record), soft_wrap=True, markup=False, highlight=False)
 
 
 def start_logging(file: Path | None, first_process: bool) -> None:
-    """Send our log to the screen and, with dates, to `file` if there is one. Other ranks only report trouble."""
+    """Send our log to the screen and, with dates, to `file` if there is one. Other ranks only report trouble.
+
+    (Hydra could do so before a job begins; Lightning, imported later, would add a handler and reset levels.)
+    """
     logging.captureWarnings(True)
     for pattern in _NOT_FOR_US:
         warnings.filterwarnings("ignore", message=f".*{pattern}.*")

@@ -12,12 +12,18 @@ from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rmt_lightning.app.schema import CONF, suggest
 from rmt_lightning.core.errors import UserError
+
+# What Hydra tells in words alone; tests/test_hydra_errors.py holds them against the version that is installed.
+NO_DEFAULT = re.compile(r"To append to your default list use \+(\S+)")
+NO_SETTING = re.compile(r"Could not override '([^']+)'")
+NO_CHOICE = re.compile(r"Config group override must be a string or a list\. Got (\w+)")
+PLACE = re.compile(r"^full_key: (\S+)", flags=re.MULTILINE)
 
 
 def front_door(main: Callable[[DictConfig], Any], config_name: str) -> Callable[[], None]:
@@ -47,7 +53,7 @@ def told_in_one_line(config_name: str) -> Iterator[None]:
     except (HydraException, OmegaConfBaseException) as error:
         _fail(_one_line(error, config_name), code=2)
     except ValueError as error:
-        if "Config group override must be a string" not in str(error):
+        if not NO_CHOICE.search(str(error)):
             raise
         _fail(_no_choice(), code=2)
     except KeyboardInterrupt:
@@ -74,23 +80,20 @@ def _one_line(error: BaseException, config_name: str) -> str:
     if isinstance(error, InstantiationException):
         if not isinstance(causes[1], ValueError) and type(causes[1]).__name__ != "MisconfigurationException":
             raise error
-        key = str(error).rsplit("full_key: ", 1)[-1].strip()
-        return f"{key}: {' '.join(str(causes[1]).split())}"
-    text = next((str(cause) for cause in causes if str(cause)), type(error).__name__)
-    if missing := re.search(r"Could not find '(.+?)/([^/']+)'", text):
-        options = re.findall(r"^\t(.+)$", text.split("Config search path")[0], flags=re.MULTILINE)
-        return f"{missing[1]}={missing[2]}: no such choice; {suggest(missing[2], options)}"
-    if re.search(r"Could not find '[^']+/'", text):
-        return _no_choice()
-    if append := re.search(r"To append to your default list use \+(\S+)", text):
-        return f"{append[1]}: is not among the defaults; write +{append[1]}"
-    if unknown := re.search(r"Could not override '([^']+)'", text):
-        return f"{unknown[1]}: no such setting; {_suggest_key(unknown[1], config_name)}"
-    if "parsing override" in text:
-        return f"{text.splitlines()[0].removeprefix('Error parsing override ')}: settings are given as key=value"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
-    return f"{key + ': ' if key else ''}{lines[0]}"
+        place = PLACE.search(str(error))
+        return f"{place[1] + ': ' if place else ''}{' '.join(str(causes[1]).split())}"
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}={name}: no such choice; {suggest(name, list(error.options))}" if name else _no_choice()
+    if isinstance(error, OverrideParseException):
+        return f"'{error.override}': settings are given as key=value; quote what is special to Hydra"
+    said = next((cause for cause in causes if str(cause)), error)
+    if default := NO_DEFAULT.search(str(said)):
+        return f"{default[1]}: is not among the defaults; write +{default[1]}"
+    if setting := NO_SETTING.search(str(said)):
+        return f"{setting[1]}: no such setting; {_suggest_key(setting[1], config_name)}"
+    key = getattr(said, "full_key", None)
+    return f"{key + ': ' if key else ''}{(str(said).strip() or type(said).__name__).splitlines()[0]}"
 
 
 def _no_choice() -> str:

@@ -114,7 +114,7 @@ def flops(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def generalization(rows: Sequence[Mapping[str, Any]], chance: float) -> Figure:
-    """How far each stage of a curriculum generalises (RMT-2023, figure 5).
+    """How far each stage of a curriculum generalizes (RMT-2023, figure 5).
 
     Args:
         rows: stage, segments and accuracy of each stage's checkpoint on inputs of each length.

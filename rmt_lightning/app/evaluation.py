@@ -1,0 +1,217 @@
+"""What `evaluate` finds out about a run: accuracy at each length, and the rate at which memory is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from rich import get_console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from rmt_lightning.analysis.extrapolation import LengthResult, evaluate_length
+from rmt_lightning.analysis.retention import follow
+from rmt_lightning.app.build import find_device, load
+from rmt_lightning.app.console import start_logging
+from rmt_lightning.app.results import length_table
+from rmt_lightning.app.resume import provenance
+from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.files import write_atomically, write_csv
+from rmt_lightning.core.run_folder import CHECKPOINTS, findings
+from rmt_lightning.reporting import figures
+from rmt_lightning.tasks.facts import Task
+from rmt_lightning.tasks.placement import Placement
+from rmt_lightning.training.answering import FactClassifier, FactModule
+from rmt_lightning.training.callbacks.hardware import host_memory, keep_heap_flat
+
+_FILES = ("evaluation.csv", "distances.csv", "retention.csv", "evaluation.json")
+
+
+def evaluate_stages(config: DictConfig, run_config: DictConfig, run: Path) -> None:
+    """Test the checkpoint of each stage, and draw how far it generalizes (RMT-2023, figure 5).
+
+    Raises:
+        UserError: if no stage has been passed, or as of `evaluate`.
+    """
+    checkpoints = {int(path.stem.removeprefix("stage-")): path for path in (run / CHECKPOINTS).glob("stage-*.ckpt")}
+    if not checkpoints:
+        raise UserError(f"checkpoint={config.checkpoint}: the run has passed no stage yet; train it further")
+    config.follow = 0
+    rows = []
+    for stage in sorted(checkpoints):
+        get_console().print(f"stage {stage}", highlight=False)
+        folder, results = evaluate(config, run_config, run, checkpoints[stage])
+        rows += [{"stage": stage, "segments": result.segments, **result.row()} for result in results]
+    # The last folder's name tells the task and the settings.
+    folder = folder.with_name(folder.name.replace(checkpoints[stage].stem, "stages", 1))
+    write_csv(folder / "results.csv", rows)
+    task: Task = instantiate(run_config.task, _convert_="all")
+    figures.save(figures.generalization(rows, chance=1 / len(task.answers)), folder / "figure")
+    get_console().print(f"[bold]{os.path.relpath(folder)}[/] holds them all", highlight=False, soft_wrap=True)
+
+
+def evaluate(
+    config: DictConfig, run_config: DictConfig, run: Path, checkpoint: Path
+) -> tuple[Path, list[LengthResult]]:
+    """Test each length that has not been tested yet; print what has been found, and return it and where it stands.
+
+    Raises:
+        UserError: if a checkpoint cannot be opened, a length not be read, or the device is missing or too small.
+    """
+    start_logging(None, first_process=True)
+    keep_heap_flat()
+    device, hardware = find_device(config.device)
+    placement, module = load(run_config, run, checkpoint)
+    module.to(device).eval()
+    fitting = module.model.fitting("segments", config.segments)
+    settings = provenance(run_config, checkpoint) | {"samples": config.samples, "device": hardware}
+    folder = findings(run, "evaluations", f"{checkpoint.stem}-{placement.task.name}", settings)
+    done = _Done.read(folder, settings)
+    streams = 64 if config.batch_size == "auto" else config.batch_size
+    followed = f"{config.follow} every {config.every} of {streams}"
+    # Only a head can be asked on the way, and a model that keeps the whole text has nothing to lose.
+    classifier = module if isinstance(module, FactClassifier) else None
+    follows = config.follow > 0 and classifier is not None and classifier.model.max_segments is None
+    if follows and classifier and followed not in done.retention:
+        done.retention[followed] = _follow(classifier, placement, config, streams, device)
+        done.write()
+    for num_segments in fitting:
+        if str(num_segments) not in done.lengths:
+            done.lengths[str(num_segments)] = _test(module, placement, num_segments, config, device)
+            done.write()
+    console = get_console()
+    if follows:
+        console.print(_rate_in_words(done.retention[followed]), highlight=False)
+    found = [_result(done.lengths[str(num_segments)]) for num_segments in fitting]
+    console.print(length_table(found, config.segments, module.model))
+    console.print(f"[bold]{os.path.relpath(folder)}[/] holds {', '.join(_FILES)}", highlight=False, soft_wrap=True)
+    return folder, found
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What has been found with the same settings, now and before an interruption.
+
+    Attributes:
+        folder: where it is written.
+        settings: all that it depends on and that is in no key.
+        lengths: a row for each number of segments.
+        retention: a row for each way in which memories were followed: "<segments> every <segments> of <memories>".
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    lengths: dict[str, dict[str, Any]]
+    retention: dict[str, dict[str, Any]]
+
+    @classmethod
+    def read(cls, folder: Path, settings: dict[str, Any]) -> _Done:
+        path = folder / "evaluation.json"
+        found = json.loads(path.read_text()) if path.exists() else {}
+        # Earlier versions left the memories out of the key.
+        retention = {
+            f"{key.partition(' of ')[0]} of {row['streams']}": row for key, row in found.get("retention", {}).items()
+        }
+        return cls(folder, settings, found.get("lengths", {}), retention)
+
+    def write(self) -> None:
+        content = {"settings": self.settings, "lengths": self.lengths, "retention": self.retention}
+        write_atomically(self.folder / "evaluation.json", json.dumps(content, indent=2).encode())
+        asked = [
+            dict(zip(("follow", "every", "streams"), key.split()[::2], strict=True)) | {"age": age, "right": right}
+            for key, row in self.retention.items()
+            for age, right in row["right"].items()
+        ]
+        write_csv(self.folder / "retention.csv", asked)
+        lengths = self.lengths.values()
+        write_csv(
+            self.folder / "evaluation.csv", [{k: v for k, v in row.items() if k != "distances"} for row in lengths]
+        )
+        distances = [
+            {"segments": row["segments"], "from": 2 ** int(key) // 2, "to": 2 ** int(key) - 1, **part}
+            for row in lengths
+            for key, part in row["distances"].items()
+        ]
+        write_csv(self.folder / "distances.csv", distances)
+
+
+def _test(
+    module: FactModule, placement: Placement, num_segments: int, config: DictConfig, device: torch.device
+) -> dict[str, Any]:
+    """Test one length, with smaller batches if they do not fit, and put what was found and measured into a row."""
+    on_gpu = device.type == "cuda"
+    batch_size = min(config.samples, 256 if config.batch_size == "auto" else config.batch_size)
+    while True:
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+        began = time.perf_counter()
+        try:
+            total = -(-config.samples // batch_size) * num_segments
+            with _bar(f"{num_segments} segments", total, batch_size) as advance, _autocast(device):
+                result = evaluate_length(module, placement, num_segments, config.samples, batch_size, device, advance)
+            break
+        except torch.cuda.OutOfMemoryError:
+            if config.batch_size != "auto" or batch_size == 1:
+                raise UserError(f"batch_size={batch_size}: does not fit into the GPU's memory; give less") from None
+            batch_size //= 2
+    seconds = time.perf_counter() - began
+    text_tokens = num_segments * module.model.text_length
+    return {
+        "segments": num_segments,
+        "text_tokens": text_tokens,
+        **result.row(),
+        "batch_size": batch_size,
+        "seconds": seconds,
+        "tokens_per_second": config.samples * text_tokens / seconds,
+        "host_memory_mb": host_memory(),
+        "device_memory_mb": torch.cuda.max_memory_allocated(device) / 1e6 if on_gpu else 0.0,
+        "distances": {distance: part.row() for distance, part in result.distances.items()},
+    }
+
+
+def _follow(
+    classifier: FactClassifier, placement: Placement, config: DictConfig, streams: int, device: torch.device
+) -> dict[str, Any]:
+    """Measure the rate at which memory is lost, and put what was found into a row."""
+    with _bar(f"following {streams} memories", config.follow, streams) as advance, _autocast(device):
+        found = follow(
+            classifier.model, lambda end, answer: classifier.judge(end, answer).right, placement,
+            config.follow, config.every, streams, device, advance,
+        )  # fmt: skip
+    return {"streams": found.streams, "written": found.written, **found.row(), "right": found.right}
+
+
+def _rate_in_words(row: dict[str, Any]) -> str:
+    return (
+        f"Memory lost per segment: {row['rate']:.2g}, 95% interval {row['rate_low']:.2g} – {row['rate_high']:.2g} "
+        f"({row['lost']} memories lost in {row['exposure']:,} segments)"
+    )
+
+
+def _autocast(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
+
+
+@contextmanager
+def _bar(description: str, total: int, streams: int) -> Iterator[Callable[[], None]]:
+    """A live bar with segments a second and the time that is left; yields what is to be called after each segment."""
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
+        TextColumn("{task.fields[speed]:,.0f} segments/s ·"), TimeRemainingColumn(),
+        console=get_console(), transient=True, disable=not get_console().is_terminal,
+    )  # fmt: skip
+    task = bar.add_task(description, total=total, speed=0.0)
+    with bar:
+        yield lambda: bar.update(task, advance=1, speed=(bar.tasks[0].speed or 0.0) * streams)
+
+
+def _result(row: dict[str, Any]) -> LengthResult:
+    return LengthResult(row["right"], row["samples"], row["segments"])

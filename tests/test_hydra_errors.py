@@ -1,0 +1,71 @@
+"""What is read out of errors of Hydra and OmegaConf, held against the versions that are installed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+
+import hydra
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import (
+    ConfigCompositionException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from omegaconf.errors import InterpolationKeyError
+
+from rmt_lightning.app import hydra_errors
+from rmt_lightning.app.schema import CONF
+
+
+@pytest.fixture(autouse=True)
+def no_hydra_left_over() -> Iterator[None]:
+    yield
+    GlobalHydra.instance().clear()
+
+
+def compose(override: str) -> DictConfig:
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return hydra.compose("train", [override])
+
+
+def build_trainer(override: str) -> object:
+    return instantiate(compose(override).trainer)
+
+
+# For each pattern what is done, the error it brings, and what the pattern must find in it.
+SAID: dict[str, tuple[Callable[[str], object], str, type[Exception], str]] = {
+    "NO_DEFAULT": (compose, "sweep=memory_size", ConfigCompositionException, "sweep=memory_size"),
+    "NO_SETTING": (compose, "hold.steps=9", ConfigCompositionException, "hold.steps"),
+    "NO_CHOICE": (compose, "hold=null", ValueError, "NoneType"),
+    "PLACE": (build_trainer, "trainer.accelerator=abacus", InstantiationException, "trainer"),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_the_words_of_hydra(name: str) -> None:
+    act, override, kind, found = SAID[name]
+    with pytest.raises(kind) as raised:
+        act(override)
+    match = getattr(hydra_errors, name).search(str(raised.value))
+    assert match and match[1] == found, raised.value
+
+
+def test_each_pattern_is_held() -> None:
+    assert {name for name, value in vars(hydra_errors).items() if isinstance(value, re.Pattern)} == SAID.keys()
+
+
+def test_what_errors_tell_without_words() -> None:
+    with pytest.raises(MissingConfigException) as missing:
+        compose("hold=state_pasing")
+    assert (missing.value.missing_cfg_file, missing.value.options) == ("hold/state_pasing", ["state_passing"])
+    with pytest.raises(OverrideParseException) as unread:
+        compose("test.segments=[1")
+    assert unread.value.override == "test.segments=[1"
+    with pytest.raises(InterpolationKeyError) as absent:
+        print(compose("model.memory_size=${absent}").model.memory_size)
+    assert absent.value.full_key == "model.memory_size"
