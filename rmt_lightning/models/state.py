@@ -1,0 +1,87 @@
+"""States are trees of tensors whose first dimension is the batch; here alone they are taken apart and put together.
+
+A state is a tensor, or a tuple, NamedTuple, list or dict of states. What is no tensor, such as the None of a segment
+without padding, is left as it is. Meant to be imported as `from rmt_lightning.models import state as tree`.
+
+Shapes: B batch, T segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+State = TypeVar("State")
+
+
+def map(function: Callable[..., Any], state: State, *others: State) -> State:
+    """The state whose tensors are what a function makes of those at the same place in one state or several."""
+    return tree_map(lambda part, *rest: function(part, *rest) if isinstance(part, Tensor) else part, state, *others)
+
+
+def where(rows: Tensor, new: State, old: State) -> State:
+    """`new` in the rows that are chosen, (B,) bool, and `old` in the others."""
+
+    def choose(one: Tensor, other: Tensor) -> Tensor:
+        return torch.where(rows.view(-1, *[1] * (one.dim() - 1)), one, other)
+
+    return map(choose, new, old)
+
+
+def take(state: State, rows: Tensor | slice) -> State:
+    """Some of the rows, by their numbers, a mask or a slice."""
+    return map(lambda part: part[rows], state)
+
+
+def put(state: State, rows: Tensor | slice, new: State) -> None:
+    """Write over some of the rows, in place and in the precision that is there."""
+    map(lambda part, other: part.__setitem__(rows, other.to(part)), state, new)
+
+
+def repeat(state: State, times: int) -> State:
+    """Each row so many times, one copy after the other."""
+    return map(lambda part: part.repeat_interleave(times, dim=0), state)
+
+
+def concat(states: Sequence[State]) -> State:
+    """The rows of all states, one after the other."""
+    return map(lambda *parts: torch.cat(parts), *states)
+
+
+def at(states: Sequence[State], number: Tensor) -> State:
+    """Of T states, for each row the one with a number, (B,) from 0 to T - 1."""
+    rows = torch.arange(len(number), device=number.device)
+    return map(lambda *parts: torch.stack(parts)[number, rows], *states)
+
+
+def empty(like: State, size: int) -> State:
+    """Zeros for a batch of another size, without gradient."""
+    return map(lambda part: part.detach().new_zeros(size, *part.shape[1:]), like)
+
+
+def detach(state: State) -> State:
+    """The same without its gradient."""
+    return map(Tensor.detach, state)
+
+
+def leaves(state: Any) -> list[Tensor]:
+    """The tensors of a state in order: what a checkpoint keeps, for it opens no classes."""
+    return [part for part in tree_leaves(state) if isinstance(part, Tensor)]
+
+
+def rebuild(like: State, leaves: Sequence[Tensor]) -> State:
+    """The state of the same form as `like` whose `leaves` these are.
+
+    Raises:
+        ValueError: if there are more or fewer of them.
+    """
+    parts, form = tree_flatten(like)
+    if len(leaves) != sum(isinstance(part, Tensor) for part in parts):
+        raise ValueError(f"{len(leaves)} tensors do not make a {type(like).__name__}")
+    given = iter(leaves)
+    whole: State = tree_unflatten([next(given) if isinstance(part, Tensor) else part for part in parts], form)
+    return whole
