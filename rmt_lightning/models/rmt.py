@@ -81,15 +81,6 @@ class MemoryModel(SegmentModel[Tensor]):
         embedded: Tensor = self.to_embedding(memory)
         return embedded.to(words.dtype)
 
-    @staticmethod
-    def _next(written: Tensor, memory: Tensor, segment: Segment) -> Tensor:
-        """The memory after a segment: what was written, except in rows that hold no text."""
-        written = written.to(memory.dtype)
-        if segment.attention_mask is None:
-            return written
-        has_text = segment.attention_mask.any(dim=1)
-        return torch.where(has_text[:, None, None], written, memory)
-
     def trained_state(self) -> list[nn.Parameter]:
         return [self.memory]
 
@@ -136,12 +127,8 @@ class RMTEncoder(MemoryModel):
     def architecture(self) -> PretrainedConfig:
         return self.encoder.model.config
 
-    def step(self, segment: Segment, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Read one segment: `mem_τ+1` are the rows of `Transformer([mem_τ ∘ H_τ])` at the memory's places (section 3).
-
-        Args:
-            segment: at most `text_length` tokens a row. A row without text leaves its memory as it is.
-            memory: (B, M, D).
+    def read_segment(self, segment: Segment, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """`mem_τ+1` are the rows of `Transformer([mem_τ ∘ H_τ])` at the memory's places (section 3).
 
         Returns:
             Hidden states (B, 1 + M + 1 + S + 1, D), [CLS] first, and the next memory (B, M, D).
@@ -153,7 +140,7 @@ class RMTEncoder(MemoryModel):
         if mask is not None:
             mask = nn.functional.pad(mask, (2 + self.memory_size, 0), value=1)
         hidden = self.encoder(embeddings, mask)
-        return hidden, self._next(hidden[:, 1 : 1 + self.memory_size], memory, segment)
+        return hidden, hidden[:, 1 : 1 + self.memory_size].to(memory.dtype)
 
     def _append_separator(self, segment: Segment) -> tuple[Tensor, Tensor | None]:
         """Put [SEP] behind each row's text: (B, S) -> ids and mask (B, S + 1)."""
@@ -214,12 +201,8 @@ class RMTDecoder(MemoryModel):
     def architecture(self) -> PretrainedConfig:
         return self.decoder.model.config
 
-    def step(self, segment: Segment, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Read one segment: `mem_τ+1` are the last rows of `Transformer([mem_τ ∘ H_τ ∘ mem_τ])` (section 3.2).
-
-        Args:
-            segment: at most `text_length` tokens a row. A row without text leaves its memory as it is.
-            memory: (B, M, D).
+    def read_segment(self, segment: Segment, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """`mem_τ+1` are the last rows of `Transformer([mem_τ ∘ H_τ ∘ mem_τ])` (section 3.2).
 
         Returns:
             Hidden states of the text (B, S, D), and the next memory (B, M, D).
@@ -230,7 +213,7 @@ class RMTDecoder(MemoryModel):
             torch.cat([read, words, read], dim=1), self._attention_mask(segment, words.dtype), self._positions(segment)
         )
         _, text, written = hidden.split([self.memory_size, words.shape[1], self.memory_size], dim=1)
-        return text, self._next(written, memory, segment)
+        return text, written.to(memory.dtype)
 
     def _attention_mask(self, segment: Segment, dtype: torch.dtype) -> Tensor:
         """(B or 1, 1, N, N), to be added to the scores: what reads what, from 0 … N - 1 to 0 … N - 1."""
@@ -258,9 +241,8 @@ class RMTDecoder(MemoryModel):
         return torch.cat([before.expand(len(behind), -1), behind], dim=1)
 
     def readout(self, hidden: Tensor, segment: Segment) -> Tensor:
-        """The hidden state of the last token of each row's text."""
         # A classifier has no use for the weights that only words are read off with.
-        return touch(segment.last_token(hidden), self.decoder.untied)
+        return touch(super().readout(hidden, segment), self.decoder.untied)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the word that comes next, also over the border of a segment: (…, D) -> (…, V)."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.models import state as tree
 from rmt_lightning.models.pretrained import SavedModel
 from rmt_lightning.models.recurrence import Segment, State, unroll
 
@@ -30,9 +31,10 @@ class SegmentModel(nn.Module, SavedModel, ABC, Generic[State]):
     """A function `(segment, state) -> (hidden, state)` with a first state, and the ways to feed it a text.
 
     The state is a value, a tensor or a tree of tensors whose first dimension is the batch, never an attribute.
-    To add a model, write its `initial_state`, `step` and `readout`, and one yaml in conf/model/. Its constructor is
-    given what it asks for by name: `encoder`, `decoder`, `tokenizer`. So that the model can be saved, all else that the
-    constructor takes is plain values, `tokenizer` is kept, and `architecture` tells the config of what is inside.
+    To add a model, write its `initial_state` and `read_segment`, and one yaml in conf/model/; `readout` too, if its
+    answer is not read at the last token. Its constructor is given what it asks for by name: `encoder`, `decoder`,
+    `tokenizer`. So that the model can be saved, all else that the constructor takes is plain values, `tokenizer` is
+    kept, and `architecture` tells the config of what is inside.
 
     Args:
         text_length: S, how much of a segment is text.
@@ -75,12 +77,27 @@ class SegmentModel(nn.Module, SavedModel, ABC, Generic[State]):
         """The state before the first segment."""
 
     @abstractmethod
-    def step(self, segment: Segment, state: State) -> tuple[Tensor, State]:
-        """Read one segment of at most `text_length` tokens a row. A row without text leaves its state as it is."""
+    def read_segment(self, segment: Segment, state: State) -> tuple[Tensor, State]:
+        """What `step` does, but for rows without text: whatever comes out of them is dropped."""
 
-    @abstractmethod
+    def step(self, segment: Segment, state: State) -> tuple[Tensor, State]:
+        """Read one segment.
+
+        Args:
+            segment: at most `text_length` tokens a row. A row without text keeps its state.
+            state: what the segment before has left.
+
+        Returns:
+            Hidden states, in what order is the model's own, and the next state.
+        """
+        hidden, after = self.read_segment(segment, state)
+        if segment.attention_mask is None:
+            return hidden, after
+        return hidden, tree.where(segment.attention_mask.any(dim=1), after, state)
+
     def readout(self, hidden: Tensor, segment: Segment) -> Tensor:
-        """What a classifier reads after the last segment: (B, D)."""
+        """What a classifier reads after the last segment, (B, D): by default what stands at each row's last token."""
+        return segment.last_token(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the token that comes next, if the model is causal: (B, S, D) of `step` -> (B, S, V)."""

@@ -129,12 +129,8 @@ class TransformerXL(SegmentModel[XLState]):
             self.memory.expand(batch_size, -1, -1),
         )
 
-    def step(self, segment: Segment, state: XLState) -> tuple[Tensor, XLState]:
-        """Read one segment (Transformer-XL, section 3.3; RMT-2022, section 3.2).
-
-        Args:
-            segment: at most `text_length` tokens a row. A row without text leaves its state as it is.
-            state: what the segment before has left.
+    def read_segment(self, segment: Segment, state: XLState) -> tuple[Tensor, XLState]:
+        """Transformer-XL, section 3.3; RMT-2022, section 3.2.
 
         Returns:
             Hidden states of the text (B, S, D), and the next state.
@@ -151,8 +147,6 @@ class TransformerXL(SegmentModel[XLState]):
             seen = torch.cat([hidden[:, :memory_size], cache, hidden[:, memory_size:]], dim=1)  # (B, K, D)
             hidden = layer(hidden, seen, relations)
         written = hidden[:, text.stop :].to(state.memory.dtype)
-        if mask is not None:
-            written = torch.where(mask.any(dim=1)[:, None, None], written, state.memory)
         return hidden[:, text], XLState(*self._cache(torch.stack(read, dim=1), mask, state), written)
 
     def _relations(self, segment: Segment, cached: Tensor, dtype: torch.dtype) -> Relations:
@@ -185,13 +179,6 @@ class TransformerXL(SegmentModel[XLState]):
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the token that follows each one of the text: (B, S, D) -> (B, S, V)."""
         return nn.functional.linear(hidden, self.embedding.weight)
-
-    def readout(self, hidden: Tensor, segment: Segment) -> Tensor:
-        """The hidden state of the last token of each row's text."""
-        if segment.attention_mask is None:
-            return hidden[:, -1]
-        last = (segment.attention_mask.sum(dim=1) - 1).clamp(min=0)
-        return hidden[torch.arange(len(hidden), device=hidden.device), last]
 
     def trained_state(self) -> list[nn.Parameter]:
         return [self.memory]
