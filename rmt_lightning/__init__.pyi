@@ -12,6 +12,9 @@ from .models.baselines.lstm import LSTM as LSTM
 from .models.baselines.memory_network import MemoryNetwork as MemoryNetwork
 from .models.baselines.ntm import NeuralTuringMachine as NeuralTuringMachine
 from .models.generation import generate as generate
+from .models.memory import Gated as Gated
+from .models.memory import Replace as Replace
+from .models.memory import Update as Update
 from .models.recurrence import Segment as Segment
 from .models.recurrence import unroll as unroll
 from .models.rmt import RMTDecoder as RMTDecoder

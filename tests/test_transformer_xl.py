@@ -6,11 +6,13 @@ import csv
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import Run
 from omegaconf import OmegaConf
+from reference import replace
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -69,7 +71,9 @@ def attend(layer: Layer, model: TransformerXL, x: Tensor, place: int, keys: list
     return layer.output.weight @ torch.cat(parts)
 
 
-def transcribe(model: TransformerXL, row: list[int], cut_before: int | None = None) -> tuple[Tensor, Tensor]:
+def transcribe(
+    model: TransformerXL, row: list[int], cut_before: int | None = None, update: Any = replace
+) -> tuple[Tensor, Tensor]:
     """Read one row of full segments token by token, with places in the whole text instead of places in a segment.
 
     Returns the hidden states of all its tokens and the last memory. The graph is cut before segment `cut_before`.
@@ -94,7 +98,7 @@ def transcribe(model: TransformerXL, row: list[int], cut_before: int | None = No
                 x = layer.attention_norm(x + attend(layer, model, x, place, keys))
                 after.append((layer.feed_forward_norm(x + layer.feed_forward(x)), place))
             read, text, write = after[:size], after[size : size + length], after[size + length :]
-        memory = [x for x, _ in write]
+        memory = list(update(torch.stack([x for x, _ in write]), torch.stack(memory))) if size else memory
         hidden += [x for x, _ in text]
     return torch.stack(hidden), torch.stack(memory) if memory else model.memory
 

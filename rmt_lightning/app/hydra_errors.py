@@ -83,6 +83,11 @@ def _one_line(error: BaseException, config_name: str) -> str:
     if re.search(r"Could not find '[^']+/'", text):
         return _no_choice()
     if append := re.search(r"To append to your default list use \+(\S+)", text):
+        # A part of a part, such as model.update, comes with some choices of the whole alone.
+        group = append[1].split("=")[0]
+        whole = group.rpartition(".")[0]
+        if owners := [path.stem for path in sorted((CONF / whole).glob("*.yaml")) if f"/{group}@" in path.read_text()]:
+            return f"{group}: no such setting; it comes with {whole}={' or '.join(owners)}"
         return f"{append[1]}: is not among the defaults; write +{append[1]}"
     if unknown := re.search(r"Could not override '([^']+)'", text):
         return f"{unknown[1]}: no such setting; {_suggest_key(unknown[1], config_name)}"

@@ -156,7 +156,7 @@ class SegmentModel(nn.Module, SavedModel, ABC, Generic[State]):
         return len(input_ids), [Segment(ids) for ids in input_ids.unbind(dim=1)]
 
     def trained_state(self) -> list[nn.Parameter]:
-        """The parameters that only `initial_state` uses."""
+        """The parameters that a loss may not reach: if only `initial_state` uses them, or only the next segment."""
         return []
 
     def cut(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Segment]:

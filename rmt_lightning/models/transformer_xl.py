@@ -9,6 +9,7 @@ Q queries (M + S + M), K keys (M + C + S + M), R distances between a query and a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.models.memory import Layout, MemoryTokens, Replace, Update
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.segment_model import SegmentModel
 
@@ -52,7 +54,7 @@ class Relations(NamedTuple):
     visible: Tensor
 
 
-class TransformerXL(SegmentModel[XLState]):
+class TransformerXL(MemoryTokens, SegmentModel[XLState]):
     """A causal transformer with relative positions, whose layers also see what they saw of earlier segments.
 
     ```
@@ -77,6 +79,7 @@ class TransformerXL(SegmentModel[XLState]):
         bptt_depth: over how many borders between segments gradients flow back through memory; -1 for all of them. None
             flow back through the cache.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        update: how the next memory comes about: a class such as `Replace` or `Gated`, or a partial of one.
 
     Raises:
         UserError: if width does not suit heads, or segment_length leaves no room for text.
@@ -94,6 +97,7 @@ class TransformerXL(SegmentModel[XLState]):
         dropout: Annotated[float, Ge(0), Lt(1)] = 0.0,
         bptt_depth: Annotated[int, Ge(-1)] = -1,
         gradient_checkpointing: bool = False,
+        update: Callable[[int], Update] = Replace,
     ) -> None:
         if width % heads or width % 2:
             raise UserError(f"model.width={width}: must be even and a multiple of model.heads={heads}")
@@ -116,10 +120,14 @@ class TransformerXL(SegmentModel[XLState]):
                 nn.init.normal_(module.weight, std=0.02)
         # The first memory stands among word embeddings, so it starts at their scale.
         self.memory = nn.Parameter(torch.randn(memory_size, width) * 0.02 * width**0.5)
+        self.update = self.make_update(update, width)
 
-    @property
-    def memory_size(self) -> int:
-        return self.memory.shape[0]
+    def layout(self, length: int) -> Layout:
+        blocks = (("read memory", self.memory_size), ("text", length), ("write memory", self.memory_size))
+        return Layout(blocks, written="write memory")
+
+    def memory_of(self, state: XLState) -> Tensor:
+        return state.memory
 
     def initial_state(self, batch_size: int) -> XLState:
         """An empty cache, and the trained memory, the same for all."""
@@ -136,7 +144,8 @@ class TransformerXL(SegmentModel[XLState]):
             Hidden states of the text (B, S, D), and the next state.
         """
         ids, mask = segment
-        memory_size, text = self.memory_size, slice(self.memory_size, self.memory_size + ids.shape[1])
+        layout = self.layout(ids.shape[1])
+        memory_size, text = self.memory_size, layout.place("text")
         words = self.embedding(ids) * self.width**0.5
         memory = state.memory.to(words.dtype)
         hidden = self.dropout(torch.cat([memory, words, memory], dim=1))  # (B, Q, D)
@@ -146,7 +155,7 @@ class TransformerXL(SegmentModel[XLState]):
             read.append(hidden[:, text])
             seen = torch.cat([hidden[:, :memory_size], cache, hidden[:, memory_size:]], dim=1)  # (B, K, D)
             hidden = layer(hidden, seen, relations)
-        written = hidden[:, text.stop :].to(state.memory.dtype)
+        written = self.next_memory(hidden[:, layout.place(layout.written)], state.memory)
         return hidden[:, text], XLState(*self._cache(torch.stack(read, dim=1), mask, state), written)
 
     def _relations(self, segment: Segment, cached: Tensor, dtype: torch.dtype) -> Relations:
@@ -179,9 +188,6 @@ class TransformerXL(SegmentModel[XLState]):
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the token that follows each one of the text: (B, S, D) -> (B, S, V)."""
         return nn.functional.linear(hidden, self.embedding.weight)
-
-    def trained_state(self) -> list[nn.Parameter]:
-        return [self.memory]
 
 
 class Layer(nn.Module):
