@@ -27,7 +27,7 @@ def make(kind: str, size: int, seed: int = 0) -> Any:
         "lstm": lambda: LSTMState(new(2, 4), new(2, 5)),
         "ntm": lambda: Machine(new(5, 2), new(1, 5), new(2, 5), new(1, 2), new(4), new(6)),
         "sentences": lambda: Sentences(new(3, 2, 4), counts),
-        "transformer-xl": lambda: XLState(new(2, 3, 4), counts, new(2, 4)),
+        "transformer-xl": lambda: XLState((new(3, 4), new(3, 4)), counts, new(2, 4)),
         "text": lambda: Segment(counts[:, None].repeat(1, 3)),  # its mask is None
         "layers": lambda: ((new(2), new(3)), [new(4)], {"age": counts}),
     }[kind]()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, tee
-from typing import Generic, NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -159,6 +159,10 @@ class SegmentModel(nn.Module, SavedModel, ABC, Generic[State]):
         """The parameters that a loss may not reach: if only `initial_state` uses them, or only the next segment."""
         return []
 
+    def saved_state(self, leaves: list[Tensor]) -> list[Tensor]:
+        """The `leaves` of a state (models/state.py) as a checkpoint holds them, in the form they have now."""
+        return leaves
+
     def cut(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Segment]:
         """Cut plain ids (B, N) into segments, counted from the end, where the question is: only the first may be short.
 
@@ -178,6 +182,46 @@ class SegmentModel(nn.Module, SavedModel, ABC, Generic[State]):
             order = mask_s.argsort(dim=1, descending=True, stable=True)
             segments.append(Segment(ids_s.gather(1, order), mask_s.gather(1, order)))
         return segments
+
+
+class LayerMajor(Protocol):
+    """A state that has a part for each layer: a tree of (B, …) each."""
+
+    @property
+    def layers(self) -> tuple[Any, ...]: ...
+
+
+LayeredState = TypeVar("LayeredState", bound=LayerMajor)
+
+
+class LayeredModel(SegmentModel[LayeredState], Generic[LayeredState]):
+    """A segment model whose layers can be run one by one, each with a state of its own.
+
+    A cell is a layer of a segment. It takes what the layer below makes of this segment, and the state that the same
+    layer has left after the segment before.
+    """
+
+    @abstractmethod
+    def enter(self, segment: Segment, state: LayeredState) -> tuple[Tensor, Any]:
+        """What the first layer is given of a segment, and what all of its cells share."""
+
+    @abstractmethod
+    def cell(self, number: int, hidden: Tensor, before: Any, shared: Any) -> tuple[Tensor, Any]:
+        """Run a layer on what it is given, and on its state before the segment: what it makes, and its state after."""
+
+    @abstractmethod
+    def leave(
+        self, hidden: Tensor, layers: tuple[Any, ...], state: LayeredState, shared: Any
+    ) -> tuple[Tensor, LayeredState]:
+        """What `read_segment` returns, from what the last layer has made and the states of all layers after it."""
+
+    def read_segment(self, segment: Segment, state: LayeredState) -> tuple[Tensor, LayeredState]:
+        hidden, shared = self.enter(segment, state)
+        layers = []
+        for number, before in enumerate(state.layers):
+            hidden, after = self.cell(number, hidden, before, shared)
+            layers.append(after)
+        return self.leave(hidden, tuple(layers), state, shared)
 
 
 def touch(hidden: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:

@@ -20,19 +20,19 @@ from transformers import PreTrainedTokenizerBase
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.models.memory import Layout, MemoryTokens, Replace, Update
 from rmt_lightning.models.recurrence import Segment
-from rmt_lightning.models.segment_model import SegmentModel
+from rmt_lightning.models.segment_model import LayeredModel
 
 
 class XLState(NamedTuple):
     """What Transformer-XL carries from one segment to the next.
 
     Attributes:
-        cache: (B, L, C, D) what each layer was given of the last C text tokens, the newest last; carries no gradient.
+        layers: L of (B, C, D), what each layer was given of the last C text tokens, the newest last; carry no gradient.
         cached: (B,) how many of the C there have been so far; they are the last ones.
         memory: (B, M, D); carries gradient.
     """
 
-    cache: Tensor
+    layers: tuple[Tensor, ...]
     cached: Tensor
     memory: Tensor
 
@@ -54,7 +54,21 @@ class Relations(NamedTuple):
     visible: Tensor
 
 
-class TransformerXL(MemoryTokens, SegmentModel[XLState]):
+class Shared(NamedTuple):
+    """What all layers are told of a segment.
+
+    Attributes:
+        layout: what stands where.
+        mask: (B, S), 1 for text; None if there is no padding.
+        relations: how queries stand to keys.
+    """
+
+    layout: Layout
+    mask: Tensor | None
+    relations: Relations
+
+
+class TransformerXL(MemoryTokens, LayeredModel[XLState]):
     """A causal transformer with relative positions, whose layers also see what they saw of earlier segments.
 
     ```
@@ -132,31 +146,32 @@ class TransformerXL(MemoryTokens, SegmentModel[XLState]):
     def initial_state(self, batch_size: int) -> XLState:
         """An empty cache, and the trained memory, the same for all."""
         return XLState(
-            self.memory.new_zeros(batch_size, len(self.layers), self.cache_length, self.width),
+            (self.memory.new_zeros(batch_size, self.cache_length, self.width),) * len(self.layers),
             torch.zeros(batch_size, dtype=torch.long, device=self.memory.device),
             self.memory.expand(batch_size, -1, -1),
         )
 
-    def read_segment(self, segment: Segment, state: XLState) -> tuple[Tensor, XLState]:
-        """Transformer-XL, section 3.3; RMT-2022, section 3.2.
-
-        Returns:
-            Hidden states of the text (B, S, D), and the next state.
-        """
-        ids, mask = segment
-        layout = self.layout(ids.shape[1])
-        memory_size, text = self.memory_size, layout.place("text")
-        words = self.embedding(ids) * self.width**0.5
+    def enter(self, segment: Segment, state: XLState) -> tuple[Tensor, Shared]:
+        layout = self.layout(segment.input_ids.shape[1])
+        words = self.embedding(segment.input_ids) * self.width**0.5
         memory = state.memory.to(words.dtype)
         hidden = self.dropout(torch.cat([memory, words, memory], dim=1))  # (B, Q, D)
-        relations = self._relations(segment, state.cached, words.dtype)
-        read = []
-        for layer, cache in zip(self.layers, state.cache.unbind(dim=1), strict=True):
-            read.append(hidden[:, text])
-            seen = torch.cat([hidden[:, :memory_size], cache, hidden[:, memory_size:]], dim=1)  # (B, K, D)
-            hidden = layer(hidden, seen, relations)
-        written = self.next_memory(hidden[:, layout.place(layout.written)], state.memory)
-        return hidden[:, text], XLState(*self._cache(torch.stack(read, dim=1), mask, state), written)
+        return hidden, Shared(layout, segment.attention_mask, self._relations(segment, state.cached, words.dtype))
+
+    def cell(self, number: int, hidden: Tensor, before: Tensor, shared: Shared) -> tuple[Tensor, Tensor]:
+        """Transformer-XL, section 3.3: (B, Q, D) and the layer's cache (B, C, D) -> the same after it."""
+        text = shared.layout.place("text")
+        seen = torch.cat([hidden[:, : text.start], before, hidden[:, text.start :]], dim=1)  # (B, K, D)
+        return self.layers[number](hidden, seen, shared.relations), self._cache(before, hidden[:, text], shared.mask)
+
+    def leave(
+        self, hidden: Tensor, layers: tuple[Tensor, ...], state: XLState, shared: Shared
+    ) -> tuple[Tensor, XLState]:
+        """RMT-2022, section 3.2: hidden states of the text (B, S, D), and the next state."""
+        text, written = (hidden[:, shared.layout.place(name)] for name in ("text", shared.layout.written))
+        read = text.shape[1] if shared.mask is None else shared.mask.sum(dim=1)
+        cached = (state.cached + read).clamp(max=self.cache_length)
+        return text, XLState(layers, cached, self.next_memory(written, state.memory))
 
     def _relations(self, segment: Segment, cached: Tensor, dtype: torch.dtype) -> Relations:
         size, cache, length = self.memory_size, self.cache_length, segment.input_ids.shape[1]
@@ -175,15 +190,18 @@ class TransformerXL(MemoryTokens, SegmentModel[XLState]):
             exists[:, size + cache : size + cache + length] = segment.attention_mask.bool()
         return Relations(self.u, self.v, encoding, distance, (left & exists[:, None])[:, None])
 
-    def _cache(self, read: Tensor, mask: Tensor | None, state: XLState) -> tuple[Tensor, Tensor]:
-        """Keep the last C of what was cached and has been read, (B, L, S, D), without its padding."""
-        both = torch.cat([state.cache, read.detach().to(state.cache.dtype)], dim=2)
+    def _cache(self, cache: Tensor, read: Tensor, mask: Tensor | None) -> Tensor:
+        """The last C of what was cached (B, C, D) and has been read (B, S, D), without its padding or gradient."""
+        both = torch.cat([cache, read.detach().to(cache.dtype)], dim=1)
         if mask is None:
-            return both[:, :, read.shape[2] :], (state.cached + read.shape[2]).clamp(max=self.cache_length)
-        length = mask.sum(dim=1)
-        last = length[:, None] + torch.arange(self.cache_length, device=length.device)  # (B, C)
-        index = last[:, None, :, None].expand(-1, both.shape[1], -1, both.shape[3])
-        return both.gather(2, index), (state.cached + length).clamp(max=self.cache_length)
+            return both[:, read.shape[1] :]
+        last = mask.sum(dim=1, keepdim=True) + torch.arange(self.cache_length, device=mask.device)  # (B, C)
+        return both.gather(1, last[:, :, None].expand(-1, -1, both.shape[2]))
+
+    def saved_state(self, leaves: list[Tensor]) -> list[Tensor]:
+        if leaves[0].dim() == 4:  # the caches of all layers were one tensor (B, L, C, D)
+            return [*leaves[0].unbind(dim=1), *leaves[1:]]
+        return leaves
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the token that follows each one of the text: (B, S, D) -> (B, S, V)."""
