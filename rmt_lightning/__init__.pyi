@@ -12,9 +12,6 @@ from .models.baselines.lstm import LSTM as LSTM
 from .models.baselines.memory_network import MemoryNetwork as MemoryNetwork
 from .models.baselines.ntm import NeuralTuringMachine as NeuralTuringMachine
 from .models.generation import generate as generate
-from .models.memory import Gated as Gated
-from .models.memory import Replace as Replace
-from .models.memory import Update as Update
 from .models.recurrence import Segment as Segment
 from .models.recurrence import unroll as unroll
 from .models.rmt import RMTDecoder as RMTDecoder
@@ -26,6 +23,9 @@ from .models.tiny import TinyGPT as TinyGPT
 from .models.tiny import TinyLongformer as TinyLongformer
 from .models.tiny import TinyRoFormer as TinyRoFormer
 from .models.transformer_xl import TransformerXL as TransformerXL
+from .models.update import Gated as Gated
+from .models.update import Replace as Replace
+from .models.update import Update as Update
 from .tasks.datamodule import FactDataModule as FactDataModule
 from .tasks.facts import Babi as Babi
 from .tasks.facts import Carried as Carried

@@ -12,7 +12,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Le
 from omegaconf import DictConfig
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
 
     from rmt_lightning.app.build import Parts
-    from rmt_lightning.models.rmt import RMTEncoder
+    from rmt_lightning.models.memory import MemoryTokens
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,16 @@ def attend(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: Pa
 
     from rmt_lightning.app.build import find_device, load
     from rmt_lightning.app.console import start_logging
-    from rmt_lightning.models.rmt import RMTEncoder
+    from rmt_lightning.models.memory import MemoryTokens
 
     start_logging(None, first_process=True)
     device, hardware = find_device(config.device)
     parts = load(run_config, run, checkpoint)
     model = parts.classifier.model
-    if not isinstance(model, RMTEncoder) or model.memory_size == 0:
+    if not isinstance(model, MemoryTokens) or model.memory_size == 0:
         raise UserError(
             f"checkpoint={config.checkpoint}: has no memory tokens whose attention can be shown; give a run with "
-            "model=rmt_encoder and model.memory_size>0"
+            "model=rmt_encoder, rmt_decoder or rmt_transformer_xl and model.memory_size>0"
         )
     parts.classifier.to(device).eval()
     asked = {key: config[key] for key in ("segments", "streams", "stream_segments")}
@@ -80,7 +80,7 @@ def attend(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: Pa
     get_console().print(f"[bold]{os.path.relpath(folder)}[/] holds {files}", highlight=False, soft_wrap=True)
 
 
-def _draw_maps(parts: Parts, model: RMTEncoder, config: DictConfig, device: torch.device, folder: Path) -> None:
+def _draw_maps(parts: Parts, model: MemoryTokens[Any], config: DictConfig, device: torch.device, folder: Path) -> None:
     """Read one test sample; show what the model answers and what its memory attends to."""
     from rich import get_console
     from rich.markup import escape
@@ -103,7 +103,7 @@ def _draw_maps(parts: Parts, model: RMTEncoder, config: DictConfig, device: torc
     figures.save(figures.attention(maps, f"{title}   layer={config.layer}, head={config.head}"), folder / stem)
 
 
-def _draw_curve(parts: Parts, model: RMTEncoder, config: DictConfig, device: torch.device, folder: Path) -> None:
+def _draw_curve(parts: Parts, model: MemoryTokens[Any], config: DictConfig, device: torch.device, folder: Path) -> None:
     """Read long texts side by side, unless an earlier call has; show how much of the memory noise and facts rewrite."""
     import numpy as np
     from rich import get_console

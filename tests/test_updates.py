@@ -21,11 +21,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.models.memory import Gated, Replace, Update
 from rmt_lightning.models.rmt import RMTDecoder, RMTEncoder
 from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.models.tiny import TinyBert, TinyGPT
 from rmt_lightning.models.transformer_xl import TransformerXL
+from rmt_lightning.models.update import Gated, Replace, Update
 
 SIZE = {"width": 16, "layers": 2, "heads": 2}
 MODELS: dict[str, Callable[..., Any]] = {

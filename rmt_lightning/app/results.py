@@ -14,14 +14,15 @@ from rich import get_console
 from rich.progress import track
 from rich.table import Table
 
-from rmt_lightning.analysis.attention import SPARSE, AttentionMap, choose_sample, watch
+from rmt_lightning.analysis.attention import AttentionMap, choose_sample, watch
 from rmt_lightning.analysis.extrapolation import LengthResult, LengthTest, evaluate_length
 from rmt_lightning.analysis.perplexity import DocumentTest, evaluate_documents, total
 from rmt_lightning.analysis.retention import LossRate
 from rmt_lightning.app.build import Parts, TextParts
 from rmt_lightning.core.files import write_csv
 from rmt_lightning.core.run_folder import EVALUATION, HOLD, STAGES
-from rmt_lightning.models.rmt import RMTEncoder
+from rmt_lightning.models.backbone import SPARSE
+from rmt_lightning.models.memory import MemoryTokens
 from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.reporting import figures
 from rmt_lightning.tasks.placement import Key, Sample
@@ -110,7 +111,7 @@ def _test_lengths(test: LengthTest, trainer: L.Trainer, parts: Parts) -> list[Le
 
 def watch_clearest(
     parts: Parts,
-    model: RMTEncoder,
+    model: MemoryTokens[Any],
     num_segments: int,
     device: torch.device,
     layer: int | Literal["mean"] = "mean",
@@ -135,18 +136,20 @@ def watch_clearest(
     classifier, placement = parts.classifier, parts.data.placement
     sample = placement.sample("test", Key(num_segments, choose_sample(placement, num_segments)))
     scores, maps = watch(classifier, model, parts.tokenizer, sample, device, layer, head)
-    answer, right = classifier.answers[int(scores.argmax())], placement.task.answers[sample.answer]
+    # One that writes may have written something else.
+    answer = dict(enumerate(classifier.answers)).get(int(scores.argmax()), "none of the answers")
+    right = placement.task.answers[sample.answer]
     assert sample.example is not None, "only mere noise has none"
     title = f"{sample.example.question} → {answer} " + ("(right)" if answer == right else f"(wrong: {right})")
     return sample, title, maps
 
 
 def draw_attention(folder: Path, trainer: L.Trainer, parts: Parts | TextParts) -> None:
-    """Draw what memory attends to into a run folder, if the model has memory tokens before its text, and whole maps."""
+    """Draw what memory attends to into a run folder, if the model has memory tokens and whole maps."""
     model = parts.module.model
-    if not isinstance(parts, Parts) or not isinstance(model, RMTEncoder) or model.memory_size == 0:
+    if not isinstance(parts, Parts) or not isinstance(model, MemoryTokens) or model.memory_size == 0:
         return
-    if model.encoder.model.config.model_type in SPARSE:
+    if model.architecture is not None and model.architecture.model_type in SPARSE:
         return
     device = trainer.strategy.root_device
     parts.classifier.to(device).eval()

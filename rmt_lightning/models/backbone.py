@@ -100,6 +100,39 @@ class Transformer(nn.Module):
         embedded: Tensor = self._words(input_ids)
         return embedded
 
+    @contextmanager
+    def recorded(self) -> Iterator[list[Tensor]]:
+        """While it is open, the list grows by the attention weights (L, B, H, N, N) of each forward pass.
+
+        The backbone's fast attention does not keep its weights, so it is replaced by the plain one for that time.
+
+        Raises:
+            UserError: if the backbone's attention is sparse.
+        """
+        model = self.model
+        if model.config.model_type in SPARSE:
+            raise UserError(
+                f"backbone: the sparse attention of {model.config.model_type} keeps no whole maps; give a run with "
+                "another encoder, such as BERT"
+            )
+        weights: list[Tensor] = []
+
+        def keep(_model: object, _args: object, output: Any) -> None:
+            stacked = torch.stack(output.attentions).detach().cpu()
+            # numpy knows no bfloat16.
+            weights.append(stacked.to(torch.promote_types(stacked.dtype, torch.float32)))
+
+        fast = model.config._attn_implementation
+        hook = model.base_model.register_forward_hook(keep)
+        model.set_attn_implementation("eager")
+        model.config.output_attentions = True
+        try:
+            yield weights
+        finally:
+            model.config.output_attentions = False
+            model.set_attn_implementation(fast)
+            hook.remove()
+
     def apart(self, *inputs: Tensor | None) -> Layers:
         """The parts of the forward pass that `forward` makes of these inputs. The embedding alone is computed.
 

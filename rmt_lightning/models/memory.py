@@ -1,18 +1,21 @@
-"""What models with memory tokens have in common: where these stand, and how the next memory comes about.
+"""What models with memory tokens have in common: where these stand, and what becomes of them.
 
 Shapes: B batch, S text tokens of a segment, M memory tokens, D width of the hidden states.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager
+from typing import Generic, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.models.recurrence import State
+from rmt_lightning.models.segment_model import SegmentModel
+from rmt_lightning.models.update import Replace, Update
 
 
 class Layout(NamedTuple):
@@ -21,10 +24,12 @@ class Layout(NamedTuple):
     Attributes:
         blocks: names and sizes, in order. One is called "text", and those of memory tokens end in "memory".
         written: the block whose last hidden states are what the segment writes.
+        unread: the block whose tokens are seen, but see nothing themselves, if there is one: a cache.
     """
 
     blocks: tuple[tuple[str, int], ...]
     written: str
+    unread: str = ""
 
     def place(self, name: str) -> slice:
         """Where the block of that name stands; the first one, if there are several."""
@@ -35,58 +40,13 @@ class Layout(NamedTuple):
             start += size
         raise KeyError(name)
 
-
-class Update(nn.Module, ABC):
-    """How the next memory comes out of what a segment has written and the memory before it.
-
-    To add one, write a class whose constructor takes the width D, and what else it likes by name, and one yaml in
-    conf/model.update/.
-    """
-
-    @abstractmethod
-    def forward(self, written: Tensor, memory: Tensor) -> Tensor:
-        """Two of (B, M, D) -> (B, M, D)."""
+    @property
+    def readers(self) -> Layout:
+        """The same without the block that sees nothing."""
+        return self._replace(blocks=tuple(block for block in self.blocks if block[0] != self.unread), unread="")
 
 
-class Replace(Update):
-    """What is written takes the place of what was there, as published (RMT-2022 and RMT-2023).
-
-    Args:
-        width: D.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-
-    def forward(self, written: Tensor, memory: Tensor) -> Tensor:
-        return written
-
-
-class Gated(Update):
-    """A learned gate decides for each number of each memory token how much of it is kept.
-
-    ```
-    g = sigmoid(W [written ∘ memory] + b)      memory' = g · memory + (1 - g) · written
-    ```
-
-    After Hutchins et al. 2022, arXiv 2203.07852, section 3, whose recurrence over blocks of text learns better with
-    gates. It begins with b = 0, about half of each.
-
-    Args:
-        width: D.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.gate = nn.Linear(2 * width, width)
-        nn.init.zeros_(self.gate.bias)
-
-    def forward(self, written: Tensor, memory: Tensor) -> Tensor:
-        kept = self.gate(torch.cat([written, memory], dim=-1)).sigmoid()
-        return kept * memory + (1 - kept) * written
-
-
-class MemoryTokens(ABC):
+class MemoryTokens(SegmentModel[State], Generic[State]):
     """A model whose state is or holds a memory, (B, M, D), which stands among the tokens of the next segment."""
 
     memory: nn.Parameter
@@ -101,8 +61,18 @@ class MemoryTokens(ABC):
         """What a layer sees of a segment with so many tokens of text."""
 
     @abstractmethod
-    def memory_of(self, state: Any) -> Tensor:
+    def memory_of(self, state: State) -> Tensor:
         """The memory (B, M, D) in a state."""
+
+    @abstractmethod
+    def recorded(self) -> AbstractContextManager[list[Tensor]]:
+        """While it is open, the list grows by the attention weights (L, B, H, N, N) of each segment that is read.
+
+        Row i is how the token at place i of the `layout` distributes its attention; the rows of `unread` ones are zero.
+
+        Raises:
+            UserError: if the attention is sparse.
+        """
 
     def make_update(self, update: Callable[[int], Update], width: int) -> Update:
         """An update for memory tokens of that width.

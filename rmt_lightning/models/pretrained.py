@@ -24,7 +24,7 @@ from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.names import public_name
 from rmt_lightning.core.run_folder import BACKBONE, TOKENIZER
 from rmt_lightning.models.backbone import Restored, parts_for
-from rmt_lightning.models.memory import Update
+from rmt_lightning.models.update import Update
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

@@ -10,7 +10,9 @@ embeddings, D width of the hidden states, V vocabulary.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Annotated, Literal
 
 import torch
@@ -20,12 +22,13 @@ from transformers import PretrainedConfig
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.models.backbone import Decoder, Encoder, Transformer
-from rmt_lightning.models.memory import Layout, MemoryTokens, Replace, Update
+from rmt_lightning.models.memory import Layout, MemoryTokens
 from rmt_lightning.models.recurrence import Segment
-from rmt_lightning.models.segment_model import SegmentModel, touch
+from rmt_lightning.models.segment_model import touch
+from rmt_lightning.models.update import Replace, Update
 
 
-class MemoryModel(MemoryTokens, SegmentModel[Tensor]):
+class MemoryModel(MemoryTokens[Tensor]):
     """A transformer whose state is its memory: M hidden states that stand among the embeddings of the next segment.
 
     Args:
@@ -72,6 +75,15 @@ class MemoryModel(MemoryTokens, SegmentModel[Tensor]):
             self.to_embedding = nn.Linear(backbone.width, backbone.embedding_width)
         self.update = self.make_update(update, backbone.width)
 
+    @property
+    @abstractmethod
+    def backbone(self) -> Transformer:
+        """What reads segments."""
+
+    @property
+    def architecture(self) -> PretrainedConfig:
+        return self.backbone.model.config
+
     def initial_state(self, batch_size: int) -> Tensor:
         """The memory before the first segment, (B, M, D): the trained vectors, the same for all."""
         return self.memory.expand(batch_size, -1, -1)
@@ -84,6 +96,9 @@ class MemoryModel(MemoryTokens, SegmentModel[Tensor]):
 
     def memory_of(self, state: Tensor) -> Tensor:
         return state
+
+    def recorded(self) -> AbstractContextManager[list[Tensor]]:
+        return self.backbone.recorded()
 
 
 class RMTEncoder(MemoryModel):
@@ -127,8 +142,8 @@ class RMTEncoder(MemoryModel):
         self.encoder = encoder
 
     @property
-    def architecture(self) -> PretrainedConfig:
-        return self.encoder.model.config
+    def backbone(self) -> Encoder:
+        return self.encoder
 
     def layout(self, length: int) -> Layout:
         blocks = (("[CLS]", 1), ("memory", self.memory_size), ("[SEP]", 1), ("text", length), ("[SEP]", 1))
@@ -208,8 +223,8 @@ class RMTDecoder(MemoryModel):
         self.memory_attention = memory_attention
 
     @property
-    def architecture(self) -> PretrainedConfig:
-        return self.decoder.model.config
+    def backbone(self) -> Decoder:
+        return self.decoder
 
     def layout(self, length: int) -> Layout:
         blocks = (("read memory", self.memory_size), ("text", length), ("write memory", self.memory_size))

@@ -9,8 +9,9 @@ Q queries (M + S + M), K keys (M + C + S + M), R distances between a query and a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, NamedTuple, cast
 
 import torch
 from annotated_types import Ge, Le, Lt
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.models.memory import Layout, MemoryTokens, Replace, Update
+from rmt_lightning.models.memory import Layout, MemoryTokens
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.segment_model import LayeredModel
+from rmt_lightning.models.update import Replace, Update
 
 
 class XLState(NamedTuple):
@@ -58,7 +60,7 @@ class Shared(NamedTuple):
     """What all layers are told of a segment.
 
     Attributes:
-        layout: what stands where.
+        layout: what stands where among the queries.
         mask: (B, S), 1 for text; None if there is no padding.
         relations: how queries stand to keys.
     """
@@ -68,7 +70,7 @@ class Shared(NamedTuple):
     relations: Relations
 
 
-class TransformerXL(MemoryTokens, LayeredModel[XLState]):
+class TransformerXL(MemoryTokens[XLState], LayeredModel[XLState]):
     """A causal transformer with relative positions, whose layers also see what they saw of earlier segments.
 
     ```
@@ -137,11 +139,35 @@ class TransformerXL(MemoryTokens, LayeredModel[XLState]):
         self.update = self.make_update(update, width)
 
     def layout(self, length: int) -> Layout:
-        blocks = (("read memory", self.memory_size), ("text", length), ("write memory", self.memory_size))
-        return Layout(blocks, written="write memory")
+        memory, cache = self.memory_size, self.cache_length
+        blocks = (("read memory", memory), ("cache", cache), ("text", length), ("write memory", memory))
+        return Layout(blocks, written="write memory", unread="cache")
 
     def memory_of(self, state: XLState) -> Tensor:
         return state.memory
+
+    @contextmanager
+    def recorded(self) -> Iterator[list[Tensor]]:
+        found: list[Tensor] = []  # of each layer of each segment, (B, H, Q, K)
+        segments: list[Tensor] = []
+
+        def keep(_module: nn.Module, _scores: object, weights: Tensor) -> None:
+            found.append(weights.detach().cpu())
+            if len(found) == len(self.layers):
+                kept = torch.stack(found)
+                kept = kept.to(torch.promote_types(kept.dtype, torch.float32))
+                # What is cached reads nothing any more: (L, B, H, K, K).
+                before, after = kept.tensor_split([self.memory_size], dim=-2)
+                unread = kept.new_zeros(*kept.shape[:-2], self.cache_length, kept.shape[-1])
+                segments.append(torch.cat([before, unread, after], dim=-2))
+                found.clear()
+
+        hooks = [cast(Layer, layer).attention.register_forward_hook(keep) for layer in self.layers]
+        try:
+            yield segments
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def initial_state(self, batch_size: int) -> XLState:
         """An empty cache, and the trained memory, the same for all."""
@@ -152,7 +178,7 @@ class TransformerXL(MemoryTokens, LayeredModel[XLState]):
         )
 
     def enter(self, segment: Segment, state: XLState) -> tuple[Tensor, Shared]:
-        layout = self.layout(segment.input_ids.shape[1])
+        layout = self.layout(segment.input_ids.shape[1]).readers
         words = self.embedding(segment.input_ids) * self.width**0.5
         memory = state.memory.to(words.dtype)
         hidden = self.dropout(torch.cat([memory, words, memory], dim=1))  # (B, Q, D)
@@ -231,6 +257,7 @@ class Layer(nn.Module):
         )
         self.feed_forward_norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
+        self.attention = nn.Softmax(dim=-1)
 
     def forward(self, hidden: Tensor, seen: Tensor, relations: Relations) -> Tensor:
         """(B, Q, D) and what they may look at (B, K, D) -> (B, Q, D)."""
@@ -247,7 +274,7 @@ class Layer(nn.Module):
         scores = by_content + by_distance.gather(-1, distance.expand(by_content.shape))
         # Not minus infinity: padding may see nothing, and must not become NaN.
         scores = (scores / query.shape[-1] ** 0.5).masked_fill(~visible, torch.finfo(scores.dtype).min)
-        return self.output((scores.softmax(dim=-1) @ value).transpose(1, 2).flatten(2))
+        return self.output((self.attention(scores) @ value).transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:
         """(…, N, D) -> (…, H, N, D/H)."""
