@@ -23,6 +23,9 @@ from .models.tiny import TinyGPT as TinyGPT
 from .models.tiny import TinyLongformer as TinyLongformer
 from .models.tiny import TinyRoFormer as TinyRoFormer
 from .models.transformer_xl import TransformerXL as TransformerXL
+from .models.update import Gated as Gated
+from .models.update import Replace as Replace
+from .models.update import Update as Update
 from .tasks.datamodule import FactDataModule as FactDataModule
 from .tasks.facts import Babi as Babi
 from .tasks.facts import Carried as Carried

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from transformers import BertModel, PreTrainedModel
+
+
+def replace(written: Tensor, memory: Tensor) -> Tensor:
+    """RMT: the next memory is what was written."""
+    return written
+
+
+def gated(weight: Tensor, bias: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """After Hutchins et al. (arXiv 2203.07852), section 3: number by number, g = σ(W [written ∘ memory] + b)."""
+
+    def update(written: Tensor, memory: Tensor) -> Tensor:
+        rows = []
+        for new, old in zip(written, memory, strict=True):
+            given = torch.cat([new, old])
+            g = [1 / (1 + (-(weight[d] @ given + bias[d])).exp()) for d in range(len(bias))]
+            rows.append(torch.stack([g[d] * old[d] + (1 - g[d]) * new[d] for d in range(len(bias))]))
+        return torch.stack(rows)
+
+    return update
 
 
 def read_segment(bert: BertModel, cls: int, sep: int, text: list[int], memory: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,6 +51,7 @@ def read_text(
     memory: Tensor,
     text_length: int,
     cut_before: int | None = None,
+    update: Callable[[Tensor, Tensor], Tensor] = replace,
 ) -> tuple[Tensor, Tensor]:
     """One row of any length. Segments are counted from the end; the graph is cut before segment `cut_before`."""
     first = len(text) % text_length or min(len(text), text_length)
@@ -39,7 +59,8 @@ def read_text(
     for number, segment in enumerate(segments):
         if number == cut_before:
             memory = memory.detach()
-        output, memory = read_segment(bert, cls, sep, segment, memory)
+        output, written = read_segment(bert, cls, sep, segment, memory)
+        memory = update(written, memory)
     return output, memory
 
 
@@ -71,12 +92,14 @@ def read_causal_text(
     text_length: int,
     free: bool = True,
     cut_before: int | None = None,
+    update: Callable[[Tensor, Tensor], Tensor] = replace,
 ) -> tuple[Tensor, Tensor]:
     """One row of any length, its segments counted from the beginning."""
     for number, start in enumerate(range(0, len(text), text_length)):
         if number == cut_before:
             memory = memory.detach()
-        output, memory = read_causal_segment(gpt, text[start : start + text_length], memory, free)
+        output, written = read_causal_segment(gpt, text[start : start + text_length], memory, free)
+        memory = update(written, memory)
     return output, memory
 
 

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,6 @@ from rmt_lightning.analysis.attention import (
     maps_from_rows,
     maps_to_rows,
     name_tokens,
-    recorded,
     rewriting,
     rewriting_curve,
     select,
@@ -37,7 +37,9 @@ from rmt_lightning.analysis.attention import (
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import read_csv, write_csv
 from rmt_lightning.models.backbone import Encoder
-from rmt_lightning.models.rmt import RMTEncoder
+from rmt_lightning.models.rmt import RMTDecoder, RMTEncoder
+from rmt_lightning.models.tiny import TinyGPT
+from rmt_lightning.models.transformer_xl import TransformerXL
 from rmt_lightning.reporting import figures
 from rmt_lightning.tasks.datamodule import FactDataModule
 from rmt_lightning.tasks.facts import Carried, Detect, Memorize, Reasoning, Split, Task
@@ -62,7 +64,7 @@ def test_the_maps_are_those_of_the_fast_attention(make_model: Make) -> None:
     with torch.no_grad():
         hidden, memory = model(ids)
         before = read[-1]
-        with recorded(model.encoder) as weights:
+        with model.recorded() as weights:
             slow, slow_memory = model(ids)
         values = last.attention.self.value(before).unflatten(-1, (2, 8)).transpose(1, 2)  # (B, H, N, D / H)
         mixed = last.attention.output((weights[-1][-1] @ values).transpose(1, 2).flatten(2), before)
@@ -87,7 +89,7 @@ def test_every_backbone_shows_its_attention_and_is_left_as_it_was(
     fast = model.encoder.model.config._attn_implementation
     with torch.no_grad():
         hidden, _ = model(ids, mask)
-        with recorded(model.encoder) as weights:
+        with model.recorded() as weights:
             watched, _ = model(ids, mask)
         torch.testing.assert_close(watched[:, 0], hidden[:, 0], atol=1e-5, rtol=1e-5)
         assert torch.equal(model(ids, mask)[0], hidden)
@@ -105,7 +107,7 @@ def test_sparse_attention_is_refused(name: str, tokenizer: PreTrainedTokenizerBa
     encoder = Encoder(AutoModel.from_config(CONFIGS[name][0]), tokenizer)
     with (
         pytest.raises(UserError, match=r"^backbone: the sparse attention of \w+ keeps no whole maps"),
-        recorded(encoder),
+        encoder.recorded(),
     ):
         pass
 
@@ -203,7 +205,7 @@ def test_the_tokens_of_a_watched_sample(make_model: Make, corpora: Corpora, toke
     ids = torch.from_numpy(np.stack(list(placement.sample("test", key).segments)))[None]
     with torch.no_grad():
         torch.testing.assert_close(scores, model(ids)[0][0, 0, :6])
-        with recorded(model.encoder) as weights:
+        with model.recorded() as weights:
             model(ids)
     assert [one.event for one in maps] == ["fact 1 is written", "noise passes", "fact 2 is written", "[CLS] reads"]
     said = {"fact 1": example.facts[0], "fact 2": example.facts[1], "question": example.question}
@@ -216,6 +218,99 @@ def test_the_tokens_of_a_watched_sample(make_model: Make, corpora: Corpora, toke
             assert words == said[part].lower().replace(" ", "")
 
 
+TINY = {"width": 16, "layers": 2, "heads": 2}
+CAUSAL: dict[str, Callable[[PreTrainedTokenizerBase], Any]] = {
+    "decoder": lambda tokenizer: RMTDecoder(TinyGPT(**TINY).decoder(tokenizer), 53, 4),
+    "causal memory": lambda tokenizer: RMTDecoder(TinyGPT(**TINY).decoder(tokenizer), 53, 4, "causal"),
+    "transformer-xl": lambda tokenizer: TransformerXL(tokenizer, 53, **TINY, memory_size=4, cache_length=6),
+    "no cache": lambda tokenizer: TransformerXL(tokenizer, 53, **TINY, memory_size=4, cache_length=0),
+}
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_causal_models_are_watched(kind: str, corpora: Corpora, tokenizer: PreTrainedTokenizerBase) -> None:
+    torch.manual_seed(0)
+    model = CAUSAL[kind](tokenizer).eval()
+    placement = make_placement(Reasoning(), corpora, tokenizer)
+    key = Key(4, choose_sample(placement, 4))
+    sample = placement.sample("test", key)
+    scores, maps = watch(lambda ids: model.encode(ids)[:, :6], model, tokenizer, sample, CPU)
+    ids = torch.from_numpy(np.stack(list(placement.sample("test", key).segments)))[None]
+    with torch.no_grad():
+        torch.testing.assert_close(scores, model.encode(ids)[0, :6])
+    assert [one.event for one in maps] == [
+        "fact 1 is written", "noise passes", "fact 2 is written", "question end reads"
+    ]  # fmt: skip
+    assert [one.operation for one in maps] == [
+        ("write memory", ("fact 1",)), ("write memory", ("read memory", "write memory")),
+        ("write memory", ("fact 2",)), ("question end", ("read memory",)),
+    ]  # fmt: skip
+    cache = getattr(model, "cache_length", 0)
+    read, kept, text, write = (slice(0, 4), slice(4, 4 + cache), slice(4 + cache, 49 + cache), slice(49 + cache, None))
+    for number, one in enumerate(maps):
+        weights = one.weights
+        assert weights.shape == (53 + cache, 53 + cache) and len(one.tokens) == 53 + cache
+        assert set(one.parts[read]) == {"read memory"} and set(one.parts[write]) == {"write memory"}
+        assert set(one.parts[kept]) <= {"cache"} and not weights[kept].any()
+        readers = [place for place, part in enumerate(one.parts) if part != "cache"]
+        np.testing.assert_allclose(weights[readers].sum(axis=1), 1, rtol=1e-5)
+        # Text sees all of the read memory, and what stands to its left; nothing was cached before the first segment.
+        assert not weights[text, text][np.triu_indices(45, 1)].any() and not weights[text, write].any()
+        assert not weights[read, 4:].any()
+        assert weights[text, read].min() > 0 and weights[write, text].min() > 0
+        assert weights[text, kept].min(initial=1) > 0 if number else not weights[text, kept].any()
+        free = kind != "causal memory"
+        for block in (read, write):
+            assert (weights[block, block][np.triu_indices(4, 1)] > 0).all() == free
+        assert 0 < one.share < 1
+    said = {"fact 1": maps[0], "fact 2": maps[2]}
+    for (part, one), fact in zip(said.items(), placement.sample("test", key).example.facts, strict=True):
+        words = "".join(token for token, of in zip(one.tokens, one.parts, strict=True) if of == part)
+        assert words == fact.lower().replace(" ", "")
+    asked = "".join(token for token, of in zip(maps[3].tokens, maps[3].parts, strict=True) if of.startswith("question"))
+    assert asked == placement.sample("test", key).example.question.lower().replace(" ", "")
+    assert maps[3].parts[text][-1] == "question end" and maps[3].parts.count("question end") == 1
+    folded = maps[1].folded()
+    assert folded.parts.count("cache") == (cache > 0) and folded.weights[0].sum() == pytest.approx(1, rel=1e-5)
+    assert len(figures.attention(maps, "title").axes) == 5
+
+
+def test_the_maps_of_transformer_xl_are_what_it_mixes_with(tokenizer: PreTrainedTokenizerBase) -> None:
+    """What its last layer makes of the recorded weights are the hidden states of an ordinary forward pass."""
+    torch.manual_seed(0)
+    model = TransformerXL(tokenizer, 20, **TINY, memory_size=3, cache_length=6).double().eval()
+    last, read = model.layers[-1], []
+    hook = last.register_forward_pre_hook(lambda _layer, args: read.append(args))
+    ids = texts(2, 3, model.text_length)
+    with torch.no_grad(), model.recorded() as weights:
+        hidden, _ = model(ids)
+        before, seen, _ = read[-1]
+        rows = [place for place in range(26) if not 3 <= place < 9]
+        values = last.value(seen).unflatten(-1, (2, 8)).transpose(1, 2)
+        mixed = last.output((weights[-1][-1][:, :, rows] @ values).transpose(1, 2).flatten(2))
+        by_hand = last.attention_norm(before + mixed)
+        by_hand = last.feed_forward_norm(by_hand + last.feed_forward(by_hand))
+    hook.remove()
+    torch.testing.assert_close(by_hand[:, 3:17], hidden)
+    assert [tuple(of_segment.shape) for of_segment in weights] == [(2, 2, 2, 26, 26)] * 3
+    model(ids)
+    assert len(weights) == 3, "the list has stopped growing"
+
+
+@pytest.mark.parametrize("kind", ["decoder", "transformer-xl"])
+def test_rewriting_of_causal_models(kind: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    torch.manual_seed(0)
+    model = CAUSAL[kind](tokenizer).double().eval()
+    ids = texts(2, 3, model.text_length)
+    with torch.no_grad():
+        found = list(rewriting(model, ids.unbind(dim=1), 2))
+        memories = [model.memory[None].expand(2, -1, -1)]
+        memories += [model.memory_of(reading.state) for reading in model.read(ids)]
+    for (rewritten, cosine), old, new in zip(found, memories, memories[1:], strict=False):
+        torch.testing.assert_close(rewritten, (new - old).norm(dim=-1) / new.norm(dim=-1))
+        torch.testing.assert_close(cosine, torch.cosine_similarity(old, new, dim=-1))
+
+
 def test_long_segments_are_folded(
     make_model: Make, corpora: Corpora, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,7 +318,7 @@ def test_long_segments_are_folded(
     model = make_model(segment_length=52).eval()
     placement = make_placement(Detect(), corpora, tokenizer)
     _, (one,) = watch(lambda ids: model(ids)[0][:, 0], model, tokenizer, placement.sample("test", Key(1, 0)), CPU)
-    names, parts = name_tokens(next(placement.sample("test", Key(1, 0)).pieces), tokenizer, model.memory_size)
+    names, parts = name_tokens(next(placement.sample("test", Key(1, 0)).pieces), tokenizer, model.layout(45))
     assert len(names) == 52 > len(one.tokens)
     assert [part for part in one.parts if part != "noise"] == [part for part in parts if part != "noise"]
     np.testing.assert_allclose(one.weights.sum(axis=1), 1)

@@ -44,7 +44,7 @@ class Counter(SegmentModel[Tensor]):
     def initial_state(self, batch_size: int) -> Tensor:
         return torch.zeros(batch_size, 1)
 
-    def step(self, segment: Segment, state: Tensor) -> tuple[Tensor, Tensor]:
+    def read_segment(self, segment: Segment, state: Tensor) -> tuple[Tensor, Tensor]:
         return self.words(segment.input_ids), state + segment.input_ids.shape[1]
 
     def readout(self, hidden: Tensor, segment: Segment) -> Tensor:

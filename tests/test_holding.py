@@ -378,7 +378,7 @@ class Forgetful(RMTEncoder):
     def initial_state(self, batch_size: int) -> torch.Tensor:
         return torch.zeros(batch_size)
 
-    def step(self, segment: Segment, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def read_segment(self, segment: Segment, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return memory, memory + 1
 
     def readout(self, hidden: torch.Tensor, segment: Segment) -> torch.Tensor:

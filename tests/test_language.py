@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from rmt_lightning import train as front_door
 from rmt_lightning.app.build import load
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.models import state as tree
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.transformer_xl import TransformerXL
 from rmt_lightning.tasks.facts import Split
@@ -135,7 +136,7 @@ def losses_by_hand(modeler: LanguageModeler, row: dict[str, Tensor], size: int) 
         if starts:
             state = model.initial_state(1)
         elif number % size == 0:
-            state = type(state)(*(part.detach() for part in state))
+            state = tree.detach(state)
         length = int((targets != IGNORED).sum())
         hidden, state = model.step(Segment(ids[None, :length]), state)
         scores = model.logits(hidden[0]).log_softmax(dim=1)

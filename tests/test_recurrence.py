@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from rmt_lightning.models.recurrence import Segment, unroll
 from rmt_lightning.models.rmt import RMTEncoder
+from rmt_lightning.models.segment_model import SegmentModel
 
 Make = Callable[..., RMTEncoder]
 ATOL = 1e-10
@@ -189,3 +191,34 @@ def test_first_memory_starts_at_the_scale_of_the_words(make_model: Make) -> None
     assert 0.7 < (model.memory.std() / words.std()).item() < 1.4
     distances = torch.pdist(model.memory)
     assert distances.min() > 0.2 * distances.mean()
+
+
+class Sums(NamedTuple):
+    tokens: Tensor
+    segments: Tensor
+
+
+class Summing(SegmentModel[Sums]):
+    """A newcomer that has not thought of rows without text: state and readout are right all the same."""
+
+    def initial_state(self, batch_size: int) -> Sums:
+        return Sums(torch.zeros(batch_size, 1, dtype=torch.long), torch.zeros(batch_size, dtype=torch.long))
+
+    def read_segment(self, segment: Segment, state: Sums) -> tuple[Tensor, Sums]:
+        ids = segment.input_ids
+        return ids[:, :, None], Sums(state.tokens + ids.sum(dim=1, keepdim=True), state.segments + 1)
+
+
+def test_the_base_class_keeps_rows_without_text_and_finds_the_last_token() -> None:
+    model = Summing(text_length=4, width=1)
+    ids = torch.arange(1, 10).repeat(3, 1)
+    mask = torch.ones_like(ids)
+    mask[1, 3:] = 0
+    mask[2] = 0
+    _, state = model(ids, mask)
+    assert state.segments.tolist() == [3, 1, 0] and state.tokens[2].item() == 0
+    # What stands in the padding of a row with text is for the model to leave out.
+    assert model.encode(ids, mask)[:2].tolist() == [[9], [3]]
+    assert model.encode(ids).tolist() == [[9]] * 3
+    whole, pieces = model(ids[:, None, :4])[1], model(ids[:, :4])[1]
+    assert all(torch.equal(one, other) for one, other in zip(whole, pieces, strict=True))

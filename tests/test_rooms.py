@@ -52,3 +52,7 @@ def test_rooms(path: Path) -> None:
 def test_every_room_and_door_is_known() -> None:
     assert {path.name for path in PACKAGE.iterdir() if path.is_dir()} - {"__pycache__", "conf"} == ROOMS.keys()
     assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__"} | DOORS
+
+
+def test_states_are_taken_apart_in_one_place() -> None:
+    assert [path.name for path in FILES if any("pytree" in name for name in imports(path))] == ["state.py"]

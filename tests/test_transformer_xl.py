@@ -6,16 +6,19 @@ import csv
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import Run
 from omegaconf import OmegaConf
+from reference import replace
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.app.build import load
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.models import state as tree
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.transformer_xl import Layer, TransformerXL
 
@@ -69,7 +72,9 @@ def attend(layer: Layer, model: TransformerXL, x: Tensor, place: int, keys: list
     return layer.output.weight @ torch.cat(parts)
 
 
-def transcribe(model: TransformerXL, row: list[int], cut_before: int | None = None) -> tuple[Tensor, Tensor]:
+def transcribe(
+    model: TransformerXL, row: list[int], cut_before: int | None = None, update: Any = replace
+) -> tuple[Tensor, Tensor]:
     """Read one row of full segments token by token, with places in the whole text instead of places in a segment.
 
     Returns the hidden states of all its tokens and the last memory. The graph is cut before segment `cut_before`.
@@ -94,7 +99,7 @@ def transcribe(model: TransformerXL, row: list[int], cut_before: int | None = No
                 x = layer.attention_norm(x + attend(layer, model, x, place, keys))
                 after.append((layer.feed_forward_norm(x + layer.feed_forward(x)), place))
             read, text, write = after[:size], after[size : size + length], after[size + length :]
-        memory = [x for x, _ in write]
+        memory = list(update(torch.stack([x for x, _ in write]), torch.stack(memory))) if size else memory
         hidden += [x for x, _ in text]
     return torch.stack(hidden), torch.stack(memory) if memory else model.memory
 
@@ -175,16 +180,48 @@ def test_text_in_pieces_and_padding_change_nothing(make: Make, kind: str) -> Non
         mask[row, start : start + length] = 1
     together = model.encode(ids, mask)
     _, states = model(ids, mask)
-    assert all(part.isfinite().all() for part in (together, *states))
+    assert all(part.isfinite().all() for part in (together, *tree.leaves(states)))
     for row, length in enumerate(lengths[:-1]):
         first = length % model.text_length or min(length, model.text_length)
         pieces = texts(5, 11)[row : row + 1, :length].split([first, *[model.text_length] * 3][: -(-length // 4)], dim=1)
         torch.testing.assert_close(model.encode(iter(pieces)), together[row : row + 1])
         _, state = model(iter(pieces))
-        for alone, among_others in zip(state, states, strict=True):
+        for alone, among_others in zip(tree.leaves(state), tree.leaves(states), strict=True):
             torch.testing.assert_close(alone[0], among_others[row])
-    for untouched, first in zip(states, model.initial_state(1), strict=True):
+    for untouched, first in zip(tree.leaves(states), tree.leaves(model.initial_state(1)), strict=True):
         torch.testing.assert_close(untouched[4], first[0])
+
+
+def test_cells_may_be_run_in_another_order(make: Make) -> None:
+    """Without memory a cell needs the layer below and its own layer's past: layer 0 may read all segments first."""
+    model = make(**KINDS["transformer-xl"])
+    segments = [Segment(ids) for ids in texts(2, 12).split(4, dim=1)]
+    state = model.initial_state(2)
+    lower, upper = state.layers
+    below = []
+    for segment in segments:
+        hidden, shared = model.enter(segment, state)
+        hidden, lower = model.cell(0, hidden, lower, shared)
+        below.append((hidden, shared))
+        # Of the state, entering needs the number of cached tokens alone.
+        state = state._replace(cached=(state.cached + 4).clamp(max=model.cache_length))
+    for hidden, shared in below:
+        hidden, upper = model.cell(1, hidden, upper, shared)
+    found, _ = model.leave(hidden, (lower, upper), state, shared)
+    expected, after = model(texts(2, 12).view(2, 3, 4))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close((lower, upper), after.layers)
+
+
+def test_the_state_of_an_earlier_checkpoint(make: Make) -> None:
+    """There the caches of all layers were one tensor (B, L, C, D)."""
+    model = make(**KINDS["hybrid"])
+    _, state = model(texts(2, 12))
+    now = tree.leaves(state)
+    earlier = [torch.stack(state.layers, dim=1), state.cached, state.memory]
+    for leaves in (earlier, now):
+        for one, other in zip(model.saved_state(leaves), now, strict=True):
+            assert torch.equal(one, other)
 
 
 def test_logits_come_from_the_text_to_the_left(make: Make) -> None:

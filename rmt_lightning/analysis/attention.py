@@ -7,7 +7,6 @@ L layers, H heads.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal, cast
@@ -18,15 +17,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.models.backbone import Encoder
+from rmt_lightning.models.memory import Layout, MemoryTokens
 from rmt_lightning.models.recurrence import Segment, unroll
-from rmt_lightning.models.rmt import RMTEncoder
 from rmt_lightning.tasks.placement import Key, Piece, Placement, Sample
 
 Part = Literal["noise", "fact", "question"]
 
-# They hand back windows around each token, and blocks that do not sum to 1.
-SPARSE = ("longformer", "big_bird")
 # In a figure, the names of more tokens cannot be read.
 MOST_TOKENS = 64
 
@@ -37,8 +33,10 @@ class AttentionMap:
 
     Attributes:
         tokens: N names.
-        parts: what each token belongs to: "[CLS]", "memory", "[SEP]", "noise", "fact 1", "fact 2", … or "question".
-        weights: (N, N); row i is how token i distributes its attention, and sums to 1.
+        parts: what each token belongs to: "[CLS]", "memory", "[SEP]", "noise", "fact 1", "fact 2", … or "question". In
+            causal models memory is "read memory" before the text and "write memory" after it, the token at which the
+            answer is read is the "question end", and there may be a "cache" of earlier text.
+        weights: (N, N); row i is how token i distributes its attention, and sums to 1. Those of a cache are zero.
     """
 
     tokens: tuple[str, ...]
@@ -57,16 +55,30 @@ class AttentionMap:
         if self.facts:
             numbers = ", ".join(fact.removeprefix("fact ") for fact in self.facts)
             events.append(f"fact {numbers} is written" if len(self.facts) == 1 else f"facts {numbers} are written")
-        if "question" in self.parts:
-            events.append("[CLS] reads")
+        if self.asks:
+            events.append(f"{self.answered_at} reads")
         return ", ".join(events) or "noise passes"
 
     @property
+    def memories(self) -> tuple[str, ...]:
+        """The parts that are memory, in order: the first is read, and the last is written."""
+        return tuple(dict.fromkeys(part for part in self.parts if part.endswith("memory")))
+
+    @property
+    def asks(self) -> bool:
+        return any(part.startswith("question") for part in self.parts)
+
+    @property
+    def answered_at(self) -> str:
+        """The part at which an answer would be read."""
+        return "[CLS]" if "[CLS]" in self.parts else "question end"
+
+    @property
     def operation(self) -> tuple[str, tuple[str, ...]]:
-        """Which part should attend to which: memory to facts, memory to itself, or [CLS] to memory and facts."""
-        if "question" in self.parts:
-            return "[CLS]", ("memory", *self.facts)
-        return "memory", self.facts or ("memory",)
+        """Which part should attend to which: memory to facts, memory to itself, or the reader to memory and facts."""
+        if self.asks:
+            return self.answered_at, (self.memories[0], *self.facts)
+        return self.memories[-1], self.facts or self.memories
 
     @property
     def share(self) -> float:
@@ -76,7 +88,7 @@ class AttentionMap:
         return float(self.weights[rows][:, columns].sum(axis=1).mean())
 
     def folded(self) -> AttentionMap:
-        """The same with each run of noise as one token: attention to it is summed, its own averaged over its tokens."""
+        """The same with each run of noise, and the cache, as one token: attention to it is summed, its own averaged."""
         runs = [list(run) for _, run in groupby(range(len(self.parts)), self._unit)]
         summed = np.stack([self.weights[:, run].sum(axis=1) for run in runs], axis=1)
         weights = np.stack([summed[run].mean(axis=0) for run in runs])
@@ -84,55 +96,29 @@ class AttentionMap:
         return AttentionMap(tokens, tuple(self.parts[run[0]] for run in runs), weights)
 
     def _unit(self, position: int) -> int:
-        """Equal for neighbours that are folded together."""
-        return -1 if self.parts[position] == "noise" else position
+        """Equal for neighbors that are folded together."""
+        return {"noise": -1, "cache": -2}.get(self.parts[position], position)
 
 
 def name_tokens(
-    pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerBase, memory_size: int
+    pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerBase, layout: Layout
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The N tokens that the backbone sees of a segment, and the part each belongs to (see `AttentionMap`)."""
-    named = [("[CLS]", "[CLS]"), *((f"[mem {i + 1}]", "memory") for i in range(memory_size)), ("[SEP]", "[SEP]")]
+    """The N tokens that a layer sees of a segment, and the part each belongs to (see `AttentionMap`)."""
+    text = []
     for source, ids in pieces:
         part = source if isinstance(source, str) else f"fact {source + 1}"
         words = (cast(str, tokenizer.decode([token])) for token in ids.tolist())
-        named += [(word.strip() or "␣", part) for word in words]
-    tokens, parts = zip(*named, ("[SEP]", "[SEP]"), strict=True)
+        text += [(word.strip() or "␣", part) for word in words]
+    named = []
+    for block, size in layout.blocks:
+        short = "mem" if block.endswith("memory") else block
+        own = [(block if block.startswith("[") else f"[{short} {i + 1}]", block) for i in range(size)]
+        named += text if block == "text" else own
+    if "[CLS]" not in dict(layout.blocks) and text[-1][1] == "question":
+        last = layout.place("text").stop - 1
+        named[last] = (named[last][0], "question end")
+    tokens, parts = zip(*named, strict=True)
     return tokens, parts
-
-
-@contextmanager
-def recorded(encoder: Encoder) -> Iterator[list[Tensor]]:
-    """While it is open, the list grows by the attention weights (L, B, H, N, N) of each segment that is read.
-
-    The backbone's fast attention does not keep its weights, so it is replaced by the plain one for that time.
-
-    Raises:
-        UserError: if the backbone's attention is sparse.
-    """
-    model = encoder.model
-    if model.config.model_type in SPARSE:
-        raise UserError(
-            f"backbone: the sparse attention of {model.config.model_type} keeps no whole maps; give a run with another "
-            "encoder, such as BERT"
-        )
-    weights: list[Tensor] = []
-
-    def keep(_model: object, _args: object, output: Any) -> None:
-        stacked = torch.stack(output.attentions).detach().cpu()
-        # numpy knows no bfloat16.
-        weights.append(stacked.to(torch.promote_types(stacked.dtype, torch.float32)))
-
-    fast = model.config._attn_implementation
-    hook = model.register_forward_hook(keep)
-    model.set_attn_implementation("eager")
-    model.config.output_attentions = True
-    try:
-        yield weights
-    finally:
-        model.config.output_attentions = False
-        model.set_attn_implementation(fast)
-        hook.remove()
 
 
 def select(weights: Tensor, layer: int | Literal["mean"], head: int | Literal["mean"]) -> np.ndarray:
@@ -152,7 +138,7 @@ def select(weights: Tensor, layer: int | Literal["mean"], head: int | Literal["m
 @torch.inference_mode()
 def watch(
     classify: Callable[[Tensor], Tensor],
-    model: RMTEncoder,
+    model: MemoryTokens[Any],
     tokenizer: PreTrainedTokenizerBase,
     sample: Sample,
     device: torch.device,
@@ -175,11 +161,13 @@ def watch(
     """
     woven = list(sample.pieces)
     segments = np.stack([np.concatenate([piece.ids for piece in pieces]) for pieces in woven])
-    with recorded(model.encoder) as weights:
+    with model.recorded() as weights:
         scores = classify(torch.from_numpy(segments)[None].to(device))
+    layout = model.layout(segments.shape[1])
+    # One that writes its answer reads on after the last segment.
     maps = [
-        AttentionMap(*name_tokens(pieces, tokenizer, model.memory_size), select(of_segment[:, 0], layer, head))
-        for pieces, of_segment in zip(woven, weights, strict=True)
+        AttentionMap(*name_tokens(pieces, tokenizer, layout), select(of_segment[:, 0], layer, head))
+        for pieces, of_segment in zip(woven, weights[: len(woven)], strict=True)
     ]
     return scores[0], [one.folded() if len(one.tokens) > MOST_TOKENS else one for one in maps]
 
@@ -248,14 +236,16 @@ class Rewriting:
     cosine: float
 
 
-def rewriting(model: RMTEncoder, segments: Iterable[Tensor], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def rewriting(model: MemoryTokens[Any], segments: Iterable[Tensor], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Read segments (B, S) one after the other in constant memory.
 
     Yields:
         For each, ‖m' - m‖ / ‖m'‖ and the cosine of m and m' for each memory token, (B, M) both.
     """
-    before = model.initial_state(batch_size)
-    for _, after in unroll(model.step, map(Segment, segments), before):
+    state = model.initial_state(batch_size)
+    before = model.memory_of(state)
+    for _, left in unroll(model.step, map(Segment, segments), state):
+        after = model.memory_of(left)
         rewritten = (after - before).norm(dim=-1) / after.norm(dim=-1)
         yield rewritten, torch.cosine_similarity(before, after, dim=-1)
         before = after
@@ -263,7 +253,7 @@ def rewriting(model: RMTEncoder, segments: Iterable[Tensor], batch_size: int) ->
 
 @torch.inference_mode()
 def rewriting_curve(
-    model: RMTEncoder,
+    model: MemoryTokens[Any],
     placement: Placement,
     num_segments: int,
     texts: int,

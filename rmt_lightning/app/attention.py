@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from rmt_lightning.app.resume import provenance
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import read_csv, write_atomically, write_csv
 from rmt_lightning.core.run_folder import findings
-from rmt_lightning.models.rmt import RMTEncoder
+from rmt_lightning.models.memory import MemoryTokens
 from rmt_lightning.reporting import figures
 from rmt_lightning.tasks.placement import Placement
 from rmt_lightning.training.answering import FactModule
@@ -35,10 +36,10 @@ def attend(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: Pa
     device, hardware = find_device(config.device)
     placement, module = load(run_config, run, checkpoint)
     model = module.model
-    if not isinstance(model, RMTEncoder) or model.memory_size == 0:
+    if not isinstance(model, MemoryTokens) or model.memory_size == 0:
         raise UserError(
             f"checkpoint={config.checkpoint}: has no memory tokens whose attention can be shown; give a run with "
-            "model=rmt_encoder and model.memory_size>0"
+            "model=rmt_encoder, rmt_decoder or rmt_transformer_xl and model.memory_size>0"
         )
     module.to(device).eval()
     asked = {key: config[key] for key in ("segments", "streams", "stream_segments")}
@@ -52,7 +53,12 @@ def attend(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: Pa
 
 
 def _draw_maps(
-    placement: Placement, module: FactModule, model: RMTEncoder, config: DictConfig, device: torch.device, folder: Path
+    placement: Placement,
+    module: FactModule,
+    model: MemoryTokens[Any],
+    config: DictConfig,
+    device: torch.device,
+    folder: Path,
 ) -> None:
     """Read one test sample; show what the model answers and what its memory attends to."""
     sample, title, maps = watch_clearest(placement, module, model, config.segments, device, config.layer, config.head)
@@ -69,7 +75,7 @@ def _draw_maps(
 
 
 def _draw_curve(
-    placement: Placement, model: RMTEncoder, config: DictConfig, device: torch.device, folder: Path
+    placement: Placement, model: MemoryTokens[Any], config: DictConfig, device: torch.device, folder: Path
 ) -> None:
     """Read long texts side by side, unless an earlier call has; show how much of the memory noise and facts rewrite."""
     console, path, length = get_console(), folder / "rewrite.csv", config.stream_segments

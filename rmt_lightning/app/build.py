@@ -66,6 +66,9 @@ def build_foundation(config: DictConfig, run: Path | None, trained: bool, senten
 def _model(config: DictConfig, backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> SegmentModel[Any]:
     """Build the model, handing it of the backbone what its constructor asks for by name."""
     parts = parts_for(get_object(config._target_), backbone, tokenizer)
+    if "update" in config:
+        # Only the model knows how wide its memory is.
+        parts["update"] = instantiate(config["update"], _partial_=True, _convert_="all")
     model: SegmentModel[Any] = instantiate(config, _convert_="all", **parts)
     return model
 

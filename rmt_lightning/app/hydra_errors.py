@@ -89,6 +89,11 @@ def _one_line(error: BaseException, config_name: str) -> str:
         return f"'{error.override}': settings are given as key=value; quote what is special to Hydra"
     said = next((cause for cause in causes if str(cause)), error)
     if default := NO_DEFAULT.search(str(said)):
+        # A part of a part, such as model.update, comes with some choices of the whole alone.
+        group = default[1].partition("=")[0]
+        whole = group.rpartition(".")[0]
+        if owners := [path.stem for path in sorted((CONF / whole).glob("*.yaml")) if f"/{group}@" in path.read_text()]:
+            return f"{group}: no such setting; it comes with {whole}={' or '.join(owners)}"
         return f"{default[1]}: is not among the defaults; write +{default[1]}"
     if setting := NO_SETTING.search(str(said)):
         return f"{setting[1]}: no such setting; {_suggest_key(setting[1], config_name)}"

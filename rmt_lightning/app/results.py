@@ -10,9 +10,10 @@ from typing import Any, Literal
 import torch
 from rich.table import Table
 
-from rmt_lightning.analysis.attention import SPARSE, AttentionMap, choose_sample, watch
+from rmt_lightning.analysis.attention import AttentionMap, choose_sample, watch
 from rmt_lightning.analysis.extrapolation import LengthResult
-from rmt_lightning.models.rmt import RMTEncoder
+from rmt_lightning.models.backbone import SPARSE
+from rmt_lightning.models.memory import MemoryTokens
 from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.reporting import figures
 from rmt_lightning.tasks.placement import Key, Placement, Sample
@@ -26,7 +27,7 @@ _SHOWN = 8
 def watch_clearest(
     placement: Placement,
     module: FactModule,
-    model: RMTEncoder,
+    model: MemoryTokens[Any],
     num_segments: int,
     device: torch.device,
     layer: int | Literal["mean"] = "mean",
@@ -52,17 +53,19 @@ def watch_clearest(
     sample = placement.sample("test", Key(num_segments, choose_sample(placement, num_segments)))
     scores, maps = watch(module, model, placement.tokenizer, sample, device, layer, head)
     assert sample.example is not None, "only mere noise has none"
-    answer, right = module.answers[int(scores.argmax())], sample.example.answer
+    # One that writes may have written something else.
+    answer = dict(enumerate(module.answers)).get(int(scores.argmax()), "none of the answers")
+    right = sample.example.answer
     title = f"{sample.example.question} → {answer} " + ("(right)" if answer == right else f"(wrong: {right})")
     return sample, title, maps
 
 
 def draw_attention(placement: Placement, module: FactModule, device: torch.device, folder: Path) -> None:
-    """Draw what memory attends to into a run folder, if the model has memory tokens before its text, and whole maps."""
+    """Draw what memory attends to into a run folder, if the model has memory tokens and whole maps."""
     model = module.model
-    if not isinstance(model, RMTEncoder) or model.memory_size == 0:
+    if not isinstance(model, MemoryTokens) or model.memory_size == 0:
         return
-    if model.encoder.model.config.model_type in SPARSE:
+    if model.architecture is not None and model.architecture.model_type in SPARSE:
         return
     module.to(device).eval()
     _, title, maps = watch_clearest(placement, module, model, 4, device)

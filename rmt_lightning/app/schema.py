@@ -57,7 +57,9 @@ def _check_settings(target: Callable[..., Any], given: dict[str, Any], path: str
         if name not in allowed and not takes_any:
             raise UserError(f"{path}{name}: no such setting; {suggest(name, allowed)}")
     hints = _hints(target.__init__ if inspect.isclass(target) else target)
-    fields: Any = {name: (hints.get(name, Any), ...) for name in given}
+    # A part of a part has a signature of its own.
+    plain = [name for name, value in given.items() if not (isinstance(value, dict) and "_target_" in value)]
+    fields: Any = {name: (hints.get(name, Any), ...) for name in plain}
     schema = create_model("Settings", __config__=ConfigDict(strict=True, arbitrary_types_allowed=True), **fields)
     try:
         schema(**given)

@@ -8,10 +8,12 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -35,6 +37,24 @@ from rmt_lightning.core.errors import UserError
 # They tell of padding to whole windows and blocks, which changes nothing.
 logging.getLogger(LongformerModel.__module__).setLevel(logging.ERROR)
 logging.getLogger(BigBirdModel.__module__).setLevel(logging.ERROR)
+
+
+# They hand back windows around each token, or blocks, and pad inputs to whole ones.
+SPARSE = ("longformer", "big_bird")
+
+
+class Layers(NamedTuple):
+    """A forward pass in its parts: `finish(steps[-1](… steps[0](hidden)))` is what it returns.
+
+    Attributes:
+        hidden: (B, N, D) what the first layer is given: words and positions, embedded.
+        steps: the layers, (B, N, D) -> (B, N, D) each; they have been told what may be seen and where tokens stand.
+        finish: what follows the last layer, such as a norm.
+    """
+
+    hidden: Tensor
+    steps: tuple[Callable[[Tensor], Tensor], ...]
+    finish: Callable[[Tensor], Tensor]
 
 
 class Transformer(nn.Module):
@@ -79,6 +99,111 @@ class Transformer(nn.Module):
         """Word embeddings, before positions are added: (B, N) -> (B, N, E)."""
         embedded: Tensor = self._words(input_ids)
         return embedded
+
+    @contextmanager
+    def recorded(self) -> Iterator[list[Tensor]]:
+        """While it is open, the list grows by the attention weights (L, B, H, N, N) of each forward pass.
+
+        The backbone's fast attention does not keep its weights, so it is replaced by the plain one for that time.
+
+        Raises:
+            UserError: if the backbone's attention is sparse.
+        """
+        model = self.model
+        if model.config.model_type in SPARSE:
+            raise UserError(
+                f"backbone: the sparse attention of {model.config.model_type} keeps no whole maps; give a run with "
+                "another encoder, such as BERT"
+            )
+        weights: list[Tensor] = []
+
+        def keep(_model: object, _args: object, output: Any) -> None:
+            stacked = torch.stack(output.attentions).detach().cpu()
+            # numpy knows no bfloat16.
+            weights.append(stacked.to(torch.promote_types(stacked.dtype, torch.float32)))
+
+        fast = model.config._attn_implementation
+        hook = model.base_model.register_forward_hook(keep)
+        model.set_attn_implementation("eager")
+        model.config.output_attentions = True
+        try:
+            yield weights
+        finally:
+            model.config.output_attentions = False
+            model.set_attn_implementation(fast)
+            hook.remove()
+
+    def apart(self, *inputs: Tensor | None) -> Layers:
+        """The parts of the forward pass that `forward` makes of these inputs. The embedding alone is computed.
+
+        Raises:
+            UserError: if the backbone cannot be taken apart.
+        """
+        size = self.model.config.num_hidden_layers
+        stacks = [
+            (owner, part)
+            for owner in self.model.modules()
+            for part in owner.children()
+            if isinstance(part, nn.ModuleList) and len(part) == size
+        ]
+        if len(stacks) != 1 or self.model.config.model_type in SPARSE:
+            raise UserError(
+                f"backbone: the layers of {self.model.config.model_type} cannot be run one by one; choose an encoder "
+                f"such as BERT, or {_DECODERS}"
+            )
+        ((owner, layers),) = stacks
+        with _noted(layers) as calls:
+            self(*inputs)
+        after = [part for name in _AFTER_LAYERS if (part := getattr(owner, name, None)) is not None]
+        return Layers(calls[0].given[0], tuple(calls), nn.Sequential(*after))
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A layer and how it was called, to be called so again with other hidden states (B, N, D)."""
+
+    layer: nn.Module
+    given: tuple[Any, ...]
+    named: dict[str, Any]
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        made = self.layer(hidden, *self.given[1:], **self.named)
+        output: Tensor = made[0] if isinstance(made, tuple) else made
+        return output
+
+
+class _AllNoted(Exception):
+    """The last layer has been reached."""
+
+
+@contextmanager
+def _noted(layers: nn.ModuleList) -> Iterator[list[_Call]]:
+    """While it is open, layers compute nothing; the list grows by how they are called. What follows is not reached.
+
+    Families differ in what their layers take: masks, positions or rotations of them, relative biases. None of it
+    depends on what the layers before have made of the text.
+    """
+    calls: list[_Call] = []
+
+    def note(layer: nn.Module, *given: Any, **named: Any) -> Any:
+        calls.append(_Call(layer, given, named))
+        if layer is layers[-1]:
+            raise _AllNoted
+        return given
+
+    for layer in layers:
+        vars(layer)["forward"] = partial(note, layer)
+    try:
+        yield calls
+    except _AllNoted:
+        pass
+    finally:
+        for layer in layers:
+            del vars(layer)["forward"]
+
+
+# What follows the last layer, if there is such a thing, in order: a norm, then a projection in the OPT of 350M.
+_AFTER_LAYERS = ("ln_f", "final_layer_norm", "final_norm", "norm", "project_out")
 
 
 class Encoder(Transformer):

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from transformers import LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from rmt_lightning.models import state as tree
 from rmt_lightning.models.recurrence import Segment
 
 
@@ -87,16 +87,9 @@ def read(
     for number in range(int(borders.max())):
         here = slice(number * size, (number + 1) * size)
         _, after = model.step(Segment(ids[:, here], mask[:, here]), state)
-        state = _keep(after, state, where=number < borders[:, 0])
+        state = tree.where(number < borders[:, 0], after, state)
     last = borders * size + torch.arange(int((length - borders * size).max()), device=ids.device)
     return Stream(state, Segment(ids.gather(1, last), mask.gather(1, last)))
-
-
-def _keep(after: Any, before: Any, where: Tensor) -> Any:
-    """The state after a segment in the rows that read it, and the one before in the others."""
-    if where.all():
-        return after
-    return tree_map(lambda new, old: torch.where(where.view(-1, *[1] * (new.dim() - 1)), new, old), after, before)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -23,6 +24,7 @@ from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.names import public_name
 from rmt_lightning.core.run_folder import BACKBONE, TOKENIZER
 from rmt_lightning.models.backbone import Restored, parts_for
+from rmt_lightning.models.update import Update
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -40,11 +42,21 @@ model = SegmentModel.from_pretrained("…")  # this folder, or its id on the Hug
 """
 
 
+def _described(part: Any) -> dict[str, Any]:
+    """A class that a model was given, or a partial of one, as plain values: its public name and its arguments."""
+    kind, arguments = (part.func, part.keywords) if isinstance(part, partial) else (part, {})
+    return {"class": public_name(f"{kind.__module__}.{kind.__qualname__}"), **arguments}
+
+
 class SavedModel(ModelHubMixin, library_name="rmt_lightning", model_card_template=_CARD):
     """Gives a module `save_pretrained(folder)`, `push_to_hub(id)` and `from_pretrained(folder or id)`.
 
     The mixin of huggingface_hub notes the arguments that the module is built with.
     """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        # The mixin asks each class anew how arguments that are no plain values are noted.
+        super().__init_subclass__(coders=dict.fromkeys((type, partial), (_described, _described)), **options)
 
     # Of the backbone, or of the model itself.
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -77,7 +89,11 @@ class SavedModel(ModelHubMixin, library_name="rmt_lightning", model_card_templat
         """
         with opened(pretrained_model_name_or_path, **options) as folder:
             settings = json.loads((folder / CONFIG).read_text())
-            named = cls._named(public_name(settings.pop("model")), folder)
+            named = _named(settings.pop("model"), cls, folder)
+            for name, value in settings.items():
+                if isinstance(value, dict) and "class" in value:
+                    part = _named(value.pop("class"), Update, folder)
+                    settings[name] = partial(part, **value) if value else part
             saved = Restored(folder / TOKENIZER, folder / BACKBONE)
             tokenizer = saved.tokenizer([])
             model = named(**parts_for(named, saved, tokenizer), **settings)
@@ -85,16 +101,16 @@ class SavedModel(ModelHubMixin, library_name="rmt_lightning", model_card_templat
             model.eval()
             return model
 
-    @classmethod
-    def _named(cls, path: str, folder: Path) -> Any:
-        """The class that a config names: one of this package, or one that the program has imported itself."""
-        module, _, name = path.rpartition(".")
-        named = getattr(sys.modules.get(module), name, None)
-        if named is None:
-            raise UserError(f"{folder}: holds a model of class {path}; import {module} before opening it")
-        if not (isinstance(named, type) and issubclass(named, cls)):
-            raise UserError(f"{folder}: holds a {name} and no {cls.__name__}; open it with {name}.from_pretrained")
-        return named
+
+def _named(path: str, kind: type, folder: Path) -> Any:
+    """The class that a config names: one of this package, or one that the program has imported itself."""
+    module, _, name = public_name(path).rpartition(".")
+    named = getattr(sys.modules.get(module), name, None)
+    if named is None:
+        raise UserError(f"{folder}: holds a model of class {path}; import {module} before opening it")
+    if not (isinstance(named, type) and issubclass(named, kind)):
+        raise UserError(f"{folder}: holds a {name} and no {kind.__name__}; open it with {name}.from_pretrained")
+    return named
 
 
 @contextmanager

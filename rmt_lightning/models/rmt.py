@@ -10,6 +10,9 @@ embeddings, D width of the hidden states, V vocabulary.
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Annotated, Literal
 
 import torch
@@ -19,11 +22,13 @@ from transformers import PretrainedConfig
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.models.backbone import Decoder, Encoder, Transformer
+from rmt_lightning.models.memory import Layout, MemoryTokens
 from rmt_lightning.models.recurrence import Segment
-from rmt_lightning.models.segment_model import SegmentModel, touch
+from rmt_lightning.models.segment_model import touch
+from rmt_lightning.models.update import Replace, Update
 
 
-class MemoryModel(SegmentModel[Tensor]):
+class MemoryModel(MemoryTokens[Tensor]):
     """A transformer whose state is its memory: M hidden states that stand among the embeddings of the next segment.
 
     Args:
@@ -31,6 +36,7 @@ class MemoryModel(SegmentModel[Tensor]):
         segment_length: how many tokens the backbone sees of each segment.
         memory_size: M.
         beside_text: how many of those tokens are no text, by what they are.
+        update: makes what the next memory comes about by, of its width.
         bptt_depth: over how many borders between segments gradients flow back; -1 for all of them.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
 
@@ -44,6 +50,7 @@ class MemoryModel(SegmentModel[Tensor]):
         segment_length: int,
         memory_size: int,
         beside_text: dict[str, int],
+        update: Callable[[int], Update],
         bptt_depth: int,
         gradient_checkpointing: bool,
     ) -> None:
@@ -66,10 +73,16 @@ class MemoryModel(SegmentModel[Tensor]):
         self.to_embedding: nn.Module = nn.Identity()
         if backbone.embedding_width != backbone.width:
             self.to_embedding = nn.Linear(backbone.width, backbone.embedding_width)
+        self.update = self.make_update(update, backbone.width)
 
     @property
-    def memory_size(self) -> int:
-        return self.memory.shape[0]
+    @abstractmethod
+    def backbone(self) -> Transformer:
+        """What reads segments."""
+
+    @property
+    def architecture(self) -> PretrainedConfig:
+        return self.backbone.model.config
 
     def initial_state(self, batch_size: int) -> Tensor:
         """The memory before the first segment, (B, M, D): the trained vectors, the same for all."""
@@ -81,17 +94,11 @@ class MemoryModel(SegmentModel[Tensor]):
         embedded: Tensor = self.to_embedding(memory)
         return embedded.to(words.dtype)
 
-    @staticmethod
-    def _next(written: Tensor, memory: Tensor, segment: Segment) -> Tensor:
-        """The memory after a segment: what was written, except in rows that hold no text."""
-        written = written.to(memory.dtype)
-        if segment.attention_mask is None:
-            return written
-        has_text = segment.attention_mask.any(dim=1)
-        return torch.where(has_text[:, None, None], written, memory)
+    def memory_of(self, state: Tensor) -> Tensor:
+        return state
 
-    def trained_state(self) -> list[nn.Parameter]:
-        return [self.memory]
+    def recorded(self) -> AbstractContextManager[list[Tensor]]:
+        return self.backbone.recorded()
 
 
 class RMTEncoder(MemoryModel):
@@ -112,6 +119,7 @@ class RMTEncoder(MemoryModel):
         memory_size: M. Without memory (0) segments know nothing of each other.
         bptt_depth: over how many borders between segments gradients flow back; -1 for all of them.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        update: how the next memory comes about: a class such as `Replace` or `Gated`, or a partial of one.
 
     Raises:
         UserError: if segment_length exceeds the backbone's positions or leaves no room for text.
@@ -127,33 +135,35 @@ class RMTEncoder(MemoryModel):
         memory_size: Annotated[int, Ge(0)] = 10,
         bptt_depth: Annotated[int, Ge(-1)] = -1,
         gradient_checkpointing: bool = False,
+        update: Callable[[int], Update] = Replace,
     ) -> None:
         beside_text = {"memory": memory_size, "special": self.NUM_SPECIAL_TOKENS}
-        super().__init__(encoder, segment_length, memory_size, beside_text, bptt_depth, gradient_checkpointing)
+        super().__init__(encoder, segment_length, memory_size, beside_text, update, bptt_depth, gradient_checkpointing)
         self.encoder = encoder
 
     @property
-    def architecture(self) -> PretrainedConfig:
-        return self.encoder.model.config
+    def backbone(self) -> Encoder:
+        return self.encoder
 
-    def step(self, segment: Segment, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Read one segment: `mem_τ+1` are the rows of `Transformer([mem_τ ∘ H_τ])` at the memory's places (section 3).
+    def layout(self, length: int) -> Layout:
+        blocks = (("[CLS]", 1), ("memory", self.memory_size), ("[SEP]", 1), ("text", length), ("[SEP]", 1))
+        return Layout(blocks, written="memory")
 
-        Args:
-            segment: at most `text_length` tokens a row. A row without text leaves its memory as it is.
-            memory: (B, M, D).
+    def read_segment(self, segment: Segment, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """`mem_τ+1` are the rows of `Transformer([mem_τ ∘ H_τ])` at the memory's places (section 3).
 
         Returns:
             Hidden states (B, 1 + M + 1 + S + 1, D), [CLS] first, and the next memory (B, M, D).
         """
+        layout = self.layout(segment.input_ids.shape[1])
         text, mask = self._append_separator(segment)
         special = text.new_tensor([[self.encoder.cls_token_id, self.encoder.sep_token_id]]).expand(len(text), -1)
         cls, sep = self.encoder.embed(special).split(1, dim=1)
         embeddings = torch.cat([cls, self._embed(memory, cls), sep, self.encoder.embed(text)], dim=1)
         if mask is not None:
-            mask = nn.functional.pad(mask, (2 + self.memory_size, 0), value=1)
+            mask = nn.functional.pad(mask, (layout.place("text").start, 0), value=1)
         hidden = self.encoder(embeddings, mask)
-        return hidden, self._next(hidden[:, 1 : 1 + self.memory_size], memory, segment)
+        return hidden, self.next_memory(hidden[:, layout.place(layout.written)], memory)
 
     def _append_separator(self, segment: Segment) -> tuple[Tensor, Tensor | None]:
         """Put [SEP] behind each row's text: (B, S) -> ids and mask (B, S + 1)."""
@@ -191,6 +201,7 @@ class RMTDecoder(MemoryModel):
             Either way text sees all of the read memory, and the write memory sees all that stands before it.
         bptt_depth: over how many borders between segments gradients flow back; -1 for all of them.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        update: how the next memory comes about: a class such as `Replace` or `Gated`, or a partial of one.
 
     Raises:
         UserError: if segment_length exceeds the backbone's positions or leaves no room for text.
@@ -204,22 +215,23 @@ class RMTDecoder(MemoryModel):
         memory_attention: Literal["free", "causal"] = "free",
         bptt_depth: Annotated[int, Ge(-1)] = -1,
         gradient_checkpointing: bool = False,
+        update: Callable[[int], Update] = Replace,
     ) -> None:
         beside_text = {"read memory": memory_size, "write memory": memory_size}
-        super().__init__(decoder, segment_length, memory_size, beside_text, bptt_depth, gradient_checkpointing)
+        super().__init__(decoder, segment_length, memory_size, beside_text, update, bptt_depth, gradient_checkpointing)
         self.decoder = decoder
         self.memory_attention = memory_attention
 
     @property
-    def architecture(self) -> PretrainedConfig:
-        return self.decoder.model.config
+    def backbone(self) -> Decoder:
+        return self.decoder
 
-    def step(self, segment: Segment, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Read one segment: `mem_τ+1` are the last rows of `Transformer([mem_τ ∘ H_τ ∘ mem_τ])` (section 3.2).
+    def layout(self, length: int) -> Layout:
+        blocks = (("read memory", self.memory_size), ("text", length), ("write memory", self.memory_size))
+        return Layout(blocks, written="write memory")
 
-        Args:
-            segment: at most `text_length` tokens a row. A row without text leaves its memory as it is.
-            memory: (B, M, D).
+    def read_segment(self, segment: Segment, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """`mem_τ+1` are the last rows of `Transformer([mem_τ ∘ H_τ ∘ mem_τ])` (section 3.2).
 
         Returns:
             Hidden states of the text (B, S, D), and the next memory (B, M, D).
@@ -229,8 +241,8 @@ class RMTDecoder(MemoryModel):
         hidden = self.decoder(
             torch.cat([read, words, read], dim=1), self._attention_mask(segment, words.dtype), self._positions(segment)
         )
-        _, text, written = hidden.split([self.memory_size, words.shape[1], self.memory_size], dim=1)
-        return text, self._next(written, memory, segment)
+        layout = self.layout(words.shape[1])
+        return hidden[:, layout.place("text")], self.next_memory(hidden[:, layout.place(layout.written)], memory)
 
     def _attention_mask(self, segment: Segment, dtype: torch.dtype) -> Tensor:
         """(B or 1, 1, N, N), to be added to the scores: what reads what, from 0 … N - 1 to 0 … N - 1."""
@@ -258,9 +270,8 @@ class RMTDecoder(MemoryModel):
         return torch.cat([before.expand(len(behind), -1), behind], dim=1)
 
     def readout(self, hidden: Tensor, segment: Segment) -> Tensor:
-        """The hidden state of the last token of each row's text."""
         # A classifier has no use for the weights that only words are read off with.
-        return touch(segment.last_token(hidden), self.decoder.untied)
+        return touch(super().readout(hidden, segment), self.decoder.untied)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the word that comes next, also over the border of a segment: (…, D) -> (…, V)."""

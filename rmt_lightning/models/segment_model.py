@@ -8,12 +8,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, tee
-from typing import Generic, NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.models import state as tree
 from rmt_lightning.models.pretrained import SavedModel
 from rmt_lightning.models.recurrence import Segment, State, unroll
 
@@ -30,9 +31,10 @@ class SegmentModel(nn.Module, SavedModel, ABC, Generic[State]):
     """A function `(segment, state) -> (hidden, state)` with a first state, and the ways to feed it a text.
 
     The state is a value, a tensor or a tree of tensors whose first dimension is the batch, never an attribute.
-    To add a model, write its `initial_state`, `step` and `readout`, and one yaml in conf/model/. Its constructor is
-    given what it asks for by name: `encoder`, `decoder`, `tokenizer`. So that the model can be saved, all else that the
-    constructor takes is plain values, `tokenizer` is kept, and `architecture` tells the config of what is inside.
+    To add a model, write its `initial_state` and `read_segment`, and one yaml in conf/model/; `readout` too, if its
+    answer is not read at the last token. Its constructor is given what it asks for by name: `encoder`, `decoder`,
+    `tokenizer`. So that the model can be saved, all else that the constructor takes is plain values, `tokenizer` is
+    kept, and `architecture` tells the config of what is inside.
 
     Args:
         text_length: S, how much of a segment is text.
@@ -75,12 +77,27 @@ class SegmentModel(nn.Module, SavedModel, ABC, Generic[State]):
         """The state before the first segment."""
 
     @abstractmethod
-    def step(self, segment: Segment, state: State) -> tuple[Tensor, State]:
-        """Read one segment of at most `text_length` tokens a row. A row without text leaves its state as it is."""
+    def read_segment(self, segment: Segment, state: State) -> tuple[Tensor, State]:
+        """What `step` does, but for rows without text: whatever comes out of them is dropped."""
 
-    @abstractmethod
+    def step(self, segment: Segment, state: State) -> tuple[Tensor, State]:
+        """Read one segment.
+
+        Args:
+            segment: at most `text_length` tokens a row. A row without text keeps its state.
+            state: what the segment before has left.
+
+        Returns:
+            Hidden states, in what order is the model's own, and the next state.
+        """
+        hidden, after = self.read_segment(segment, state)
+        if segment.attention_mask is None:
+            return hidden, after
+        return hidden, tree.where(segment.attention_mask.any(dim=1), after, state)
+
     def readout(self, hidden: Tensor, segment: Segment) -> Tensor:
-        """What a classifier reads after the last segment: (B, D)."""
+        """What a classifier reads after the last segment, (B, D): by default what stands at each row's last token."""
+        return segment.last_token(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the token that comes next, if the model is causal: (B, S, D) of `step` -> (B, S, V)."""
@@ -139,8 +156,12 @@ class SegmentModel(nn.Module, SavedModel, ABC, Generic[State]):
         return len(input_ids), [Segment(ids) for ids in input_ids.unbind(dim=1)]
 
     def trained_state(self) -> list[nn.Parameter]:
-        """The parameters that only `initial_state` uses."""
+        """The parameters that a loss may not reach: if only `initial_state` uses them, or only the next segment."""
         return []
+
+    def saved_state(self, leaves: list[Tensor]) -> list[Tensor]:
+        """The `leaves` of a state (models/state.py) as a checkpoint holds them, in the form they have now."""
+        return leaves
 
     def cut(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Segment]:
         """Cut plain ids (B, N) into segments, counted from the end, where the question is: only the first may be short.
@@ -161,6 +182,46 @@ class SegmentModel(nn.Module, SavedModel, ABC, Generic[State]):
             order = mask_s.argsort(dim=1, descending=True, stable=True)
             segments.append(Segment(ids_s.gather(1, order), mask_s.gather(1, order)))
         return segments
+
+
+class LayerMajor(Protocol):
+    """A state that has a part for each layer: a tree of (B, …) each."""
+
+    @property
+    def layers(self) -> tuple[Any, ...]: ...
+
+
+LayeredState = TypeVar("LayeredState", bound=LayerMajor)
+
+
+class LayeredModel(SegmentModel[LayeredState], Generic[LayeredState]):
+    """A segment model whose layers can be run one by one, each with a state of its own.
+
+    A cell is a layer of a segment. It takes what the layer below makes of this segment, and the state that the same
+    layer has left after the segment before.
+    """
+
+    @abstractmethod
+    def enter(self, segment: Segment, state: LayeredState) -> tuple[Tensor, Any]:
+        """What the first layer is given of a segment, and what all of its cells share."""
+
+    @abstractmethod
+    def cell(self, number: int, hidden: Tensor, before: Any, shared: Any) -> tuple[Tensor, Any]:
+        """Run a layer on what it is given, and on its state before the segment: what it makes, and its state after."""
+
+    @abstractmethod
+    def leave(
+        self, hidden: Tensor, layers: tuple[Any, ...], state: LayeredState, shared: Any
+    ) -> tuple[Tensor, LayeredState]:
+        """What `read_segment` returns, from what the last layer has made and the states of all layers after it."""
+
+    def read_segment(self, segment: Segment, state: LayeredState) -> tuple[Tensor, LayeredState]:
+        hidden, shared = self.enter(segment, state)
+        layers = []
+        for number, before in enumerate(state.layers):
+            hidden, after = self.cell(number, hidden, before, shared)
+            layers.append(after)
+        return self.leave(hidden, tuple(layers), state, shared)
 
 
 def touch(hidden: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:

@@ -9,7 +9,9 @@ Q queries (M + S + M), K keys (M + C + S + M), R distances between a query and a
 
 from __future__ import annotations
 
-from typing import Annotated, NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, NamedTuple, cast
 
 import torch
 from annotated_types import Ge, Le, Lt
@@ -17,20 +19,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.models.memory import Layout, MemoryTokens
 from rmt_lightning.models.recurrence import Segment
-from rmt_lightning.models.segment_model import SegmentModel
+from rmt_lightning.models.segment_model import LayeredModel
+from rmt_lightning.models.update import Replace, Update
 
 
 class XLState(NamedTuple):
     """What Transformer-XL carries from one segment to the next.
 
     Attributes:
-        cache: (B, L, C, D) what each layer was given of the last C text tokens, the newest last; carries no gradient.
+        layers: L of (B, C, D), what each layer was given of the last C text tokens, the newest last; carry no gradient.
         cached: (B,) how many of the C there have been so far; they are the last ones.
         memory: (B, M, D); carries gradient.
     """
 
-    cache: Tensor
+    layers: tuple[Tensor, ...]
     cached: Tensor
     memory: Tensor
 
@@ -52,7 +56,21 @@ class Relations(NamedTuple):
     visible: Tensor
 
 
-class TransformerXL(SegmentModel[XLState]):
+class Shared(NamedTuple):
+    """What all layers are told of a segment.
+
+    Attributes:
+        layout: what stands where among the queries.
+        mask: (B, S), 1 for text; None if there is no padding.
+        relations: how queries stand to keys.
+    """
+
+    layout: Layout
+    mask: Tensor | None
+    relations: Relations
+
+
+class TransformerXL(MemoryTokens[XLState], LayeredModel[XLState]):
     """A causal transformer with relative positions, whose layers also see what they saw of earlier segments.
 
     ```
@@ -77,6 +95,7 @@ class TransformerXL(SegmentModel[XLState]):
         bptt_depth: over how many borders between segments gradients flow back through memory; -1 for all of them. None
             flow back through the cache.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        update: how the next memory comes about: a class such as `Replace` or `Gated`, or a partial of one.
 
     Raises:
         UserError: if width does not suit heads, or segment_length leaves no room for text.
@@ -94,6 +113,7 @@ class TransformerXL(SegmentModel[XLState]):
         dropout: Annotated[float, Ge(0), Lt(1)] = 0.0,
         bptt_depth: Annotated[int, Ge(-1)] = -1,
         gradient_checkpointing: bool = False,
+        update: Callable[[int], Update] = Replace,
     ) -> None:
         if width % heads or width % 2:
             raise UserError(f"model.width={width}: must be even and a multiple of model.heads={heads}")
@@ -116,44 +136,68 @@ class TransformerXL(SegmentModel[XLState]):
                 nn.init.normal_(module.weight, std=0.02)
         # The first memory stands among word embeddings, so it starts at their scale.
         self.memory = nn.Parameter(torch.randn(memory_size, width) * 0.02 * width**0.5)
+        self.update = self.make_update(update, width)
 
-    @property
-    def memory_size(self) -> int:
-        return self.memory.shape[0]
+    def layout(self, length: int) -> Layout:
+        memory, cache = self.memory_size, self.cache_length
+        blocks = (("read memory", memory), ("cache", cache), ("text", length), ("write memory", memory))
+        return Layout(blocks, written="write memory", unread="cache")
+
+    def memory_of(self, state: XLState) -> Tensor:
+        return state.memory
+
+    @contextmanager
+    def recorded(self) -> Iterator[list[Tensor]]:
+        found: list[Tensor] = []  # of each layer of each segment, (B, H, Q, K)
+        segments: list[Tensor] = []
+
+        def keep(_module: nn.Module, _scores: object, weights: Tensor) -> None:
+            found.append(weights.detach().cpu())
+            if len(found) == len(self.layers):
+                kept = torch.stack(found)
+                kept = kept.to(torch.promote_types(kept.dtype, torch.float32))
+                # What is cached reads nothing any more: (L, B, H, K, K).
+                before, after = kept.tensor_split([self.memory_size], dim=-2)
+                unread = kept.new_zeros(*kept.shape[:-2], self.cache_length, kept.shape[-1])
+                segments.append(torch.cat([before, unread, after], dim=-2))
+                found.clear()
+
+        hooks = [cast(Layer, layer).attention.register_forward_hook(keep) for layer in self.layers]
+        try:
+            yield segments
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def initial_state(self, batch_size: int) -> XLState:
         """An empty cache, and the trained memory, the same for all."""
         return XLState(
-            self.memory.new_zeros(batch_size, len(self.layers), self.cache_length, self.width),
+            (self.memory.new_zeros(batch_size, self.cache_length, self.width),) * len(self.layers),
             torch.zeros(batch_size, dtype=torch.long, device=self.memory.device),
             self.memory.expand(batch_size, -1, -1),
         )
 
-    def step(self, segment: Segment, state: XLState) -> tuple[Tensor, XLState]:
-        """Read one segment (Transformer-XL, section 3.3; RMT-2022, section 3.2).
-
-        Args:
-            segment: at most `text_length` tokens a row. A row without text leaves its state as it is.
-            state: what the segment before has left.
-
-        Returns:
-            Hidden states of the text (B, S, D), and the next state.
-        """
-        ids, mask = segment
-        memory_size, text = self.memory_size, slice(self.memory_size, self.memory_size + ids.shape[1])
-        words = self.embedding(ids) * self.width**0.5
+    def enter(self, segment: Segment, state: XLState) -> tuple[Tensor, Shared]:
+        layout = self.layout(segment.input_ids.shape[1]).readers
+        words = self.embedding(segment.input_ids) * self.width**0.5
         memory = state.memory.to(words.dtype)
         hidden = self.dropout(torch.cat([memory, words, memory], dim=1))  # (B, Q, D)
-        relations = self._relations(segment, state.cached, words.dtype)
-        read = []
-        for layer, cache in zip(self.layers, state.cache.unbind(dim=1), strict=True):
-            read.append(hidden[:, text])
-            seen = torch.cat([hidden[:, :memory_size], cache, hidden[:, memory_size:]], dim=1)  # (B, K, D)
-            hidden = layer(hidden, seen, relations)
-        written = hidden[:, text.stop :].to(state.memory.dtype)
-        if mask is not None:
-            written = torch.where(mask.any(dim=1)[:, None, None], written, state.memory)
-        return hidden[:, text], XLState(*self._cache(torch.stack(read, dim=1), mask, state), written)
+        return hidden, Shared(layout, segment.attention_mask, self._relations(segment, state.cached, words.dtype))
+
+    def cell(self, number: int, hidden: Tensor, before: Tensor, shared: Shared) -> tuple[Tensor, Tensor]:
+        """Transformer-XL, section 3.3: (B, Q, D) and the layer's cache (B, C, D) -> the same after it."""
+        text = shared.layout.place("text")
+        seen = torch.cat([hidden[:, : text.start], before, hidden[:, text.start :]], dim=1)  # (B, K, D)
+        return self.layers[number](hidden, seen, shared.relations), self._cache(before, hidden[:, text], shared.mask)
+
+    def leave(
+        self, hidden: Tensor, layers: tuple[Tensor, ...], state: XLState, shared: Shared
+    ) -> tuple[Tensor, XLState]:
+        """RMT-2022, section 3.2: hidden states of the text (B, S, D), and the next state."""
+        text, written = (hidden[:, shared.layout.place(name)] for name in ("text", shared.layout.written))
+        read = text.shape[1] if shared.mask is None else shared.mask.sum(dim=1)
+        cached = (state.cached + read).clamp(max=self.cache_length)
+        return text, XLState(layers, cached, self.next_memory(written, state.memory))
 
     def _relations(self, segment: Segment, cached: Tensor, dtype: torch.dtype) -> Relations:
         size, cache, length = self.memory_size, self.cache_length, segment.input_ids.shape[1]
@@ -172,29 +216,22 @@ class TransformerXL(SegmentModel[XLState]):
             exists[:, size + cache : size + cache + length] = segment.attention_mask.bool()
         return Relations(self.u, self.v, encoding, distance, (left & exists[:, None])[:, None])
 
-    def _cache(self, read: Tensor, mask: Tensor | None, state: XLState) -> tuple[Tensor, Tensor]:
-        """Keep the last C of what was cached and has been read, (B, L, S, D), without its padding."""
-        both = torch.cat([state.cache, read.detach().to(state.cache.dtype)], dim=2)
+    def _cache(self, cache: Tensor, read: Tensor, mask: Tensor | None) -> Tensor:
+        """The last C of what was cached (B, C, D) and has been read (B, S, D), without its padding or gradient."""
+        both = torch.cat([cache, read.detach().to(cache.dtype)], dim=1)
         if mask is None:
-            return both[:, :, read.shape[2] :], (state.cached + read.shape[2]).clamp(max=self.cache_length)
-        length = mask.sum(dim=1)
-        last = length[:, None] + torch.arange(self.cache_length, device=length.device)  # (B, C)
-        index = last[:, None, :, None].expand(-1, both.shape[1], -1, both.shape[3])
-        return both.gather(2, index), (state.cached + length).clamp(max=self.cache_length)
+            return both[:, read.shape[1] :]
+        last = mask.sum(dim=1, keepdim=True) + torch.arange(self.cache_length, device=mask.device)  # (B, C)
+        return both.gather(1, last[:, :, None].expand(-1, -1, both.shape[2]))
+
+    def saved_state(self, leaves: list[Tensor]) -> list[Tensor]:
+        if leaves[0].dim() == 4:  # the caches of all layers were one tensor (B, L, C, D)
+            return [*leaves[0].unbind(dim=1), *leaves[1:]]
+        return leaves
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the token that follows each one of the text: (B, S, D) -> (B, S, V)."""
         return nn.functional.linear(hidden, self.embedding.weight)
-
-    def readout(self, hidden: Tensor, segment: Segment) -> Tensor:
-        """The hidden state of the last token of each row's text."""
-        if segment.attention_mask is None:
-            return hidden[:, -1]
-        last = (segment.attention_mask.sum(dim=1) - 1).clamp(min=0)
-        return hidden[torch.arange(len(hidden), device=hidden.device), last]
-
-    def trained_state(self) -> list[nn.Parameter]:
-        return [self.memory]
 
 
 class Layer(nn.Module):
@@ -220,6 +257,7 @@ class Layer(nn.Module):
         )
         self.feed_forward_norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
+        self.attention = nn.Softmax(dim=-1)
 
     def forward(self, hidden: Tensor, seen: Tensor, relations: Relations) -> Tensor:
         """(B, Q, D) and what they may look at (B, K, D) -> (B, Q, D)."""
@@ -236,7 +274,7 @@ class Layer(nn.Module):
         scores = by_content + by_distance.gather(-1, distance.expand(by_content.shape))
         # Not minus infinity: padding may see nothing, and must not become NaN.
         scores = (scores / query.shape[-1] ** 0.5).masked_fill(~visible, torch.finfo(scores.dtype).min)
-        return self.output((scores.softmax(dim=-1) @ value).transpose(1, 2).flatten(2))
+        return self.output((self.attention(scores) @ value).transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:
         """(…, N, D) -> (…, H, N, D/H)."""

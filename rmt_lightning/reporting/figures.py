@@ -281,7 +281,9 @@ def attention(maps: Sequence[AttentionMap], title: str) -> Figure:
     """
     widest = max(len(one.tokens) for one in maps)
     columns = 1 if widest > 40 else min(2, len(maps))
-    readers = [[place for place, part in enumerate(one.parts) if part not in ("noise", "[SEP]")] for one in maps]
+    readers = [
+        [place for place, part in enumerate(one.parts) if part not in ("noise", "cache", "[SEP]")] for one in maps
+    ]
     # Inches: a cell, and what names of tokens and titles take around a panel.
     cell, left, below, above, right = 0.16, 0.85, 0.95, 0.45, 0.9
     rows = [max(map(len, readers[first : first + columns])) for first in range(0, len(maps), columns)]
@@ -325,7 +327,8 @@ def _annotate(axes: Axes, one: AttentionMap, shown: Sequence[int]) -> None:
 
 
 def _color(part: str) -> str:
-    return PART_COLORS.get(part.split(" ")[0], OTHER_COLOR)
+    """Of "fact 2" that of a fact, and of "read memory" that of memory."""
+    return next((PART_COLORS[word] for word in part.split(" ") if word in PART_COLORS), OTHER_COLOR)
 
 
 def _runs(parts: Sequence[str], wanted: Sequence[str]) -> list[tuple[int, int]]:

@@ -16,7 +16,7 @@ from torchmetrics import Metric
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.models import state as tree
 from rmt_lightning.models.recurrence import Segment, unroll
-from rmt_lightning.models.segment_model import SegmentModel
+from rmt_lightning.models.segment_model import SegmentModel, touch
 from rmt_lightning.tasks.language import IGNORED
 from rmt_lightning.training.module import SegmentModule
 from rmt_lightning.training.phases.phase import Phases
@@ -111,6 +111,7 @@ class LanguageModeler(SegmentModule):
         """Read one segment, from the first state where a document begins: its losses in nats (B, S), the next state."""
         state = tree.where(piece.starts, self.model.initial_state(len(piece.starts)), state)
         hidden, state = self.model.step(piece.segment, state)
+        hidden = touch(hidden, self.model.trained_state())
         scores = self.model.logits(hidden).flatten(0, 1)
         losses = nn.functional.cross_entropy(scores, piece.targets.flatten(), ignore_index=IGNORED, reduction="none")
         return losses.view_as(piece.targets), state
@@ -120,7 +121,7 @@ class LanguageModeler(SegmentModule):
         state = self.model.initial_state(batch_size)
         first = tree.leaves(state)
         offset = self.global_rank * batch_size
-        for number, saved in enumerate(self._saved):
+        for number, saved in enumerate(self.model.saved_state(self._saved)):
             mine = saved[offset : offset + batch_size].to(self.device)
             if mine.shape[1:] == first[number].shape[1:]:
                 first[number] = torch.cat([mine, first[number][len(mine) :]])

@@ -68,6 +68,10 @@ class FullAttention(SegmentModel[Segment]):
         return Segment(torch.empty(batch_size, 0, dtype=torch.long, device=device))
 
     def step(self, segment: Segment, text: Segment) -> tuple[Tensor, Segment]:
+        # The state grows with every segment, in rows without text too: by padding.
+        return self.read_segment(segment, text)
+
+    def read_segment(self, segment: Segment, text: Segment) -> tuple[Tensor, Segment]:
         """Read one segment, and all that came before it again.
 
         Args:

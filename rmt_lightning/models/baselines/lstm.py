@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Annotated, NamedTuple
 
-import torch
 from annotated_types import Ge
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -62,29 +61,19 @@ class LSTM(SegmentModel[LSTMState]):
         zeros = self.words.weight.new_zeros(batch_size, self.lstm.num_layers, self.width)
         return LSTMState(zeros, zeros)
 
-    def step(self, segment: Segment, state: LSTMState) -> tuple[Tensor, LSTMState]:
-        """Read one segment: hidden states of the last layer (B, S, D) and the state after it."""
+    def read_segment(self, segment: Segment, state: LSTMState) -> tuple[Tensor, LSTMState]:
+        """Hidden states of the last layer (B, S, D) and the state after it."""
         ids, mask = segment
         # torch puts layers before the batch.
         before = (state.hidden.transpose(0, 1).contiguous(), state.cell.transpose(0, 1).contiguous())
         if mask is None:
             hidden, after = self.lstm(self.words(ids), before)
             return hidden, LSTMState(*(part.transpose(0, 1) for part in after))
-        # A packed row needs a token; what an empty one reads is forgotten again.
+        # A packed row needs a token; what an empty one reads is dropped.
         lengths = mask.sum(dim=1)
         packed = pack_padded_sequence(
             self.words(ids), lengths.clamp(min=1).cpu(), batch_first=True, enforce_sorted=False
         )
         packed_hidden, after = self.lstm(packed, before)
         hidden, _ = pad_packed_sequence(packed_hidden, batch_first=True, total_length=ids.shape[1])
-        read = (lengths > 0)[:, None, None]
-        hidden = hidden * read
-        parts = (torch.where(read, new.transpose(0, 1), old) for new, old in zip(after, state, strict=True))
-        return hidden, LSTMState(*parts)
-
-    def readout(self, hidden: Tensor, segment: Segment) -> Tensor:
-        """The hidden state of the last token of the text."""
-        if segment.attention_mask is None:
-            return hidden[:, -1]
-        last = segment.attention_mask.sum(dim=1).clamp(min=1) - 1
-        return hidden[torch.arange(len(hidden), device=hidden.device), last]
+        return hidden * (lengths > 0)[:, None, None], LSTMState(*(part.transpose(0, 1) for part in after))

@@ -82,7 +82,7 @@ class MemoryNetwork(SegmentModel[Sentences]):
         empty = self.ages.new_zeros(batch_size, self.slots + 1, self.hops + 1, self.width)
         return Sentences(empty, self.ends.new_zeros(batch_size, dtype=torch.long))
 
-    def step(self, segment: Segment, state: Sentences) -> tuple[Tensor, Sentences]:
+    def read_segment(self, segment: Segment, state: Sentences) -> tuple[Tensor, Sentences]:
         """Remember the sentences of a segment; read the answer to its last one: uᴷ, (B, 1, D)."""
         new = self._embed(segment)
         embedded = torch.cat([state.embedded, new.embedded], dim=1)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, softplus
 from transformers import PreTrainedTokenizerBase
 
+from rmt_lightning.models import state as tree
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.segment_model import SegmentModel
 
@@ -94,8 +95,8 @@ class NeuralTuringMachine(SegmentModel[Machine]):
             cell=zeros(batch_size, self.controller.hidden_size),
         )
 
-    def step(self, segment: Segment, state: Machine) -> tuple[Tensor, Machine]:
-        """Read one segment.
+    def read_segment(self, segment: Segment, state: Machine) -> tuple[Tensor, Machine]:
+        """Tick once for each window of tokens.
 
         Returns:
             Controller and read heads after each time step (B, S / window, D + H·W), and the machine after the last one.
@@ -110,9 +111,7 @@ class NeuralTuringMachine(SegmentModel[Machine]):
         outputs = []
         for time, window in enumerate(windows.unbind(dim=1)):
             after = self.tick(window, state)
-            if mask is not None:
-                after = Machine(*(_where(mask[:, time], new, old) for new, old in zip(after, state, strict=True)))
-            state = after
+            state = after if mask is None else tree.where(mask[:, time], after, state)
             outputs.append(torch.cat([state.hidden, state.read.flatten(1)], dim=1))
         return torch.stack(outputs, dim=1), state
 
@@ -164,7 +163,3 @@ class Addressing(nn.Module):
         # Equation 9. Rounding may leave zeros, whose powers have no gradient.
         sharpened = shifted.clamp(min=torch.finfo(shifted.dtype).tiny) ** (1 + softplus(sharpening))
         return sharpened / sharpened.sum(dim=2, keepdim=True)
-
-
-def _where(chosen: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    return torch.where(chosen.view(-1, *[1] * (new.dim() - 1)), new, old)
