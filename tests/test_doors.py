@@ -34,8 +34,7 @@ def test_help_and_spelling_mistakes_wait_for_nothing(door: str, environment: dic
         assert (tmp_path / "imported").read_text() == ""
 
 
-# train is left out until its phases have moved to where they belong.
-@pytest.mark.parametrize("door", sorted(DOORS - {"train"}))
+@pytest.mark.parametrize("door", sorted(DOORS))
 def test_a_door_is_read_in_a_minute(door: str) -> None:
     """At most 60 lines besides what documents them."""
     path = ROOT / "rmt_lightning" / f"{door}.py"

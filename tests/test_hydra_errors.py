@@ -37,11 +37,21 @@ def build_trainer(override: str) -> object:
     return instantiate(compose(override).trainer)
 
 
+def build_metric(override: str) -> object:
+    return instantiate(compose(override).metrics)
+
+
 # For each pattern what is done, the error it brings, and what the pattern must find in it.
 SAID: dict[str, tuple[Callable[[str], object], str, type[Exception], str]] = {
     "NO_DEFAULT": (compose, "sweep=memory_size", ConfigCompositionException, "sweep=memory_size"),
     "NO_SETTING": (compose, "hold.steps=9", ConfigCompositionException, "hold.steps"),
     "NO_CHOICE": (compose, "hold=null", ValueError, "NoneType"),
+    "ARGUMENTS": (
+        build_metric,
+        "+metrics.f1._target_=torchmetrics.classification.MulticlassF1Score",
+        InstantiationException,
+        "'num_classes'",
+    ),
     "PLACE": (build_trainer, "trainer.accelerator=abacus", InstantiationException, "trainer"),
 }
 
@@ -52,7 +62,7 @@ def test_the_words_of_hydra(name: str) -> None:
     with pytest.raises(kind) as raised:
         act(override)
     match = getattr(hydra_errors, name).search(str(raised.value))
-    assert match and match[1] == found, raised.value
+    assert match and match[1].rstrip('")') == found, raised.value
 
 
 def test_each_pattern_is_held() -> None:

@@ -24,6 +24,8 @@ NO_DEFAULT = re.compile(r"To append to your default list use \+(\S+)")
 NO_SETTING = re.compile(r"Could not override '([^']+)'")
 NO_CHOICE = re.compile(r"Config group override must be a string or a list\. Got (\w+)")
 PLACE = re.compile(r"^full_key: (\S+)", flags=re.MULTILINE)
+# Python's own, of a class that is not ours: ours are checked against their signatures.
+ARGUMENTS = re.compile(r"missing \d+ required \S+ arguments?: (.+)|unexpected keyword argument '(\w+)'")
 
 
 def front_door(main: Callable[[DictConfig], Any], config_name: str) -> Callable[[], None]:
@@ -78,7 +80,8 @@ def _one_line(error: BaseException, config_name: str) -> str:
         if isinstance(cause, UserError):
             return str(cause)
     if isinstance(error, InstantiationException):
-        if not isinstance(causes[1], ValueError) and type(causes[1]).__name__ != "MisconfigurationException":
+        of_the_user = isinstance(causes[1], ValueError) or type(causes[1]).__name__ == "MisconfigurationException"
+        if not of_the_user and not ARGUMENTS.search(str(causes[1])):
             raise error
         place = PLACE.search(str(error))
         return f"{place[1] + ': ' if place else ''}{' '.join(str(causes[1]).split())}"
@@ -115,6 +118,9 @@ def _suggest_key(key: str, config_name: str) -> str:
     """Which keys stand where `key` was looked for."""
     # What is allowed depends on the choices that were made; those of a sweep (a,b) are left aside.
     choices = [word for word in sys.argv[1:] if (CONF / word.split("=")[0]).is_dir() and "," not in word]
+    given = re.search(r"(?:--config-dir|-cd)[= \n]([^\n]+)", "\n".join(sys.argv[1:]))
+    if given:
+        choices.append(f"hydra.searchpath=[file://{os.path.abspath(given[1])}]")
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         config = hydra.compose(config_name, choices)

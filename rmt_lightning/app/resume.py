@@ -28,6 +28,7 @@ from rmt_lightning.core.run_folder import CONFIG, LAST, TYPED, locate
 
 # Settings of a model that neither its weights nor its state depend on.
 _FREE = {"bptt_depth", "gradient_checkpointing", "memory_attention", "dropout"}
+_CHOSEN = ("task", "backbone", "model", "experiment")
 _KEPT = re.compile(r"(task|backbone|model)\..*|data\.(segment_length|_target_)|(answer|curriculum)\._target_")
 
 
@@ -94,12 +95,17 @@ def composed_again(words: Sequence[str]) -> list[str]:
         return list(words)
     run, _ = locate(resume[-1].strip("'\""), "resume")
     then, now = {_key(word): word for word in _typed(run)}, {_key(word) for word in words}
+    for word in words:
+        if _key(word) in _CHOSEN and word != then.get(_key(word)):
+            raise UserError(f"{word}: a resumed run keeps its {_key(word)}; leave it out, or start a new run")
     # What had to be added then has to be added now.
     added = {key for key, word in then.items() if word.startswith("+")}
-    return [
-        *(word for key, word in then.items() if key not in now),
-        *(f"+{word}" if _key(word) in added and not word.startswith(("+", "~")) else word for word in words),
-    ]
+    typed = [f"+{word}" if _key(word) in added and word[0] not in "+~" else word for word in words]
+    # Hydra wants settings in a row; options may stand on both sides of them.
+    first = next(place for place, word in enumerate(typed) if "=" in word and not word.startswith("-"))
+    earlier = [word for key, word in then.items() if key not in now]
+    options = [word for word in earlier if word.startswith("-")]
+    return [*options, *typed[:first], *(word for word in earlier if word not in options), *typed[first:]]
 
 
 def _key(word: str) -> str:
@@ -111,7 +117,7 @@ def _typed(run: Path) -> list[str]:
     try:
         words = yaml.safe_load((run / TYPED).read_text())
     except FileNotFoundError:
-        return list(_derived(saved_config(run)))
+        return _derived(saved_config(run))
     except (OSError, ValueError, yaml.YAMLError):
         words = None
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
@@ -119,23 +125,36 @@ def _typed(run: Path) -> list[str]:
     return words
 
 
-def _derived(config: DictConfig) -> Iterator[str]:
+def _derived(config: DictConfig) -> list[str]:
     """What could have been typed to compose a config, for a run of a version that did not write it down."""
     parts = [(str(group), part) for group, part in config.items() if isinstance(part, DictConfig)]
     choices = [f"{group}={_nearest(group, part)}" for group, part in parts]
     # The choice of a task may bring others with it, and must not undo those that were made.
     choices.sort(key=lambda choice: not choice.startswith("task="))
     choices = [choice for choice in choices if not choice.endswith("=None")]
-    GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        composed = hydra.compose("train", choices)
-    GlobalHydra.instance().clear()
-    yield from choices
+    words = choices
+    # What was interpolated follows the rest, and need not be typed.
+    for interpolated in (False, True):
+        GlobalHydra.instance().clear()
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            composed = hydra.compose("train", words)
+        GlobalHydra.instance().clear()
+        words = words + list(_differences(config, composed, interpolated))
+    return words
+
+
+def _differences(config: DictConfig, composed: DictConfig, interpolated: bool) -> Iterator[str]:
+    """The settings that differ, as they could be typed; those that are interpolated, or all others."""
     there = dict(flat(composed))
     for key, value in flat(config):
-        # Where this run goes, and where tokenised noise is kept, is for the present command to say.
-        if key not in ("resume", "cache_dir") and (key not in there or there[key] != value):
-            yield f"{'' if key in there else '+'}{key}={quoted(value)}"
+        # Where this run goes, and where tokenized noise is kept, is for the present command to say.
+        if key in ("resume", "cache_dir") or (key in there and there[key] == value):
+            continue
+        parent, _, name = key.rpartition(".")
+        node = OmegaConf.select(composed, parent) if parent else composed
+        known = isinstance(node, DictConfig) and name in map(str, node)
+        if interpolated == (known and OmegaConf.is_interpolation(node, name)):
+            yield f"{'' if known else '+'}{key}={quoted(value)}"
 
 
 def _nearest(group: str, part: DictConfig) -> str | None:
@@ -177,23 +196,37 @@ def quoted(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def check_resumed(config: DictConfig, run: Path, typed: Iterable[str]) -> None:
-    """Whether a run can go on with a config.
+def check_folder(config: DictConfig, folder: Path, source: Path | None, typed: Iterable[str]) -> None:
+    """Whether a run can begin in a folder, or go on from the run in `source`, if there is one.
 
     Raises:
-        UserError: naming the first setting that may not change.
+        UserError: if the folder holds another run, or naming a setting that may not change.
     """
-    there, here = dict(flat(saved_config(run))), dict(flat(config))
-    for key in here:
-        free = key.startswith("model.") and key.rpartition(".")[2] in _FREE
-        # Another version may have had other settings.
-        known = key in here and key in there
-        if free or not known or not _KEPT.fullmatch(key) or here[key] == there[key]:
-            continue
-        group = key.partition(".")[0]
-        word = next((word for word in typed if _key(word) in (key, group, "experiment")), f"{key}={here[key]}")
-        what = key if key.startswith("data.") else group
-        raise UserError(f"{word}: a resumed run keeps its {what} ({key}={there[key]}); start a new run to change it")
+    shown = os.path.relpath(folder)
+    if source != folder.resolve() and (folder / CONFIG).exists():
+        raise UserError(
+            f"hydra.run.dir={shown}: already holds a run; choose another folder, or go on with resume={shown}"
+        )
+    if source:
+        _check_settings(config, source, typed)
+
+
+def _check_settings(config: DictConfig, run: Path, typed: Iterable[str]) -> None:
+    there, here, words = dict(flat(saved_config(run))), dict(flat(config)), {_key(word): word for word in typed}
+    # Another version may have had other settings.
+    changed = [key for key in here if _is_kept(key) and key in there and here[key] != there[key]]
+    if not changed:
+        return
+    key = next((key for key in changed if key in words), changed[0])
+    group = key.partition(".")[0]
+    word = words.get(key) or words.get(group) or f"{key}={here[key]}"
+    what = key if group == "data" else group
+    raise UserError(f"{word}: a resumed run keeps its {what} ({key}={there[key]}); start a new run to change it")
+
+
+def _is_kept(key: str) -> bool:
+    free = key.startswith("model.") and key.rpartition(".")[2] in _FREE
+    return _KEPT.fullmatch(key) is not None and not free
 
 
 def run_folder(resume: str | None, fresh: str) -> str:

@@ -46,6 +46,17 @@ def train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pat
     Raises:
         UserError: if something cannot be built, or does not go together; nothing has been written then.
     """
+    code = 1
+    try:
+        code = _train(config, folder, source, checkpoint)
+    finally:
+        if "wandb" in sys.modules:
+            # Another run of this process would go on in it otherwise.
+            sys.modules["wandb"].finish(exit_code=code)
+    return code
+
+
+def _train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Path | None) -> int:
     checkpoint, saved = read_newest(checkpoint) if checkpoint else (None, None)
     recipe = build_recipe(config, run=source, trained=saved is not None)
     phases = recipe.phases

@@ -91,7 +91,9 @@ def claimed(folder: Path) -> Iterator[None]:
         finally:
             file.truncate(0)
             if list(folder.iterdir()) == [lock]:
+                # Nothing has come of it.
                 lock.unlink()
+                folder.rmdir()
 
 
 def findings(run: Path, kind: str, name: str, settings: dict[str, Any]) -> Path:

@@ -121,7 +121,7 @@ class LanguageModeler(SegmentModule):
         state = self.model.initial_state(batch_size)
         first = tree.leaves(state)
         offset = self.global_rank * batch_size
-        for number, saved in enumerate(self.model.saved_state(self._saved)):
+        for number, saved in enumerate(self.model.saved_state(self._saved) if self._saved else ()):
             mine = saved[offset : offset + batch_size].to(self.device)
             if mine.shape[1:] == first[number].shape[1:]:
                 first[number] = torch.cat([mine, first[number][len(mine) :]])

@@ -1,0 +1,119 @@
+"""What people add: a class and a yaml, from outside the package. An update is in test_updates.py, a phase and a metric
+in test_phases.py.
+"""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import SMALL
+
+HELD = ("hold=state_passing", "hold.steps=3", "hold.pool=8")
+Own = Callable[..., "subprocess.CompletedProcess[str]"]
+
+MODULE = '''
+"""A task, a noise and a model."""
+
+import torch
+from torch import nn
+
+from rmt_lightning import SegmentModel
+from rmt_lightning.tasks.facts import Example
+
+
+class Colors:
+    """What color is the door?"""
+
+    name, where = "colors", "anywhere"
+    answers = ("red", "green", "dark blue")
+
+    def draw(self, rng, split):
+        color = self.answers[rng.integers(3)]
+        return Example((f"The door is {color}.",), "What color is the door?", color, support=(0,))
+
+    def sentences(self):
+        yield "What color is the door?"
+        yield from (f"The door is {color}." for color in self.answers)
+
+
+class Rain:
+    """Nothing but rain."""
+
+    def __init__(self, days: int = 50):
+        self.days = days
+
+    def documents(self, split):
+        yield from ([f"It rained on {split} day {day}." for _ in range(9)] for day in range(self.days))
+
+    def fingerprint(self):
+        return f"rain-{self.days}"
+
+
+class Bag(SegmentModel):
+    """A running mean of word embeddings."""
+
+    def __init__(self, tokenizer, segment_length: int, width: int = 8):
+        super().__init__(segment_length, width)
+        self.tokenizer = tokenizer
+        self.words = nn.Embedding(len(tokenizer), width)
+
+    def initial_state(self, batch_size):
+        return self.words.weight.new_zeros(batch_size, self.width)
+
+    def read_segment(self, segment, state):
+        hidden = self.words(segment.input_ids) + state[:, None]
+        return hidden, hidden.mean(dim=1)
+'''
+
+
+@pytest.fixture
+def own(tmp_path: Path, environment: dict[str, str]) -> Own:
+    """A front door for a user who has written a module and three yamls."""
+    yamls = {"task/colors": "Colors", "noise/rain": "Rain\ndays: 60", "model/bag": "Bag\nsegment_length: 40\nwidth: 16"}
+    for name, target in yamls.items():
+        path = tmp_path / "mine" / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"_target_: mine.{target}\n")
+    (tmp_path / "mine.py").write_text(MODULE)
+
+    def run(door: str, *words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", f"rmt_lightning.{door}", *words]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+
+    return run
+
+
+def test_a_task_a_noise_and_a_model_are_two_files_each(own: Own, tmp_path: Path) -> None:
+    small = [word for word in SMALL if not word.startswith("noise.")]
+    typed = (
+        "--config-dir=mine",
+        *small,
+        "task=colors",
+        "noise=rain",
+        "model=bag",
+        "hold=state_passing",
+        "hold.steps=3",
+    )
+    result = own("train", *typed, "hydra.run.dir=run", "trainer.max_steps=19")
+    assert result.returncode == 0, result.stdout + result.stderr
+    # It is resumed without naming the folder again, asked and exported as any other run.
+    resumed = own("train", "resume=run", "trainer.max_steps=-1")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    evaluated = own("evaluate", "checkpoint=run", "segments=[1,3]", "samples=4", "follow=16", "device=cpu")
+    assert evaluated.returncode == 0, evaluated.stderr
+    exported = own("export", "checkpoint=run", "folder=bag")
+    assert exported.returncode == 0, exported.stderr
+    with (tmp_path / "run" / "evaluation.csv").open() as file:
+        assert [row["segments"] for row in csv.DictReader(file)] == ["1", "4"]
+    for word, message in (
+        ("model.width=x", "model.width=x: must be a valid integer"),
+        ("noise.dayz=3", "noise.dayz: no such setting; did you mean days?"),
+        ("task=colours", "task=colours: no such choice; did you mean colors?"),
+    ):
+        wrong = own("train", *typed, word, "hydra.run.dir=wrong")
+        assert wrong.returncode == 2 and wrong.stderr.startswith(f"error: {message}"), wrong.stderr
