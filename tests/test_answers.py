@@ -102,7 +102,7 @@ def test_who_cannot_write(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def test_a_decoder_learns_to_write_what_it_has_read(train: Run, environment: dict[str, str], tmp_path: Path) -> None:
-    """The fact is in the first segment, the question in the last; the answer is written behind it."""
+    """The fact is in the first segment, the question in the last; the answer is written after it."""
     result = train(
         "task=memorize", "model=rmt_decoder", "backbone=tiny_gpt", "answer=generate", "backbone.width=64",
         "backbone.layers=2", "backbone.heads=2", "noise.documents=50", "data.segment_length=36", "model.memory_size=4",

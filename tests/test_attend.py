@@ -41,7 +41,6 @@ from rmt_lightning.models.rmt import RMTDecoder, RMTEncoder
 from rmt_lightning.models.tiny import TinyGPT
 from rmt_lightning.models.transformer_xl import TransformerXL
 from rmt_lightning.reporting import figures
-from rmt_lightning.tasks.datamodule import FactDataModule
 from rmt_lightning.tasks.facts import Carried, Detect, Memorize, Reasoning, Split, Task
 from rmt_lightning.tasks.noise import Corpus
 from rmt_lightning.tasks.placement import Key, Placement
@@ -366,11 +365,11 @@ def test_the_curve_tells_facts_from_noise(
     task: Task, make_model: Make, corpora: Corpora, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     model = make_model(segment_length=52, double=False).eval()
-    data = FactDataModule(make_placement(task, corpora, tokenizer), segment_length=52, batch_size=1)
-    curve = [point for points in rewriting_curve(model, data, 6, 5, CPU) for point in points]
-    homes = [data.placement.sample("test", Key(6, number)).homes for number in range(5)]
+    placement = make_placement(task, corpora, tokenizer)
+    curve = [point for points in rewriting_curve(model, placement, 6, 5, CPU) for point in points]
+    homes = [placement.sample("test", Key(6, number)).homes for number in range(5)]
     with torch.no_grad():
-        ids = torch.stack(list(data.stream("test", 6, range(5))[0]))
+        ids = torch.stack(list(placement.stream("test", 6, range(5))[0]))
         by_hand = [values.numpy() for values, _ in rewriting(model, ids, 5)]
     for point in curve:
         of_part = [point.segment - 1 in home for home in homes]

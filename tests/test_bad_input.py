@@ -21,7 +21,7 @@ from rmt_lightning.models.tiny import TinyBert, TinyGPT
 
 TABLE = [
     # unknown keys
-    ("model.memry_size=3", r"model.memry_size: no such setting; did you mean memory_size? allowed: segment_length, "),
+    ("model.memry_size=3", r"model.memry_size: no such setting; did you mean memory_size? allowed: update, segment_length, "),
     ("tusk=detect", r"tusk: no such setting; did you mean task? allowed: "),
     ("+model.heads=3", r"model.heads: no such setting; "),
     ("+foo=1", r"foo: no such setting; allowed: seed, resume, cache_dir"),
@@ -70,7 +70,7 @@ TABLE = [
     ("hold=", r"hold=: no such choice; allowed: state_passing; or leave hold= out"),
     ("+sweep=null", r"+sweep=null: no such choice; allowed: bptt_depth, "),
     ("trainer=2", r"trainer=2: no such choice; allowed: auto, ddp, ddp_cpu; or leave trainer= out"),
-    ("model=full_attention hold=state_passing", r"hold=state_passing: this model keeps the whole text and has no "),
+    ("model=full_attention hold=state_passing", r"hold=state_passing: this model has no memory to hold; leave it out"),
     ("hold=state_passing curriculum.max_segments=1", r"curriculum.max_segments=1: leaves no memory to carry; "),
     ("model=full_attention data.segment_length=511", r"data.segment_length=511: too long for positions; "),
     (
@@ -122,13 +122,13 @@ TABLE = [
     ("resume=absent", r"resume=absent: no run there; give a run folder or one of its checkpoints/*.ckpt"),
     ("resume=notes", r"resume=notes: no run there"),
     ("hydra.run.dir=run", r"hydra.run.dir=run: already holds a run; choose another folder, or go on with resume=run"),
-    ("resume=run task=memorize", r"task=memorize: a resumed run keeps its task; start a new run to change it"),
+    ("resume=run task=memorize", r"task=memorize: a resumed run keeps its task; leave it out, or start a new run"),
     ("resume=run model.memry_size=3", r"model.memry_size: no such setting"),
     ("resume=run/checkpoints/absent.ckpt", r"resume=run/checkpoints/absent.ckpt: no run there"),
     ("resume=run/checkpoints/truncated.ckpt", r"HERE/run/checkpoints/truncated.ckpt: is damaged or no checkpoint"),
     ("resume=run/checkpoints/text.ckpt", r"HERE/run/checkpoints/text.ckpt: is damaged or no checkpoint"),
-    ("resume=run model.memory_size=3", r"HERE/run/checkpoints/last.ckpt: holds another model: model.memory is (10"),
-    ("resume=run backbone.width=32", r"backbone.width=32: a resumed run keeps its backbone; start a new run"),
+    ("resume=run model.memory_size=3", r"model.memory_size=3: a resumed run keeps its model (model.memory_size=10); start"),
+    ("resume=run backbone.width=32", r"backbone.width=32: a resumed run keeps its backbone (backbone.width=16); start a"),
     ("resume=run model.bptt_depth=0", r"model.bptt_depth=0: memory would never learn"),
 ]  # fmt: skip
 

@@ -81,7 +81,7 @@ def test_tiny_preset(preset: str) -> None:
     assert config.task._target_.lower().endswith(preset.removeprefix("tiny_"))
     assert config.data.batch_size * config.trainer.devices == 64
     assert len(config.curriculum.steps) == config.curriculum.max_segments
-    # Whatever stands behind it on the command line wins.
+    # Whatever stands after it on the command line wins.
     assert compose(f"experiment={preset}", "trainer=auto").trainer.devices == "auto"
 
 

@@ -177,7 +177,7 @@ def test_padding_changes_nothing(make_decoder: Make, kind: str) -> None:
     for number, row in enumerate(rows):
         assert_close(read[number], model.encode(row[None])[0])
         assert_close(memory[number], model(row[None])[1][0])
-    # In a segment that is half full, the memory behind the text is as near as if there were no padding.
+    # In a segment that is half full, the memory after the text is as near as if there were no padding.
     hidden, written = read_causal_segment(plain(model), rows[1].tolist(), model.memory, free=True)
     assert_close(read[1], hidden[-1])
     assert_close(memory[1], written)

@@ -109,7 +109,7 @@ def test_memories_of_nothing_are_taken_in_as_they_were_before_the_fact(phase: Ca
     p = phase()
     _start, plan, states = p.step(ALL)
     taken = [row for row in range(4) if plan.first_told[row] > 0]
-    assert taken, "the seed gives no sample whose fact is told behind the first segment"
+    assert taken, "the seed gives no sample whose fact is told after the first segment"
     held = p.passing.blank.age >= 0
     expected = torch.stack([states[plan.first_told[row]][row] for row in taken])
     torch.testing.assert_close(p.passing.blank.content[held], expected)
@@ -156,7 +156,7 @@ def test_old_memories_of_some_facts_are_told_the_others(
     # None retires.
     p = Phase(placement, make_model(37, 4, double=False), youth=10**6)
     until_full(p)
-    # How many facts were to come, and whether the memory was kept behind them.
+    # How many facts were to come, and whether the memory was kept after them.
     seen: set[tuple[int, bool]] = set()
     questions: set[int] = set()
     while len(seen) < 3 or len(questions) < 4:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import Run, assert_identical, final, trained
 
-from rmt_lightning.training import ranks
+from rmt_lightning.training.callbacks import ranks
 
 RUN = ("trainer=ddp_cpu", "hydra.run.dir=run", "backbone.dropout=0.1", "seed=5")
 SAME = "the resumed run ends with the same weights"

@@ -168,6 +168,12 @@ def test_memory_that_holds(here: Path) -> None:
     assert (rate["x"], rate["y"]) == ([20, 40], [0.02, 0])
     assert (rate["error_y"]["array"], rate["error_y"]["arrayminus"]) == ([0.03, 0.01], [0.01, 0])
     assert (kept["x"], kept["y"]) == ([16, 32], [1, 0.75])
+    # Each way in which they were followed is a line of its own.
+    asked = "32,16,64,16,64\n32,16,64,32,48\n8,4,10,4,9\n8,4,10,8,8\n"
+    (test / "retention.csv").write_text(f"follow,every,streams,age,right\n{asked}")
+    front_door.main(["good"])
+    one, other = Page(Path("report.html")).figures["retention"]["data"]
+    assert (one["x"], one["y"], other["x"], other["y"]) == ([16, 32], [1, 0.75], [4, 8], [0.9, 0.8])
 
 
 def test_training_tells_what_it_ran_on(here: Path) -> None:
@@ -241,6 +247,7 @@ def test_attention_maps_are_embedded(here: Path) -> None:
 
 
 def test_a_young_an_interrupted_and_a_stuck_run(here: Path) -> None:
+    (here / "good/phases.json").unlink()  # as in version 0.1
     young = copy(here, "young")
     for name in ("stages.csv", "evaluation.csv", "hardware.json", "train.log"):
         (young / name).unlink()
@@ -282,7 +289,8 @@ def test_a_resumed_run_is_one_curve(here: Path) -> None:
         folder.mkdir()
         (folder / "metrics.csv").write_text(header + "".join(f"{line}\n" for line in lines))
     (here / "good/metrics/version_2").mkdir()
-    (here / "good/stages.csv").unlink()
+    for name in ("stages.csv", "phases.json"):
+        (here / "good" / name).unlink()
     run = only(here / "good")
     assert run.curves[LOSS] == [
         Point(3, "stage 1", 9.0), Point(6, "stage 1", 9.0), Point(7, "stage 2", 1.0), Point(9, "stage 2", 1.0),
@@ -294,6 +302,7 @@ def test_a_resumed_run_is_one_curve(here: Path) -> None:
 
 def test_a_phase_after_the_curriculum(here: Path) -> None:
     """Of 18 steps, the curriculum of the good run takes all; here its stages take 4 each and memory is held for 6."""
+    (here / "good/phases.json").unlink()  # as in version 0.1
     stages = (here / "good/stages.csv").read_text().splitlines()
     shorter = [",".join([row.split(",")[0], "4", *row.split(",")[2:]]) for row in stages[1:]]
     for name, steps in (("done", 6), ("holding", 7)):
@@ -316,7 +325,8 @@ def test_a_language_model_has_perplexity_and_no_stages(here: Path) -> None:
     config["curriculum"] = {"_target_": "rmt_lightning.training.phases.curriculum.FixedSteps", "steps": 10}
     config["model"] = {"_target_": "rmt_lightning.models.transformer_xl.TransformerXL", "layers": 1, "width": 16}
     (here / "good/config.yaml").write_text(yaml.safe_dump(config))
-    (here / "good/stages.csv").unlink()
+    for name in ("stages.csv", "phases.json"):
+        (here / "good" / name).unlink()
     (here / "good/metrics/version_0/metrics.csv").write_text(
         "epoch,step,train/loss,val/bits_per_byte,val/loss,val/perplexity\n0,4,6.4,,,\n0,4,,3.3,6.4,597.5\n1,9,,3.2,6.3,544.5\n"
     )
@@ -348,7 +358,7 @@ def test_a_new_metric_shows_by_itself(here: Path) -> None:
     assert page.figures["val_f1_score"]["layout"]["yaxis"]["title"]["text"] == "validation f1 score"
     assert "Validation f1 score" in page.text
     # Slices of an accuracy are no metrics of their own.
-    assert {name for name in page.figures if name.startswith("val")} == {"val_accuracy", "val_f1_score"}
+    assert {name for name in page.figures if name.startswith("val")} == {"val_accuracy", "val_loss", "val_f1_score"}
 
 
 def phases(folder: Path, *entries: dict[str, Any]) -> None:

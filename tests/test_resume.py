@@ -43,7 +43,8 @@ original = getattr(owner, name)
 
 def killer(*args, **kwargs):
     global calls
-    if where in ("writing", "moving") and "ckpt" not in str(args[0]) and name != "fsync":
+    file = os.readlink(f"/proc/self/fd/{{args[0]}}") if where == "writing" else str(args[0])
+    if where in ("writing", "moving") and "ckpt" not in file:
         return original(*args, **kwargs)
     calls -= 1
     if calls == 0:
@@ -81,7 +82,7 @@ def killed(moment: str, where: str, calls: int, soak: bool = False) -> object:
         killed("inside the first stage", "step", 5, soak=True),
         killed("inside the second stage, its first epoch", "step", 8),
         killed("between an epoch's last step and its checkpoint", "validation", 4, soak=True),
-        killed("while a checkpoint is written", "writing", 3),
+        killed("while a checkpoint is written", "writing", 2),
         killed("after stage-1.ckpt is written, before it is in its place", "moving", 2, soak=True),
         killed("at the border of a stage: stage-1.ckpt is there, last.ckpt is older", "moving", 3),
         killed("in the very last step", "step", 18, soak=True),

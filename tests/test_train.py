@@ -370,4 +370,4 @@ def test_from_a_wheel_in_any_folder(environment: dict[str, str], tmp_path: Path)
         cwd=elsewhere, env=environment | {"PYTHONPATH": str(site)}, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "facts.Carried" in result.stdout
+    assert "rmt_lightning.Carried" in result.stdout

@@ -28,10 +28,11 @@ from rmt_lightning.training.callbacks.wandb_run import WandbRun
 KEY = "0123456789abcdef" * 3
 # What panels of the workspace show of a run on facts.
 SHOWN = {
-    "train/loss", "train/tokens_per_second", "train/host_memory_mb", "val/accuracy", "stage", "stage/steps",
-    "stage/accuracy", "test/segments", "test/accuracy", "results/curriculum", "results/attention/last",
-    "results/stages", "results/evaluation", "_step",
+    "train/loss", "train/tokens_per_second", "train/host_memory_mb", "val/accuracy", "stage", "curriculum/stage",
+    "curriculum/steps", "curriculum/accuracy", "test/segments", "test/accuracy", "results/curriculum",
+    "results/attention/last", "results/stages", "results/evaluation", "_step",
 }  # fmt: skip
+HELD = {"state_passing/step", "state_passing/rate"}
 TRAIN = (sys.executable, "-m", "rmt_lightning.train")
 
 
@@ -156,9 +157,9 @@ def holds_everything(folder: Path) -> None:
     # The stages against their number, the test against the number of segments.
     stages = read_csv(folder / "stages.csv")
     assert found.logged("stage") == [1, 1, 2, 2, 3, 3]
-    assert found.metrics["stage/*"].step_metric == "stage"
-    assert found.logged("stage/accuracy") == pytest.approx([float(stage["accuracy"]) for stage in stages[:3]])
-    assert found.logged("stage/steps") == [6, 6, 6]
+    assert found.metrics["curriculum/*"].step_metric == "curriculum/stage"
+    assert found.logged("curriculum/accuracy") == pytest.approx([float(stage["accuracy"]) for stage in stages[:3]])
+    assert found.logged("curriculum/steps") == [6, 6, 6]
     assert found.metrics["test/accuracy"].step_metric == "test/segments"
     assert found.logged("test/segments") == [1, 4]
     assert found.summary["test/accuracy_segments_4"] == found.logged("test/accuracy")[1]
@@ -194,9 +195,9 @@ def goes_on_as_the_same_run(folder: Path) -> None:
     # It is still the sweep's, though the environment no longer says so.
     assert (second.run.run_group, second.run.job_type) == ("our-sweep", "sweep")
     assert second.run.resume
-    # wandb sync puts the parts behind each other; no step may be there twice.
+    # wandb sync puts the parts one after the other; no step may be there twice.
     assert first.steps + second.steps == sorted({*first.steps, *second.steps})
-    assert second.logged("stage") == [4, 4] and second.logged("stage/steps") == [6]
+    assert second.logged("stage") == [4, 4] and second.logged("curriculum/steps") == [6]
     assert second.logged("trainer/global_step")[:2] == [20, 23]
 
 
@@ -240,7 +241,7 @@ def test_one_process_of_several_logs(train: Run, tmp_path: Path) -> None:
     result = train("logger=wandb", "trainer=ddp_cpu", "hydra.run.dir=run")
     assert result.returncode == 0, result.stdout + result.stderr
     (found,) = offline_runs(tmp_path / "run")
-    assert found.config["hardware"]["processes"] == 2 and found.logged("stage/steps") == [6, 6, 6]
+    assert found.config["hardware"]["processes"] == 2 and found.logged("curriculum/steps") == [6, 6, 6]
 
 
 @pytest.mark.soak
@@ -282,7 +283,7 @@ def test_online(online: Any, train: Run, tmp_path: Path) -> None:
     (rows,) = online.history.values()
     steps = [row["_step"] for row in rows]
     assert steps == sorted(set(steps))
-    assert [row["stage/steps"] for row in rows if "stage/steps" in row] == [6, 6, 6, 6]
+    assert [row["curriculum/steps"] for row in rows if "curriculum/steps" in row] == [6, 6, 6, 6]
     assert any(name.startswith("media/images/results/attention/last") for name in online.files)
 
 
@@ -324,7 +325,7 @@ def test_a_dashboard_without_a_key_is_a_file(
     for name in ("Curriculum", "Extrapolation", "Sweeps", "Hardware"):
         for panel in shown[name]:
             asked = {*panel.get("metrics", ()), *panel.get("mediaKeys", ()), *filter(None, [panel.get("xAxis")])}
-            assert {key for key in asked if not key.startswith("config:")} <= SHOWN | {"train/device_memory_mb"}
+            assert {key for key in asked if not key.startswith("config:")} <= SHOWN | HELD | {"train/device_memory_mb"}
     columns = [column["accessor"] for column in shown["Sweeps"][0]["columns"]]
     assert columns == [
         "config:model.value.memory_size", "config:model.value.bptt_depth", "config:curriculum.value.max_segments",

@@ -63,7 +63,7 @@ def provenance(config: DictConfig, checkpoint: Path) -> dict[str, Any]:
 
 
 def save_config(folder: Path, config: DictConfig, typed: Sequence[str], presets: str | None) -> None:
-    """Leave in a run folder the resolved config, and what was typed to compose it.
+    """Leave in a run folder the resolved config, and what was typed to compose it, but for `resume` and `sweep`.
 
     Args:
         typed: overrides.
@@ -72,7 +72,9 @@ def save_config(folder: Path, config: DictConfig, typed: Sequence[str], presets:
     kept = [word for word in typed if _key(word) not in ("resume", "sweep")]
     words = ([f"--config-dir={os.path.abspath(presets)}"] if presets else []) + kept
     write_atomically(folder / TYPED, yaml.safe_dump(words, allow_unicode=True, width=10_000).encode())
-    write_atomically(folder / CONFIG, OmegaConf.to_yaml(config, resolve=True).encode())
+    resolved = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    resolved.resume = None
+    write_atomically(folder / CONFIG, OmegaConf.to_yaml(resolved).encode())
 
 
 def presets(settings: HydraConf) -> str | None:

@@ -60,10 +60,10 @@ def _train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pa
     checkpoint, saved = read_newest(checkpoint) if checkpoint else (None, None)
     recipe = build_recipe(config, run=source, trained=saved is not None)
     phases = recipe.phases
+    phases.prepare(recipe.module, recipe.data)
     if saved and checkpoint:
         check_fits(recipe.module, saved["state_dict"], checkpoint)
         phases.load(saved)
-    phases.prepare(recipe.module, recipe.data)
     logger: Logger | None = instantiate(config.logger, save_dir=folder) if "_target_" in config.logger else None
     callbacks = [phases, RunCheckpoints(folder, phases), PhaseProgress(phases), Hardware(folder)]
     if isinstance(logger, WandbRun):

@@ -25,7 +25,7 @@ class Writer(Protocol):
         """The state before the first segment."""
 
     def step(self, segment: Segment, state: Any) -> tuple[Tensor, Any]:
-        """Hidden states of the text (B, S, D), each of which knows nothing of the tokens behind it; the next state."""
+        """Hidden states of the text (B, S, D), each of which knows nothing of the tokens after it; the next state."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the word that comes next: (…, D) -> (…, V)."""
@@ -51,7 +51,7 @@ class Generation(NamedTuple):
 
     Attributes:
         input_ids: (B, G) tokens.
-        attention_mask: (B, G), 1 up to the token that ended a row, and 0 behind it.
+        attention_mask: (B, G), 1 up to the token that ended a row, and 0 after it.
         stream: what has been read and written so far; `generate` goes on from there.
     """
 
@@ -80,7 +80,7 @@ def read(
     mask = torch.cat([before.attention_mask, attention_mask], dim=1)
     order = mask.argsort(dim=1, descending=True, stable=True)
     size = model.text_length
-    # Room behind the text, so that every row has a last segment.
+    # Room after the text, so that every row has a last segment.
     ids, mask = (nn.functional.pad(x.gather(1, order), (0, size)) for x in (ids, mask))
     length = mask.sum(dim=1, keepdim=True)
     borders = ((length - 1) // size).clamp(min=0)

@@ -125,7 +125,7 @@ class RMTEncoder(MemoryModel):
         UserError: if segment_length exceeds the backbone's positions or leaves no room for text.
     """
 
-    # [CLS] before the memory, [SEP] behind it and behind the text.
+    # [CLS] before the memory, [SEP] after it and after the text.
     NUM_SPECIAL_TOKENS = 3
 
     def __init__(
@@ -166,7 +166,7 @@ class RMTEncoder(MemoryModel):
         return hidden, self.next_memory(hidden[:, layout.place(layout.written)], memory)
 
     def _append_separator(self, segment: Segment) -> tuple[Tensor, Tensor | None]:
-        """Put [SEP] behind each row's text: (B, S) -> ids and mask (B, S + 1)."""
+        """Put [SEP] after each row's text: (B, S) -> ids and mask (B, S + 1)."""
         ids, mask = segment
         if mask is None:
             return nn.functional.pad(ids, (0, 1), value=self.encoder.sep_token_id), None
@@ -262,12 +262,12 @@ class RMTDecoder(MemoryModel):
         return mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None]
 
     def _positions(self, segment: Segment) -> Tensor:
-        """(B or 1, N): the write memory stands right behind the text, wherever the padding is."""
+        """(B or 1, N): the write memory stands right after the text, wherever the padding is."""
         ids, text_mask = segment
         before = torch.arange(self.memory_size + ids.shape[1], device=ids.device)[None]
         length = before.new_tensor([[ids.shape[1]]]) if text_mask is None else text_mask.sum(dim=1, keepdim=True)
-        behind = self.memory_size + length + torch.arange(self.memory_size, device=ids.device)
-        return torch.cat([before.expand(len(behind), -1), behind], dim=1)
+        after = self.memory_size + length + torch.arange(self.memory_size, device=ids.device)
+        return torch.cat([before.expand(len(after), -1), after], dim=1)
 
     def readout(self, hidden: Tensor, segment: Segment) -> Tensor:
         # A classifier has no use for the weights that only words are read off with.

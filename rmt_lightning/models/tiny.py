@@ -150,7 +150,7 @@ class TinyLongformer(TinyBert):
 
     def config(self) -> PreTrainedConfig:
         settings = self._settings()
-        # Its positions begin behind that of padding, as RoBERTa's do.
+        # Its positions begin after that of padding, as RoBERTa's do.
         settings["max_position_embeddings"] += settings["pad_token_id"] + 1
         return LongformerConfig(**settings, attention_window=self.window)
 

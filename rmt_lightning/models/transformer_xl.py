@@ -80,8 +80,8 @@ class TransformerXL(MemoryTokens[XLState], LayeredModel[XLState]):
 
     With a cache and no memory this is Transformer-XL (section 3.2), with memory and no cache the RMT of 2022
     (section 3.2), with both the hybrid of that paper, and with neither segments know nothing of each other. Distances
-    between text tokens are the true ones, across segments too; memory stands before the cache and behind the text.
-    Sums are normalised behind each layer, as in both papers. Input and output embeddings are tied.
+    between text tokens are the true ones, across segments too; memory stands before the cache and after the text.
+    Sums are normalized after each layer, as in both papers. Input and output embeddings are tied.
 
     Args:
         tokenizer: gives V.
@@ -201,7 +201,7 @@ class TransformerXL(MemoryTokens[XLState], LayeredModel[XLState]):
 
     def _relations(self, segment: Segment, cached: Tensor, dtype: torch.dtype) -> Relations:
         size, cache, length = self.memory_size, self.cache_length, segment.input_ids.shape[1]
-        # The first text token stands at 0; the write memory stands behind a full text, also if this one is shorter.
+        # The first text token stands at 0; the write memory stands after a full text, also if this one is shorter.
         keys = torch.arange(-size - cache, length + size, device=cached.device)
         keys[size + cache + length :] += self.text_length - length
         queries = torch.cat([keys[:size], keys[size + cache :]])[:, None]
@@ -235,7 +235,7 @@ class TransformerXL(MemoryTokens[XLState], LayeredModel[XLState]):
 
 
 class Layer(nn.Module):
-    """Relative attention and a feed-forward network, each added to what it was given and normalised.
+    """Relative attention and a feed-forward network, each added to what it was given and normalized.
 
     Args:
         width: D.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rmt_lightning.analysis.extrapolation import LengthResult
 
 CHANCE = "0.6"
-# Of Okabe and Ito's palette, which colour-blind people can tell apart.
+# Of Okabe and Ito's palette, which color-blind people can tell apart.
 PART_COLORS = {"[CLS]": "black", "memory": "#0072b2", "fact": "#d55e00", "question": "#008060"}
 OTHER_COLOR = "0.55"
 
@@ -68,7 +68,7 @@ def curriculum(
     right.set_xscale("log", base=2)
     right.set_xticks(numbers, [str(number) for number in numbers])
     right.set(
-        xlabel="segments of the input", ylabel="test accuracy", ylim=(0, 1.1), title="Test (grey: lengths trained on)"
+        xlabel="segments of the input", ylabel="test accuracy", ylim=(0, 1.1), title="Test (gray: lengths trained on)"
     )
     for axes in (left, right):
         axes.axhline(chance, color=CHANCE, linestyle=":", linewidth=1)
@@ -310,7 +310,7 @@ def attention(maps: Sequence[AttentionMap], title: str) -> Figure:
 
 
 def _annotate(axes: Axes, one: AttentionMap, shown: Sequence[int]) -> None:
-    """Name the tokens on both axes in the colours of their parts, and frame the operation."""
+    """Name the tokens on both axes in the colors of their parts, and frame the operation."""
     parts = [one.parts[place] for place in shown]
     names = [token if len(token) <= 14 else f"{token[:13]}…" for token in one.tokens]
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8, parse_math=False)

@@ -236,12 +236,14 @@ def retention(runs: Sequence[Run]) -> go.Figure:
     figure = _figure()
     for number, run in enumerate(runs):
         for place, test in enumerate(run.evaluations):
-            if test.followed:
+            # A line for each way in which memories were followed; earlier versions had one.
+            ways = groupby(test.followed, key=lambda row: (row.get("follow"), row.get("every"), row["streams"]))
+            for rows in (list(lines) for _, lines in ways):
                 figure.add_scatter(
                     **_identity(run, number),
-                    x=[row["age"] for row in test.followed],
-                    y=[row["right"] / row["streams"] for row in test.followed],
-                    customdata=[row["streams"] for row in test.followed],
+                    x=[row["age"] for row in rows],
+                    y=[row["right"] / row["streams"] for row in rows],
+                    customdata=[row["streams"] for row in rows],
                     mode="lines",
                     line={"width": 1.8, "color": style(number).color, "dash": DASHES[place % len(DASHES)]},
                     hovertemplate=f"{_text(test.label)}<br>%{{y:.1%}} of %{{customdata:,}} after %{{x:,}} segments",

@@ -23,7 +23,7 @@ def at_stage(values: Number | list[Number], num_segments: int) -> Number:
 
 @dataclass(frozen=True)
 class WarmupDecay:
-    """How weights are optimised within a stage.
+    """How weights are optimized within a stage.
 
     Attributes:
         steps: budget of a stage, over which the learning rate rises and falls; a list gives one for each stage.

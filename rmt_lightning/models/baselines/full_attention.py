@@ -40,7 +40,7 @@ class FullAttention(SegmentModel[Segment]):
         UserError: if the backbone has no positions for a single segment.
     """
 
-    # [CLS] before the text, [SEP] behind it.
+    # [CLS] before the text, [SEP] after it.
     NUM_SPECIAL_TOKENS = 2
 
     def __init__(self, encoder: Encoder, segment_length: Annotated[int, Ge(1)]) -> None:
@@ -79,7 +79,7 @@ class FullAttention(SegmentModel[Segment]):
             text: what has been read so far.
 
         Returns:
-            Hidden states (B, 1 + N + 1, D), [CLS] first, and the text with the segment behind it.
+            Hidden states (B, 1 + N + 1, D), [CLS] first, and the text with the segment after it.
 
         Raises:
             UserError: if the text is longer than the backbone's positions.
@@ -111,7 +111,7 @@ class FullAttention(SegmentModel[Segment]):
 
 
 def joined(segments: Sequence[Segment]) -> Segment:
-    """Segments one behind the other as one, (B, N): text first, then padding, no more of it than the rows need."""
+    """Segments one after the other as one, (B, N): text first, then padding, no more of it than the rows need."""
     ids = torch.cat([segment.input_ids for segment in segments], dim=1)
     if all(segment.attention_mask is None for segment in segments):
         return Segment(ids)

@@ -61,6 +61,8 @@ class LSTM(SegmentModel[LSTMState]):
         zeros = self.words.weight.new_zeros(batch_size, self.lstm.num_layers, self.width)
         return LSTMState(zeros, zeros)
 
+    # Not every processor has an LSTM in bf16.
+    @torch.autocast("cpu", enabled=False)
     def read_segment(self, segment: Segment, state: LSTMState) -> tuple[Tensor, LSTMState]:
         """Hidden states of the last layer (B, S, D) and the state after it."""
         ids, mask = segment

@@ -141,7 +141,7 @@ class Addressing(nn.Module):
         slot_width: W.
     """
 
-    # A head may move to the slot before, stay, or move to the slot behind.
+    # A head may move to the slot before, stay, or move to the slot after.
     SHIFTS = (-1, 0, 1)
 
     def __init__(self, width: int, heads: int, slot_width: int) -> None:

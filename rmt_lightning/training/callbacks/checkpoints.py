@@ -154,10 +154,15 @@ class RunCheckpoints(Callback):
         return asked
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        # Lightning would skip the validation of an epoch that is resumed behind its last batch.
-        if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and self._asked_to_stop(trainer):
+        # Lightning would skip the validation of an epoch that is resumed after its last batch.
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            return
+        if self._asked_to_stop(trainer):
             self._save(trainer)
             raise Interrupted(self._signum or signal.SIGTERM)
+        if trainer.global_step == trainer.max_steps:
+            # Later on Lightning takes the epoch for a whole one.
+            self._save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for name in self._milestones() - self._kept:

@@ -103,7 +103,7 @@ def _cpu() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of this project, -dirty behind it if files were changed; None if it was installed from a wheel."""
+    """The commit of this project, -dirty after it if files were changed; None if it was installed from a wheel."""
     if not (_CHECKOUT / ".git").exists():
         return None
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

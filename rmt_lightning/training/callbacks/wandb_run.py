@@ -158,13 +158,13 @@ class WandbRun(WandbLogger):
         self.experiment.log({f"{phase.name}/{name}": value for name, value in row.items()}, step=self._step)
 
     @rank_zero_only
-    def log_milestone(self, name: str) -> None:
+    def log_milestone(self, phase: Phase, name: str) -> None:
         """Log the checkpoint of what has been reached, if that is wanted."""
         import wandb
 
         path = self.folder / CHECKPOINTS / f"{name}.ckpt"
         if self.log_checkpoints and path.exists():
-            artifact = wandb.Artifact(f"stages-{self.experiment.id}", type="model", metadata={"reached": name})
+            artifact = wandb.Artifact(f"stages-{self.experiment.id}", type="model", metadata=phase.rows()[-1])
             # The checkpoint stays where it is, so there is no need of a copy until it is uploaded.
             artifact.add_file(str(path), policy="immutable")
             with _survived():
@@ -225,7 +225,7 @@ class PhaseRecords(Callback):
             for name in phase.milestones:
                 if name not in self._kept:
                     self._kept.add(name)
-                    self.run.log_milestone(name)
+                    self.run.log_milestone(phase, name)
 
 
 @contextmanager

@@ -103,9 +103,6 @@ class SegmentCurriculum(Phase):
 
     def prepare(self, module: L.LightningModule, data: FactDataModule, before: Phase | None) -> None:
         self.placement = data.placement
-        # A stage that was stuck, and is about to be trained further, has shown nothing yet.
-        going_on = self._within_lessons or not self._passed(self.num_segments)
-        self.results = [result for result in self.results if not (going_on and result.stage == self.num_segments)]
 
     @property
     def longest(self) -> int:
@@ -252,6 +249,9 @@ class SegmentCurriculum(Phase):
         # A run may be resumed to end sooner, or without lessons.
         self.num_segments = min(self.num_segments, self.max_segments)
         self.lesson = self.lesson if self.lessons else None
+        # A stage that was stuck, and is about to be trained further, has shown nothing yet.
+        if self._within_lessons or not self._passed(self.num_segments):
+            self.results = [result for result in self.results if result.stage != self.num_segments]
 
 
 _SAVED = (

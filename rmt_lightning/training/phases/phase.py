@@ -228,11 +228,6 @@ class Phases(Callback):
         for phase in self.phases:
             phase.prepare(module, data, before)
             before = phase
-        self._find_current()
-
-    def _find_current(self) -> None:
-        unfinished = [number for number, phase in enumerate(self.phases) if not phase.finished]
-        self._current = min(unfinished, default=len(self.phases) - 1)
 
     # What the data module asks.
 
@@ -331,10 +326,11 @@ class Phases(Callback):
                 phase.load_tensors([part[rank].to(pl_module.device) for part in saved])
 
     def load(self, checkpoint: dict[str, Any]) -> None:
-        """Take up what a checkpoint tells of phases. Those that it does not know have yet to begin."""
+        """Take up what a checkpoint tells of phases, once prepared. Those that it does not know have yet to begin."""
         self._steps = checkpoint["global_step"]
         self.consumed = checkpoint["phases"]["consumed"]
         for phase in self.phases:
             if phase.name in checkpoint["phases"]:
                 phase.load_state_dict(checkpoint["phases"][phase.name])
-        self._find_current()
+        unfinished = [number for number, phase in enumerate(self.phases) if not phase.finished]
+        self._current = min(unfinished, default=len(self.phases) - 1)

@@ -144,7 +144,7 @@ class StatePassing(Phase):
              [old memory, of some facts] noise … fact … noise question
     ```
 
-    In a share of each batch, noise is read by memories from a pool, and what they wait for stands behind it: any
+    In a share of each batch, noise is read by memories from a pool, and what they wait for stands after it: any
     question about its facts, or facts that are still to come and the question. If the answer was right, a memory goes
     back as it was before that, or as it was before the question alone. If it was wrong, the memory is lost, and its
     place is taken by one of nothing that waits for the same facts: what is hard to remember is told more often. Fresh
