@@ -21,7 +21,7 @@ from rmt_lightning.models.tiny import TinyBert, TinyGPT
 
 TABLE = [
     # unknown keys
-    ("model.memry_size=3", r"model.memry_size: no such setting; did you mean memory_size? allowed: update, segment_length, "),
+    ("model.memry_size=3", r"model.memry_size: no such setting; did you mean memory_size? allowed: update, segment"),
     ("tusk=detect", r"tusk: no such setting; did you mean task? allowed: "),
     ("+model.heads=3", r"model.heads: no such setting; "),
     ("+foo=1", r"foo: no such setting; allowed: seed, resume, cache_dir"),
@@ -127,8 +127,8 @@ TABLE = [
     ("resume=run/checkpoints/absent.ckpt", r"resume=run/checkpoints/absent.ckpt: no run there"),
     ("resume=run/checkpoints/truncated.ckpt", r"HERE/run/checkpoints/truncated.ckpt: is damaged or no checkpoint"),
     ("resume=run/checkpoints/text.ckpt", r"HERE/run/checkpoints/text.ckpt: is damaged or no checkpoint"),
-    ("resume=run model.memory_size=3", r"model.memory_size=3: a resumed run keeps its model (model.memory_size=10); start"),
-    ("resume=run backbone.width=32", r"backbone.width=32: a resumed run keeps its backbone (backbone.width=16); start a"),
+    ("resume=run model.memory_size=3", r"model.memory_size=3: a resumed run keeps its model (model.memory_size=10)"),
+    ("resume=run backbone.width=32", r"backbone.width=32: a resumed run keeps its backbone (backbone.width=16); st"),
     ("resume=run model.bptt_depth=0", r"model.bptt_depth=0: memory would never learn"),
 ]  # fmt: skip
 

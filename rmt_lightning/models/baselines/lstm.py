@@ -5,8 +5,9 @@ Shapes: B batch, S text tokens of a segment, L layers, D width.
 
 from __future__ import annotations
 
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+import torch
 from annotated_types import Ge
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -61,21 +62,24 @@ class LSTM(SegmentModel[LSTMState]):
         zeros = self.words.weight.new_zeros(batch_size, self.lstm.num_layers, self.width)
         return LSTMState(zeros, zeros)
 
-    # Not every processor has an LSTM in bf16.
-    @torch.autocast("cpu", enabled=False)
+    def _run(self, words: Any, before: tuple[Tensor, Tensor]) -> Any:
+        # Not every processor has an LSTM in bf16.
+        with torch.autocast("cpu", enabled=False):
+            return self.lstm(words, before)
+
     def read_segment(self, segment: Segment, state: LSTMState) -> tuple[Tensor, LSTMState]:
         """Hidden states of the last layer (B, S, D) and the state after it."""
         ids, mask = segment
         # torch puts layers before the batch.
         before = (state.hidden.transpose(0, 1).contiguous(), state.cell.transpose(0, 1).contiguous())
         if mask is None:
-            hidden, after = self.lstm(self.words(ids), before)
+            hidden, after = self._run(self.words(ids), before)
             return hidden, LSTMState(*(part.transpose(0, 1) for part in after))
         # A packed row needs a token; what an empty one reads is dropped.
         lengths = mask.sum(dim=1)
         packed = pack_padded_sequence(
             self.words(ids), lengths.clamp(min=1).cpu(), batch_first=True, enforce_sorted=False
         )
-        packed_hidden, after = self.lstm(packed, before)
+        packed_hidden, after = self._run(packed, before)
         hidden, _ = pad_packed_sequence(packed_hidden, batch_first=True, total_length=ids.shape[1])
         return hidden * (lengths > 0)[:, None, None], LSTMState(*(part.transpose(0, 1) for part in after))

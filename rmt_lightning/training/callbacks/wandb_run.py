@@ -103,7 +103,7 @@ class WandbRun(WandbLogger):
         try:
             # The commit is in the config; the address of a remote, which W&B would add, may hold a password.
             settings = wandb.Settings(silent=True, disable_git=True)
-            run = wandb.init(**self._wandb_init | {"id": self._recall()["id"]}, mode=mode, settings=settings)
+            run = wandb.init(**self._wandb_init | self._place(), mode=mode, settings=settings)
         except (wandb.errors.CommError, wandb.errors.UsageError) as error:
             raise UserError(f"logger: W&B says: {' '.join(str(error).split())}; or give logger.mode=offline") from None
         place = run.url or f"offline; wandb sync {os.path.relpath(self.folder)}/wandb uploads it"
@@ -131,15 +131,24 @@ class WandbRun(WandbLogger):
             log.warning("W&B: %s The run is kept offline.", str(error).splitlines()[0])
             return "offline"
 
+    def _place(self) -> dict[str, Any]:
+        """The run's id, group and job type: those it began with, unless others are given."""
+        known, given = self._recall(), self._wandb_init
+        group, job_type = given.get("group") or known.get("group"), given["job_type"]
+        if job_type == "train":
+            job_type = known.get("job_type", job_type)
+        self._remember(known["step"], id=known["id"], group=group, job_type=job_type)
+        return {"id": known["id"], "group": group, "job_type": job_type}
+
     def _recall(self) -> dict[str, Any]:
-        """The run's id and the first step that is free; made when it begins."""
+        """The run's id and the first step that is free, among others; made when it begins."""
         if not self._memory.exists():
-            self._remember(id=secrets.token_hex(4), step=0)
+            return {"id": secrets.token_hex(4), "step": 0}
         remembered: dict[str, Any] = json.loads(self._memory.read_text())
         return remembered
 
-    def _remember(self, id: str, step: int) -> None:
-        write_atomically(self._memory, json.dumps({"id": id, "step": step}).encode())
+    def _remember(self, step: int, **others: Any) -> None:
+        write_atomically(self._memory, json.dumps(self._recall() | {"step": step} | others).encode())
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -193,7 +202,7 @@ class WandbRun(WandbLogger):
         with _survived():
             run.log(found, step=self._step)
         # These rows are beyond the steps of the optimizer; should it go on, its rows must not fall among them.
-        self._remember(run.id, self._step + 1)
+        self._remember(self._step + 1)
 
     def _key(self, path: Path) -> str:
         return f"results/{path.relative_to(self.folder).with_suffix('')}"
