@@ -88,7 +88,7 @@ def phase_table(phase: Phase) -> Table | None:
 def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+    return f"{value:#,.4g}" if isinstance(value, float) else str(value)
 
 
 def length_table(lengths: Sequence[LengthResult], asked: Sequence[int], model: SegmentModel[Any]) -> Table:

@@ -23,7 +23,7 @@ from rmt_lightning.training.module import SegmentModule
 from rmt_lightning.training.phases.phase import Outcome, Phases
 
 
-class Verdict(NamedTuple):
+class Judgment(NamedTuple):
     """How the end of some inputs has been answered.
 
     Attributes:
@@ -89,7 +89,7 @@ class FactModule(SegmentModule, ABC):
         """Scores (B, C or more), the largest of which stands for what is answered; takes whatever the model takes."""
 
     @abstractmethod
-    def judge(self, end: Reading[Any], answer: Tensor) -> Verdict:
+    def judge(self, end: Reading[Any], answer: Tensor) -> Judgment:
         """How inputs, of which this is the end, are answered, if this is the answer (B, A); -1 asks nothing."""
 
     def training_step(self, batch: FactBatch, batch_idx: int) -> dict[str, Any]:
@@ -170,7 +170,7 @@ class FactClassifier(FactModule):
         scores: Tensor = self.head(summary.to(self.head.weight.dtype))
         return scores
 
-    def judge(self, end: Reading[Any], answer: Tensor) -> Verdict:
+    def judge(self, end: Reading[Any], answer: Tensor) -> Judgment:
         scores, target = self.score(self.model.readout(end.hidden, end.segment)), self.classes(answer)
         loss = nn.functional.cross_entropy(scores, target, ignore_index=-1)
-        return Verdict(loss, scores, scores.argmax(dim=1) == target)
+        return Judgment(loss, scores, scores.argmax(dim=1) == target)

@@ -16,7 +16,7 @@ from rmt_lightning.core.errors import UserError
 from rmt_lightning.models.generation import Writer, generate, read
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.segment_model import Reading, SegmentModel
-from rmt_lightning.training.answering import FactModule, Verdict
+from rmt_lightning.training.answering import FactModule, Judgment
 from rmt_lightning.training.phases.phase import Phases
 
 
@@ -60,7 +60,7 @@ class FactGenerator(FactModule):
         is_word = torch.arange(words.shape[1], device=words.device) <= length
         return words.masked_fill(words < 0, self.end), is_word & (length > 0)
 
-    def judge(self, end: Reading[Any], answer: Tensor) -> Verdict:
+    def judge(self, end: Reading[Any], answer: Tensor) -> Judgment:
         words, is_word = self._ended(answer)
         told, _ = self.model.step(Segment(words[:, :-1], is_word[:, :-1].long()), end.state)
         # The last token of the question foretells the first word, and each word the next one.
@@ -69,7 +69,7 @@ class FactGenerator(FactModule):
         right = ((said == words) | ~is_word).all(dim=1) & is_word.any(dim=1)
         loss = nn.functional.cross_entropy(logits[is_word], words[is_word])
         scores = (said.masked_fill(~is_word, self.end)[:, None] == self.words).all(dim=2).float()
-        return Verdict(loss, scores, right)
+        return Judgment(loss, scores, right)
 
     def forward(self, input_ids: Any, attention_mask: Tensor | None = None) -> Tensor:
         """(B, C + 1): 1 for the answer that is written, in the last column if it is none of them; 0 for the others."""

@@ -203,7 +203,6 @@ class Phases(Callback):
         self.consumed = 0
         self._steps = 0
         self._current = 0
-        self._random = torch.Generator()
 
     def __iter__(self) -> Iterator[Phase]:
         return iter(self.phases)
@@ -252,7 +251,7 @@ class Phases(Callback):
 
     def start(self, batch: FactBatch, model: SegmentModel[Any], rank: int) -> Start:
         """What the training step on a batch begins with."""
-        self._random.manual_seed(self.number(rank))
+        self._random = torch.Generator().manual_seed(self.number(rank))
         self._start = self.current.start(batch, model, self._random)
         return self._start
 
@@ -310,13 +309,12 @@ class Phases(Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["phases"] = {"consumed": self.consumed} | {phase.name: phase.state_dict() for phase in self.phases}
-        checkpoint["tensors"] = {
-            phase.name: [
-                trainer.strategy.all_gather(part).view(trainer.world_size, *part.shape).cpu()
-                for part in phase.tensors()
-            ]
-            for phase in self.phases
-        }
+
+        def of_all_ranks(part: Tensor) -> Tensor:
+            return trainer.strategy.all_gather(part.to(pl_module.device)).view(trainer.world_size, *part.shape).cpu()
+
+        begun = [phase for phase in self.phases if phase.first_step is not None]
+        checkpoint["tensors"] = {phase.name: [of_all_ranks(part) for part in phase.tensors()] for phase in begun}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self.load(checkpoint)
