@@ -17,11 +17,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from rmt_lightning.core.files import write_atomically
-from rmt_lightning.reporting.sweeps import Sweep, in_words, with_interval
 
 if TYPE_CHECKING:
     from rmt_lightning.analysis.attention import AttentionMap, Rewriting
     from rmt_lightning.analysis.extrapolation import LengthResult
+    from rmt_lightning.reporting.sweeps import Sweep
 
 CHANCE = "0.6"
 # Of Okabe and Ito's palette, which color-blind people can tell apart.
@@ -213,6 +213,8 @@ def sweep(sweep: Sweep) -> Figure:
 
 def _sweep_curves(axes: Axes, sweep: Sweep) -> None:
     """A line through the means over seeds for each measure, with 95% intervals, and a dot for each seed."""
+    from rmt_lightning.reporting.sweeps import in_words  # brings pandas
+
     (axis,) = sweep.axes
     places = {str(value): place for place, value in enumerate(sweep.tried(axis))}
     for number, name in enumerate(sweep.drawn):
@@ -234,6 +236,8 @@ def _sweep_curves(axes: Axes, sweep: Sweep) -> None:
 
 def _sweep_map(axes: Axes, sweep: Sweep) -> None:
     """Means over seeds of the measure that counts, in a cell for each pair of values."""
+    from rmt_lightning.reporting.sweeps import in_words, with_interval  # brings pandas
+
     (across, up), name = sweep.axes, sweep.drawn[-1]
     columns, rows = ([str(value) for value in sweep.tried(axis)] for axis in (across, up))
     values = np.full((len(rows), len(columns)), np.nan)
@@ -259,6 +263,8 @@ _ON_CELL = {"boxstyle": "round", "facecolor": "white", "edgecolor": "none", "alp
 
 def _sweep_slices(panels: Iterable[Axes], sweep: Sweep) -> None:
     """The measure that counts along each axis, a dot for each job."""
+    from rmt_lightning.reporting.sweeps import in_words  # brings pandas
+
     name = sweep.drawn[-1]
     done = [job for job in sweep.jobs if name in job.scores]
     for axes, axis in zip(panels, sweep.axes or sweep.values, strict=True):
