@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -123,18 +127,60 @@ def environment(cache: Path) -> dict[str, str]:
     return kept | own | {"NETRC": os.devnull, "WANDB_SILENT": "true"}
 
 
+def _command(program: str, words: list[str], folder: str, environment: dict[str, str], output: list[str]) -> None:
+    """What a process does that stands in for `python -m <module>` or `python <driver.py>`, and has begun warm."""
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    for descriptor, name in enumerate(output, start=1):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), descriptor)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv = [program, *words]
+    if program.endswith(".py"):
+        sys.path.insert(0, str(Path(program).parent))
+        runpy.run_path(program, run_name="__main__")
+    else:
+        sys.path.insert(0, folder)
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
+
+
+@pytest.fixture(scope="session")
+def warm() -> Any:
+    """Processes that are forked from one which has imported what takes seconds to import."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rmt_lightning.app.training", "rmt_lightning.app.hydra_errors"])
+    return context
+
+
 @pytest.fixture
-def train(environment: dict[str, str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The real command, in an empty folder; or a driver, a program that changes something and runs the command."""
+def command(environment: dict[str, str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, warm: Any) -> Run:
+    """A module or a program as a process of its own, in an empty folder."""
+
+    def run(program: str, *words: str) -> subprocess.CompletedProcess[str]:
+        here = tmp_path_factory.mktemp("output")
+        output = [str(here / name) for name in ("stdout", "stderr")]
+        process = warm.Process(target=_command, args=(program, list(words), str(tmp_path), environment, output))
+        process.start()
+        process.join(240)
+        assert process.exitcode is not None, "it hangs"
+        told = (Path(name).read_text() if Path(name).exists() else "" for name in output)
+        return subprocess.CompletedProcess([program, *words], process.exitcode, *told)
+
+    return run
+
+
+@pytest.fixture
+def train(command: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The real command; or a driver, a program that changes something and runs the command."""
 
     def run(*overrides: str, small: bool = True, driver: str | None = None) -> subprocess.CompletedProcess[str]:
-        program = ["-m", "rmt_lightning.train"]
+        program = "rmt_lightning.train"
         if driver:
             # A file, because Lightning starts other ranks by its name.
-            program = [str(tmp_path_factory.mktemp("driver") / "driver.py")]
-            Path(program[0]).write_text(driver)
-        command = [sys.executable, *program, *(SMALL if small else ()), *overrides]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+            program = str(tmp_path_factory.mktemp("driver") / "driver.py")
+            Path(program).write_text(driver)
+        return command(program, *(SMALL if small else ()), *overrides)
 
     return run
 

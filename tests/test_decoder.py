@@ -248,7 +248,7 @@ def test_saved_and_restored(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) 
 
 
 def test_what_cannot_serve_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
-    gpt = AutoModelForCausalLM.from_config(CONFIGS["gpt2"], attn_implementation="eager")
+    gpt = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS["gpt2"]), attn_implementation="eager")
     with pytest.raises(UserError, match="gpt2 comes with eager attention, and memory needs scaled-dot-product"):
         Decoder(gpt, tokenizer)
     bloom = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=600, hidden_size=16, n_layer=1, n_head=2))

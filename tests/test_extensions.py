@@ -6,12 +6,11 @@ from __future__ import annotations
 
 import csv
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import SMALL
+from conftest import SMALL, Run
 
 HELD = ("hold=state_passing", "hold.steps=3", "hold.pool=8")
 Own = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -72,7 +71,7 @@ class Bag(SegmentModel):
 
 
 @pytest.fixture
-def own(tmp_path: Path, environment: dict[str, str]) -> Own:
+def own(tmp_path: Path, command: Run) -> Own:
     """A front door for a user who has written a module and three yamls."""
     yamls = {"task/colors": "Colors", "noise/rain": "Rain\ndays: 60", "model/bag": "Bag\nsegment_length: 40\nwidth: 16"}
     for name, target in yamls.items():
@@ -80,12 +79,7 @@ def own(tmp_path: Path, environment: dict[str, str]) -> Own:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"_target_: mine.{target}\n")
     (tmp_path / "mine.py").write_text(MODULE)
-
-    def run(door: str, *words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", f"rmt_lightning.{door}", *words]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
-
-    return run
+    return lambda door, *words: command(f"rmt_lightning.{door}", *words)
 
 
 def test_a_task_a_noise_and_a_model_are_two_files_each(own: Own, tmp_path: Path) -> None:

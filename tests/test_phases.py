@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -95,21 +94,16 @@ class Cooldown(Phase):
 
 
 @pytest.fixture
-def with_cooldown(tmp_path: Path, environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+def with_cooldown(tmp_path: Path, command: Run) -> Run:
     """The command of a user who has written a phase."""
     (tmp_path / "mine" / "cooldown").mkdir(parents=True)
     (tmp_path / "mine" / "cooldown" / "short.yaml").write_text("_target_: cooldown.Cooldown\nsteps: 6\nlr: 1e-5\n")
     (tmp_path / "cooldown.py").write_text(COOLDOWN)
-
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "rmt_lightning.train", *words]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
-
-    return run
+    return lambda *words: command("rmt_lightning.train", *words)
 
 
 def test_a_third_phase_is_two_files(
-    with_cooldown: Callable[..., subprocess.CompletedProcess[str]],
+    with_cooldown: Run,
     refused: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
