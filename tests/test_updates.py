@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL, Run, trained
+from conftest import SMALL, Run, final
 from omegaconf import OmegaConf
 from reference import gated, read_causal_text, read_text
 from test_recurrence import assert_same, gradients, probe
@@ -190,14 +190,13 @@ def test_bad_input(settings: tuple[str, ...], message: str, train: Run) -> None:
     assert result.stderr.count("\n") == 1
 
 
-def test_a_run_with_gates_is_resumed_and_exported(cache: Path, tmp_path: Path, environment: dict[str, str]) -> None:
-    run = trained(tmp_path, cache, "model.update=gated")
-    before = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]["model.update.gate.weight"]
-    for command in (
-        ["train", "resume=run", "curriculum.max_segments=4"], ["export", "checkpoint=run", "folder=mary"],
-    ):  # fmt: skip
-        program = [sys.executable, "-m", f"rmt_lightning.{command[0]}", *command[1:]]
-        result = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+def test_a_run_with_gates_is_resumed_and_exported(train: Run, command: Run, tmp_path: Path) -> None:
+    assert train("model.update=gated", "hydra.run.dir=run").returncode == 0
+    before = final(tmp_path / "run")["model.update.gate.weight"]
+    for result in (
+        train("resume=run", "curriculum.max_segments=4", small=False),
+        command("rmt_lightning.export", "checkpoint=run", "folder=mary"),
+    ):
         assert result.returncode == 0, result.stdout + result.stderr
     opened = RMTEncoder.from_pretrained(tmp_path / "mary")
     assert type(opened.update) is Gated and not torch.equal(opened.update.gate.weight, before)
