@@ -1,5 +1,5 @@
-"""What people add: a class and a yaml, from outside the package. An update is in test_updates.py, a phase and a metric
-in test_phases.py.
+"""What people add: a class and a yaml, from outside the package. An update is in test_updates.py, a phase in
+test_phases.py.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ HELD = ("hold=state_passing", "hold.steps=3", "hold.pool=8")
 Own = Callable[..., "subprocess.CompletedProcess[str]"]
 
 MODULE = '''
-"""A task, a noise and a model."""
+"""A task, a noise, a model and a metric."""
 
 import torch
 from torch import nn
+from torchmetrics import Metric
 
 from rmt_lightning import SegmentModel
 from rmt_lightning.tasks.facts import Example
@@ -67,22 +68,39 @@ class Bag(SegmentModel):
     def read_segment(self, segment, state):
         hidden = self.words(segment.input_ids) + state[:, None]
         return hidden, hidden.mean(dim=1)
+
+
+class Wrong(Metric):
+    """How many answers were wrong."""
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, right):
+        self.count += (~right).sum()
+
+    def compute(self):
+        return self.count
 '''
 
 
 @pytest.fixture
 def own(tmp_path: Path, command: Run) -> Own:
-    """A front door for a user who has written a module and three yamls."""
+    """A front door for a user who has written a module and four yamls."""
     yamls = {"task/colors": "Colors", "noise/rain": "Rain\ndays: 60", "model/bag": "Bag\nsegment_length: 40\nwidth: 16"}
     for name, target in yamls.items():
         path = tmp_path / "mine" / f"{name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"_target_: mine.{target}\n")
+    (tmp_path / "mine" / "metrics").mkdir()
+    metric = "defaults: [answers, _self_]\nwrong:\n  _target_: mine.Wrong\n"
+    (tmp_path / "mine" / "metrics" / "errors.yaml").write_text(metric)
     (tmp_path / "mine.py").write_text(MODULE)
     return lambda door, *words: command(f"rmt_lightning.{door}", *words)
 
 
-def test_a_task_a_noise_and_a_model_are_two_files_each(own: Own, tmp_path: Path) -> None:
+def test_a_task_a_noise_a_model_and_a_metric_are_two_files_each(own: Own, tmp_path: Path) -> None:
     small = [word for word in SMALL if not word.startswith("noise.")]
     typed = (
         "--config-dir=mine",
@@ -90,6 +108,7 @@ def test_a_task_a_noise_and_a_model_are_two_files_each(own: Own, tmp_path: Path)
         "task=colors",
         "noise=rain",
         "model=bag",
+        "metrics=errors",
         "hold=state_passing",
         "hold.steps=3",
     )
@@ -104,6 +123,9 @@ def test_a_task_a_noise_and_a_model_are_two_files_each(own: Own, tmp_path: Path)
     assert exported.returncode == 0, exported.stderr
     with (tmp_path / "run" / "evaluation.csv").open() as file:
         assert [row["segments"] for row in csv.DictReader(file)] == ["1", "4"]
+    with (tmp_path / "run" / "metrics" / "version_0" / "metrics.csv").open() as file:
+        asked = [row for row in csv.DictReader(file) if row["val/accuracy"]]
+    assert asked and all(row["val/wrong"] for row in asked)
     for word, message in (
         ("model.width=x", "model.width=x: must be a valid integer"),
         ("noise.dayz=3", "noise.dayz: no such setting; did you mean days?"),
