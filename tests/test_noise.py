@@ -6,18 +6,22 @@ import json
 import multiprocessing
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pytest
 from conftest import ROOT
+from huggingface_hub import constants
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.tasks.facts import PEOPLE, PLACES, Split
 from rmt_lightning.tasks.noise import SPLITS, Corpus, Files, Hub, Prose, sentences, tokenize
+from rmt_lightning.tasks.text_files import TextFiles
 
 
 def test_prose_is_varied_and_never_names_the_people_or_places_of_the_tasks() -> None:
@@ -93,6 +97,70 @@ def test_validation_text_of_its_own(tmp_path: Path) -> None:
     assert noise.fingerprint() != Files(str(train)).fingerprint()
 
 
+def in_splits(noise: Files) -> list[set[str]]:
+    return [{" ".join(document) for document in noise.documents(split)} for split in SPLITS]
+
+
+LEAK = pytest.mark.fault("documents repeat", "each is read once, in one split, and their number is told")
+
+
+@LEAK
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_documents_that_repeat_are_read_once(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    changed = [
+        str,
+        lambda t: f"\n {t}\n",
+        lambda t: t.replace(" ", "\r\n"),
+        str.upper,
+        lambda t: t.replace("S", "\uff33"),
+    ]
+    noise = Files(str(write(tmp_path, kind, [change(text) for text in stories(12) for change in changed])))
+    with caplog.at_level("INFO"):
+        train, validation, test = in_splits(noise)
+    assert (train, validation, test) == (set(stories(12)) - validation - test, {stories(12)[8]}, {stories(12)[9]})
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
+        "leaves out 48 of 60 documents, which repeat others"
+    ]
+
+
+@LEAK
+def test_held_out_text_is_not_trained_on(tmp_path: Path) -> None:
+    path = write(tmp_path, "txt", stories(6))
+    train, validation, test = in_splits(Files(str(path), validation_path=str(path / "00[1-4].txt")))
+    assert (train, validation | test) == ({stories(6)[0], stories(6)[5]}, set(stories(6)[1:5]))
+    assert not validation & test
+    with pytest.raises(UserError, match=r"noise\.path=.*holds nothing that is not in noise\.validation_path too"):
+        list(Files(str(path / "*3.txt"), validation_path=str(path)).documents("train"))
+
+
+@LEAK
+def test_one_book_in_two_files_is_one_book(tmp_path: Path) -> None:
+    path = write(tmp_path, "txt", [" ".join(stories(100))] * 2)
+    train, validation, test = ({s for d in Files(str(path)).documents(split) for s in d} for split in SPLITS)
+    assert len(train) + len(validation) + len(test) == 300
+    assert not train & (validation | test)
+
+
+def test_documents_that_differ_a_little_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    book = " ".join(f"Of chapter {n} there is a good deal to be said." for n in range(40))
+    Files(str(write(tmp_path, "jsonl", [f"{book} Copy {n}." for n in range(20)])))._documents  # noqa: B018
+    assert "noise: 100% of the sentences of test are trained on too; give other text" in caplog.text
+
+
+@pytest.mark.fault("a text file changes while it is read", "refused; nothing wrong is kept")
+def test_text_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, "jsonl", stories(12))
+    read = TextFiles.texts
+
+    def changing(self: TextFiles, field: str) -> Iterator[str]:
+        yield from read(self, field)
+        path.write_text(path.read_text() + "\n" + json.dumps({"text": "One more."}))
+
+    monkeypatch.setattr(TextFiles, "texts", changing)
+    with pytest.raises(UserError, match=r"has changed while it was read"):
+        list(Files(str(path)).documents("train"))
+
+
 def test_one_long_text_is_cut_into_passages(tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
     path.write_text(" ".join(stories(100)))
@@ -102,45 +170,51 @@ def test_one_long_text_is_cut_into_passages(tmp_path: Path) -> None:
     assert len(parts["validation"]) == 30
 
 
+@pytest.fixture
+def reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rmt_lightning.tasks.noise.out_of_reach", lambda _: "")
+
+
+@pytest.mark.fault("the Hub cannot be reached", "said before it is tried, and one line within seconds")
+@pytest.mark.parametrize("offline", [True, False])
+def test_hub_out_of_reach(offline: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    # Nobody listens there, and the client of the Hub would try again for a minute.
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    began = time.monotonic()
+    with caplog.at_level("INFO"), pytest.raises(UserError) as caught:
+        list(Hub("emozilla/quality", field="article").documents("train"))
+    assert time.monotonic() - began < 10
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("rmt")] == [
+        "noise.name=emozilla/quality: asking the Hugging Face Hub"
+    ]
+    message = str(caught.value)
+    assert message.startswith("noise.name=emozilla/quality: cannot be loaded") and "\n" not in message
+    assert "noise=prose" in message and ("HF_HUB_OFFLINE" if offline else "127.0.0.1:9") in message
+
+
 @pytest.mark.parametrize(
-    ("name", "content", "field", "message"),
+    ("rows", "message"),
     [
-        ("absent.txt", None, "text", r"noise\.path=.*absent\.txt: no .txt"),
-        ("empty.txt", b"", "text", r"noise\.path=.*is empty"),
-        ("blank.txt", b" \n\n ", "text", r"noise\.path=.*is empty"),
-        ("picture.txt", b"\x89PNG\r\n\x1a\n\x00\xff\xfe" * 9, "text", r"noise\.path=.*not .*text"),
-        ("zeros.txt", b"\0" * 900, "text", r"noise\.path=.*not .*text"),
-        ("broken.jsonl", b"{not json", "text", r"noise\.path=.*not \.jsonl"),
-        ("broken.parquet", b"PAR0", "text", r"noise\.path=.*not \.parquet"),
-        ("rows.jsonl", b'{"document": "A. B. C."}\n', "text", r"noise\.field=text: .* it has document"),
-        ("rows.jsonl", b'{"text": 3}\n', "text", r"noise\.field=text: is int64, not text"),
-        ("notes.md", b"Hello.", "text", r"noise\.path=.*notes\.md: no .txt"),
+        ([{"story": "A."}], "noise.field=text: some/set has no such column; it has story"),
+        ([{"text": ["A."]}], "noise.field=text: is list, not text, in some/set"),
+        (OSError(13, "Permission denied"), "noise.name=some/set: cannot be loaded from the Hugging Face Hub (Permis"),
+        (KeyError("train"), "noise.name=some/set: cannot be loaded from the Hugging Face Hub (KeyError: 'train')"),
     ],
 )
-def test_bad_files(name: str, content: bytes | None, field: str, message: str, tmp_path: Path) -> None:
-    path = tmp_path / name
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UserError, match=message) as caught:
-        list(Files(str(path), field).documents("train"))
-    assert "\n" not in str(caught.value)
+def test_data_sets_of_no_use(rows: Any, message: str, reached: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any, **__: Any) -> Any:
+        if isinstance(rows, Exception):
+            raise rows
+        return rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(UserError) as caught:
+        Hub("some/set", "text")._texts()
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
 
 
-def test_a_folder_of_mixed_files_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("A.")
-    (tmp_path / "b.jsonl").write_text("{}")
-    with pytest.raises(UserError, match="several kinds"):
-        Files(str(tmp_path))
-
-
-def test_hub_without_network_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"noise\.name=emozilla/quality: cannot be loaded") as caught:
-        list(Hub("emozilla/quality", field="article").documents("train"))
-    assert "\n" not in str(caught.value) and "noise=prose" in str(caught.value)
-
-
-def test_lines_of_the_hub_become_articles(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_of_the_hub_become_articles(reached: None, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = ["", " = Lobster =", " A lobster lives.", " = = Food = =", " It eats.", " = Crab =", " So does it."]
     rows = [{"text": line} for line in lines]
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
@@ -190,10 +264,14 @@ def test_a_damaged_cache_is_built_again(
     assert len([path for path in (tmp_path / "noise").iterdir() if path.is_dir()]) == 1
 
 
+@pytest.mark.fault("a text file has changed, and the time of its last change has not", "it is tokenized anew")
 def test_a_changed_file_is_tokenized_anew(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     path = write(tmp_path, "jsonl", stories(20))
     before = tokenize(Files(str(path)), tokenizer, tmp_path / "cache")["train"].tokens[:8].tolist()
+    told = path.stat()
     path.write_text(path.read_text().replace("Story", "Novel"))
+    # What rsync -t, cp -p and git do.
+    os.utime(path, ns=(told.st_atime_ns, told.st_mtime_ns))
     assert tokenize(Files(str(path)), tokenizer, tmp_path / "cache")["train"].tokens[:8].tolist() != before
 
 

@@ -1,8 +1,9 @@
-"""How files are written and read: whole or not at all."""
+"""How files are written and read: whole or not at all; and what names their content."""
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import os
 from collections.abc import Mapping, Sequence
@@ -42,3 +43,9 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     """The rows of a csv file."""
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def digest(path: Path) -> bytes:
+    """The SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

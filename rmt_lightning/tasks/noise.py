@@ -6,7 +6,6 @@ A noise source is any object with `documents(split)`, which yields documents as 
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import logging
@@ -14,8 +13,11 @@ import os
 import re
 import shutil
 import tempfile
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -25,8 +27,11 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.files import digest
+from rmt_lightning.core.hub import out_of_reach
 from rmt_lightning.tasks import prose
 from rmt_lightning.tasks.facts import Split
+from rmt_lightning.tasks.text_files import TextFiles
 
 log = logging.getLogger(__name__)
 
@@ -75,76 +80,58 @@ class Prose:
 
 
 class Files:
-    """Your own text: txt (a file is a document), jsonl or parquet (a row is a document).
+    """Your own text: txt (a file is a document), jsonl or parquet (a row is a document). Each document is read once.
 
     Args:
         path: a file, a folder, or a pattern such as "books/*.txt".
         field: the column that holds the text of jsonl and parquet rows.
         validation_path: text for validation and test, which share its documents; without it, one document in ten of
-            `path` goes to validation and one in ten to test.
+            `path` goes to validation and one in ten to test. What stands in both is not trained on.
     """
 
     def __init__(self, path: str, field: str = "text", validation_path: str | None = None) -> None:
-        self.path = path
         self.field = field
-        self.validation_path = validation_path
-        self._files = self._find("noise.path", path)
-        self._validation_files = self._find("noise.validation_path", validation_path) if validation_path else []
+        self._files = TextFiles("noise.path", path)
+        self._held_out = TextFiles("noise.validation_path", validation_path) if validation_path else None
 
     def documents(self, split: Split) -> Iterator[list[str]]:
-        if not self._validation_files:
-            yield from share(self._load("noise.path", self._files), split)
-        elif split == "train":
-            yield from self._load("noise.path", self._files)
-        else:
-            held_out = self._load("noise.validation_path", self._validation_files)
-            yield from held_out[::2] if split == "validation" else held_out[1::2]
+        yield from self._documents[split]
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(self.field.encode())
-        for file in [*self._files, None, *self._validation_files]:
-            digest.update(b"|" if file is None else _digest(file))
-        return f"files-{digest.hexdigest()}"
+        name = hashlib.sha256(f"each text once, {self.field}".encode())
+        for content in [*self._files.digests(), b"|", *(self._held_out.digests() if self._held_out else ())]:
+            name.update(content)
+        return f"files-{name.hexdigest()}"
 
-    @staticmethod
-    def _find(key: str, pattern: str) -> list[Path]:
-        folder = Path(pattern)
-        names = [str(p) for p in folder.rglob("*")] if folder.is_dir() else glob.glob(pattern, recursive=True)
-        suffixes = (".txt", ".jsonl", ".parquet")
-        files = sorted(Path(name) for name in names if Path(name).suffix in suffixes)
-        if not files:
-            raise UserError(f"{key}={pattern}: no {', '.join(suffixes)} file there; give a file, a folder or a pattern")
-        if len({file.suffix for file in files}) > 1:
-            raise UserError(f"{key}={pattern}: holds several kinds of files; choose one, such as '{pattern}/*.txt'")
-        return files
+    @cached_property
+    def _documents(self) -> dict[Split, list[list[str]]]:
+        before = self.fingerprint()
+        seen: set[bytes] = set()
+        if self._held_out:
+            held_out = cut(self._distinct(self._held_out, seen), needed=2)
+            training = cut(self._distinct(self._files, seen), needed=1)
+            documents: dict[Split, list[list[str]]] = {
+                "train": training, "validation": held_out[::2], "test": held_out[1::2]
+            }  # fmt: skip
+        else:
+            everything = cut(self._distinct(self._files, seen), needed=len(SPLITS))
+            documents = {split: share(everything, split) for split in SPLITS}
+        if self.fingerprint() != before:
+            raise UserError(f"{self._files.setting}: has changed while it was read; start again")
+        _warn_of_overlap(documents)
+        return documents
 
-    def _load(self, key: str, files: list[Path]) -> list[list[str]]:
-        given = self.path if key == "noise.path" else self.validation_path
-        builder, options = {
-            ".txt": ("text", {"sample_by": "document"}),
-            ".jsonl": ("json", {}),
-            ".parquet": ("parquet", {}),
-        }[files[0].suffix]
-        if not any(file.stat().st_size for file in files):
-            raise UserError(f"{key}={given}: is empty; give text")
-        datasets = _datasets()
-        try:
-            rows = datasets.load_dataset(builder, data_files=[str(f) for f in files], split="train", **options)
-        except (datasets.exceptions.DatasetGenerationError, UnicodeDecodeError, ValueError) as error:
-            reason = str(error.__cause__ or error).splitlines()[0]
-            raise UserError(f"{key}={given}: is not {files[0].suffix} text ({reason})") from None
-        field = "text" if builder == "text" else self.field
-        if field not in rows.column_names:
-            raise UserError(f"noise.field={field}: {given} has no such column; it has {', '.join(rows.column_names)}")
-        if rows.features[field].dtype not in ("string", "large_string"):
-            raise UserError(f"noise.field={field}: is {rows.features[field].dtype}, not text, in {given}")
-        texts = [text for text in rows[field] if text and not text.isspace()]
-        if not texts:
-            raise UserError(f"{key}={given}: is empty; give text")
-        if any("\0" in text for text in texts):
-            raise UserError(f"{key}={given}: is binary data, not text; give .txt, .jsonl or .parquet text")
-        needed = 2 if key == "noise.validation_path" else 1 if self.validation_path else len(SPLITS)
-        return cut(texts, needed)
+    def _distinct(self, files: TextFiles, seen: set[bytes]) -> list[str]:
+        texts = list(files.texts(self.field))
+        kept = list(distinct(texts, seen))
+        if not kept:
+            raise UserError(f"{files.setting}: holds nothing that is not in noise.validation_path too; give other text")
+        if len(kept) < len(texts):
+            log.info(
+                "%s: leaves out %d of %d documents, which repeat others",
+                files.setting, len(texts) - len(kept), len(texts),
+            )  # fmt: skip
+        return kept
 
 
 class Hub:
@@ -176,25 +163,61 @@ class Hub:
         yield from share(cut(self._texts(), len(SPLITS)), split)
 
     def fingerprint(self) -> str:
-        return f"hub-{self.name}-{self.config}-{self.field}-{self.limit}-{self.begins}"
+        return f"hub-{self.name}-{self.config}-{self.field}-{self.limit}-{self.begins}-each text once"
 
     def _texts(self) -> list[str]:
+        hint = "or use noise=prose, or noise=files noise.path=…"
+        setting = f"noise.name={self.name}"
+        if not Path(self.name).is_dir() and (trouble := out_of_reach(setting)):
+            raise UserError(
+                f"{setting}: cannot be loaded from the Hugging Face Hub ({trouble}); connect to the network, {hint}"
+            )
         try:
             rows = _datasets().load_dataset(self.name, self.config, split="train", streaming=True)
-            texts: dict[str, None] = {}
-            for text in join((row[self.field] for row in rows), self.begins):
-                # Some sets repeat a document for each of its questions.
-                texts[text] = None
-                if len(texts) == self.limit:
-                    break
-        except KeyError:
-            raise UserError(f"noise.field={self.field}: {self.name} has no such column") from None
-        except Exception as error:  # the Hub's client raises a different class for each way of being out of reach
+            texts = list(islice(distinct(join(self._column(rows), self.begins), set()), self.limit))
+        except UserError:
+            raise
+        except Exception as error:  # the Hub's client raises a different class for each kind of trouble
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise UserError(
-                f"noise.name={self.name}: cannot be loaded from the Hugging Face Hub ({type(error).__name__}); "
-                "connect to the network, or use noise=prose, or noise=files noise.path=…"
+                f"{setting}: cannot be loaded from the Hugging Face Hub ({reason}); check noise.name and noise.config, "
+                f"{hint}"
             ) from None
         return [text for text in texts if text and not text.isspace()]
+
+    def _column(self, rows: Iterable[dict[str, Any]]) -> Iterator[str]:
+        for row in rows:
+            if self.field not in row:
+                raise UserError(f"noise.field={self.field}: {self.name} has no such column; it has {', '.join(row)}")
+            text = row[self.field] or ""
+            if not isinstance(text, str):
+                raise UserError(f"noise.field={self.field}: is {type(text).__name__}, not text, in {self.name}")
+            yield text
+
+
+def distinct(texts: Iterable[str], seen: set[bytes]) -> Iterator[str]:
+    """Each text once, however its lines are broken, its letters encoded, and written large or small.
+
+    Args:
+        texts: some texts.
+        seen: stands for those that were seen before, which are left out too; grows by those that are yielded.
+    """
+    for text in texts:
+        plain = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+        key = hashlib.blake2b(plain.encode(), digest_size=16).digest()
+        if key not in seen:
+            seen.add(key)
+            yield text
+
+
+def _warn_of_overlap(documents: dict[Split, list[list[str]]]) -> None:
+    """Say so if much of the held-out text is trained on, in documents that differ a little."""
+    training = [sentence for document in documents["train"] for sentence in document]
+    for split in SPLITS[1:]:
+        # Short sentences are common property.
+        asked = {sentence for document in documents[split] for sentence in document if len(sentence) > 30}
+        if asked and (known := len(asked.intersection(training)) / len(asked)) > 0.5:
+            log.warning("noise: %.0f%% of the sentences of %s are trained on too; give other text", 100 * known, split)
 
 
 def join(rows: Iterable[str], begins: str | None) -> Iterator[str]:
@@ -314,13 +337,8 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, sentences: list[str]) -> list[
     return ids
 
 
-def _digest(file: Path) -> bytes:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").digest()
-
-
 def _checksums(folder: Path) -> dict[str, str]:
-    return {str(file.relative_to(folder)): _digest(file).hex() for file in sorted(folder.rglob("*.npy"))}
+    return {str(file.relative_to(folder)): digest(file).hex() for file in sorted(folder.rglob("*.npy"))}
 
 
 def _is_intact(folder: Path) -> bool:

@@ -1,0 +1,31 @@
+"""Whether the Hugging Face Hub can be asked."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
+
+log = logging.getLogger(__name__)
+
+_SECONDS = 10
+
+
+def out_of_reach(setting: str) -> str:
+    """Why the Hub cannot be asked for what `setting` names; nothing if it can.
+
+    Its clients try for a minute before they say so, and say nothing until then.
+    """
+    log.info("%s: asking the Hugging Face Hub", setting)
+    return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _silence(constants.ENDPOINT)
+
+
+@cache
+def _silence(address: str) -> str:
+    try:
+        get_session().head(address, timeout=_SECONDS)
+    except Exception as error:  # its client raises a different class for each way of being out of reach
+        return f"{address} does not answer: {str(error) or type(error).__name__}"
+    return ""

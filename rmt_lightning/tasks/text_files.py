@@ -1,0 +1,186 @@
+"""Text in files: which files a setting names, and the texts in them.
+
+They are read here and not by a library that keeps copies, takes names for patterns or guesses types.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.files import digest
+
+log = logging.getLogger(__name__)
+
+# No text holds a zero or half of a surrogate pair.
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
+
+
+class TextFiles:
+    """The files of one kind that a setting names.
+
+    Args:
+        key: the setting.
+        given: a file, a folder, which stands for all files in it and below, or a pattern. What exists is no pattern.
+
+    Raises:
+        UserError: if there is no such file.
+    """
+
+    def __init__(self, key: str, given: str) -> None:
+        self.given = given
+        self.setting = f"{key}={given}"
+        names = sorted({Path(name) for name in self._names() if not os.path.isdir(name)})
+        self.files = [name for name in names if _kind(name) in _READERS]
+        if not self.files:
+            raise UserError(f"{self.setting}: no {_KINDS} file there; give a file, a folder or a pattern")
+        if absent := [file for file in self.files if not os.path.isfile(file)]:
+            raise UserError(f"{self._at(absent[0])} is a link to nothing or no plain file; give another, or remove it")
+        if len({_kind(file) for file in self.files}) > 1:
+            choice = f"{given}/*{self.files[0].suffix}"
+            raise UserError(f"{self.setting}: holds several kinds of files; choose one, such as '{choice}'")
+        if others := [name for name in names if _kind(name) not in _READERS]:
+            log.info("%s: leaves out what is no %s file (%d, such as %s)", self.setting, _KINDS, len(others), others[0])
+
+    def digests(self) -> list[bytes]:
+        """What names the content of each file, at about a second for 2 GB.
+
+        The time of its last change would be known at once, but rsync, cp -p and git keep it where content has changed.
+
+        Raises:
+            UserError: if one cannot be read.
+        """
+        try:
+            with ThreadPoolExecutor() as pool:
+                return list(pool.map(digest, self.files))
+        except OSError as error:
+            raise UserError(f"{self.setting}: {error.filename} cannot be read ({error.strerror})") from None
+
+    def texts(self, field: str) -> Iterator[str]:
+        """The texts of all files, in order: a txt file is one, and so is a row of the others.
+
+        Those that are blank or missing are left out, and their number is told.
+
+        Args:
+            field: the column that holds the text of rows.
+
+        Raises:
+            UserError: naming file and place, if something cannot be read or is no text; or if there is none.
+        """
+        number = blank = 0
+        for file in self.files:
+            for text in self._read(file, field):
+                number += 1
+                if text and not text.isspace():
+                    yield text
+                else:
+                    blank += 1
+        if blank == number:
+            raise UserError(f"{self.setting}: is empty; give text")
+        if blank:
+            log.info("%s: leaves out %d of %d documents, which hold no text", self.setting, blank, number)
+
+    def _names(self) -> Iterator[str]:
+        path = os.path.expanduser(self.given)
+        if os.path.isdir(path):
+            yield from self._below(path)
+        elif os.path.lexists(path):
+            yield path
+        else:
+            # Folders that exist are no patterns either.
+            base = next((folder for folder in Path(path).parents if os.path.isdir(folder)), Path())
+            pattern = str(Path(path).relative_to(base))
+            yield from (os.path.join(base, name) for name in glob.glob(pattern, root_dir=base, recursive=True))
+
+    def _below(self, folder: str) -> Iterator[str]:
+        """All that stands in a folder and those below; links to folders are followed, each folder is read once."""
+        seen = set()
+        for place, folders, names in os.walk(folder, onerror=self._unreadable, followlinks=True):
+            if os.path.realpath(place) in seen:
+                folders.clear()
+                continue
+            seen.add(os.path.realpath(place))
+            yield from (os.path.join(place, name) for name in names)
+
+    def _unreadable(self, error: OSError) -> None:
+        raise UserError(f"{self.setting}: {error.filename} cannot be read ({error.strerror})")
+
+    def _read(self, file: Path, field: str) -> Iterator[str | None]:
+        known, columns = False, dict[str, None]()
+        try:
+            for place, row in _READERS[_kind(file)](file, field):
+                known |= field in row
+                columns |= dict.fromkeys(row)
+                text = row.get(field)
+                if not isinstance(text, str | None):
+                    kind = type(text).__name__
+                    raise UserError(f"noise.field={field}: is {kind}, not text, in {file}, {place}; choose another")
+                if bad := _NO_TEXT.search(text or ""):
+                    raise UserError(f"{self._at(file, place)} holds {bad[0]!a}: binary data, not text; give text")
+                yield text
+        except UserError:
+            raise
+        except Exception as error:  # each library has classes of its own for each kind of damage
+            reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())[:200]
+            raise UserError(f"{self._at(file)} is not {_kind(file)} text ({reason})") from None
+        if columns and not known:
+            raise UserError(f"noise.field={field}: {file} has no such column; it has {', '.join(columns)}")
+
+    def _at(self, file: Path, place: str = "") -> str:
+        """The beginning of a message about a file, which is named unless it is what has been given."""
+        name = "" if str(file) == self.given else str(file)
+        return " ".join(part for part in (f"{self.setting}:", name, place) if part)
+
+
+# The rows of a file, each with the place where it stands.
+
+
+def _txt(file: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    yield "", {field: file.read_text(encoding="utf-8-sig")}
+
+
+def _jsonl(file: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    with file.open(encoding="utf-8-sig", newline="\n") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                # An array may hold the rows, over several lines.
+                content = json.loads(line + lines.read() if number == 1 and line[0] == "[" else line)
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
+            for row in content if isinstance(content, list) else [content]:
+                if not isinstance(row, dict):
+                    raise ValueError(f"line {number}: holds {type(row).__name__}, and no object")
+                yield f"line {number}", row
+
+
+def _parquet(file: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    # It takes half a second to import.
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(file) as content:
+        names = content.schema_arrow.names
+        if field not in names:
+            yield "", dict.fromkeys(names)
+            return
+        batches = content.iter_batches(batch_size=1000, columns=[field])
+        rows = (row for batch in batches for row in batch.to_pylist())
+        for number, row in enumerate(rows, start=1):
+            yield f"row {number}", row
+
+
+_READERS = {".txt": _txt, ".jsonl": _jsonl, ".parquet": _parquet}
+_KINDS = ", ".join(_READERS)
+
+
+def _kind(file: Path) -> str:
+    return file.suffix.lower()
