@@ -125,6 +125,28 @@ STORIES = [
 ]
 
 
+@pytest.mark.fault("a run is evaluated on text that has changed since", "said, and kept apart from earlier results")
+def test_text_that_has_changed(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    said = "run: the text is not the one that the run began with; what is held out now may have been trained on"
+    evaluate(monkeypatch, "segments=[1]")
+    assert said not in capsys.readouterr().out
+    first = only(here)
+    (here / "run" / "text.json").write_text('{"sha256": "of another text"}')
+    evaluate(monkeypatch, "segments=[1]")
+    assert said in capsys.readouterr().out
+    # Text that somebody asks for is meant to be another.
+    book = tmp_path / "book.txt"
+    for words in ("It was a good day.", "It was a bad day."):
+        book.write_text(" ".join(f"{words} {number} came." for number in range(600)))
+        evaluate(monkeypatch, "segments=[1]", "noise=files", f"noise.path={book}")
+    assert said not in capsys.readouterr().out
+    folders = [path for path in (here / "run" / "evaluations").iterdir() if path != first]
+    texts = [json.loads((path / "evaluation.json").read_text())["settings"]["text"] for path in folders]
+    assert len(set(texts)) == len(texts) == 3
+
+
 def test_answers_in_another_order(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bAbI file lists its answers alphabetically; a score still stands for the word it was trained on."""
     # Thirteen stories over and over, so that each tenth one is another one each time.

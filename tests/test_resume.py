@@ -116,6 +116,27 @@ def test_killed_and_resumed(where: str, calls: int, uninterrupted: Path, train: 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
 
 
+@pytest.mark.fault("the text of a run is edited, and the run is resumed", "said in one line; it goes on")
+def test_text_that_has_changed(train: Run, tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text(" ".join(f"On day {number} nothing came of it." for number in range(600)))
+    small = [word for word in SMALL if not word.startswith("noise.")]
+    settings = ("noise=files", "noise.path=book.txt", "hydra.run.dir=run", "trainer.max_steps=3")
+    begun = train(*small, *settings, small=False)
+    assert begun.returncode == 0, begun.stderr
+    stamp = book.stat()
+    book.write_text(book.read_text().replace("nothing", "enough"))
+    os.utime(book, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    record = (tmp_path / "run" / "text.json").read_text()
+    resumed = train("resume=run", "trainer.max_steps=6", small=False)
+    assert resumed.returncode == 0, resumed.stderr
+    said = "run: the text is not the one that the run began with: its files or the settings of its noise have changed; "
+    assert said not in begun.stdout and resumed.stdout.count(said) == 1
+    assert said in (tmp_path / "run" / "train.log").read_text()
+    # It stays known what the run began with, however often it is resumed.
+    assert (tmp_path / "run" / "text.json").read_text() == record
+
+
 SLOW_STEPS = """
 import time
 from pathlib import Path

@@ -20,12 +20,13 @@ from rmt_lightning.analysis.attention import curve_from_rows, maps_to_rows, rewr
 from rmt_lightning.app.build import find_device, load
 from rmt_lightning.app.console import start_logging
 from rmt_lightning.app.results import watch_clearest
-from rmt_lightning.app.resume import provenance
+from rmt_lightning.app.resume import other_text, provenance
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import read_csv, write_atomically, write_csv
 from rmt_lightning.core.run_folder import findings
 from rmt_lightning.models.memory import MemoryTokens
 from rmt_lightning.reporting import figures
+from rmt_lightning.tasks.noise import text_digest
 from rmt_lightning.tasks.placement import Placement
 from rmt_lightning.training.answering import FactModule
 
@@ -43,7 +44,8 @@ def attend(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: Pa
         )
     module.to(device).eval()
     asked = {key: config[key] for key in ("segments", "streams", "stream_segments")}
-    settings = provenance(run_config, checkpoint) | asked | {"device": hardware}
+    text = other_text(run, text_digest(placement.corpora), own="noise" not in config)
+    settings = provenance(run_config, checkpoint) | text | asked | {"device": hardware}
     folder = findings(run, "attention", f"{checkpoint.stem}-{placement.task.name}", settings)
     _draw_maps(placement, module, model, config, device, folder)
     write_atomically(folder / "settings.json", json.dumps(settings, indent=2).encode())

@@ -22,12 +22,13 @@ from rmt_lightning.analysis.retention import follow
 from rmt_lightning.app.build import find_device, load
 from rmt_lightning.app.console import start_logging
 from rmt_lightning.app.results import length_table
-from rmt_lightning.app.resume import provenance
+from rmt_lightning.app.resume import other_text, provenance
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import write_atomically, write_csv
 from rmt_lightning.core.run_folder import CHECKPOINTS, findings
 from rmt_lightning.reporting import figures
 from rmt_lightning.tasks.facts import Task
+from rmt_lightning.tasks.noise import text_digest
 from rmt_lightning.tasks.placement import Placement
 from rmt_lightning.training.answering import FactClassifier, FactModule
 from rmt_lightning.training.callbacks.hardware import host_memory, keep_heap_flat
@@ -72,7 +73,8 @@ def evaluate(
     placement, module = load(run_config, run, checkpoint)
     module.to(device).eval()
     fitting = module.model.fitting("segments", config.segments)
-    settings = provenance(run_config, checkpoint) | {"samples": config.samples, "device": hardware}
+    text = other_text(run, text_digest(placement.corpora), own="noise" not in config)
+    settings = provenance(run_config, checkpoint) | text | {"samples": config.samples, "device": hardware}
     folder = findings(run, "evaluations", f"{checkpoint.stem}-{placement.task.name}", settings)
     done = _Done.read(folder, settings)
     streams = 64 if config.batch_size == "auto" else config.batch_size

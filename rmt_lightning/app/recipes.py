@@ -6,6 +6,7 @@ A recipe is what a run is made of, and what is done with it at the end.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -27,8 +28,9 @@ from rmt_lightning.core.run_folder import EVALUATION
 from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.reporting import figures
 from rmt_lightning.tasks.datamodule import FactDataModule, ShortEpochs
+from rmt_lightning.tasks.facts import Split
 from rmt_lightning.tasks.language import DocumentDataModule, LanguageModeling, RunningText
-from rmt_lightning.tasks.noise import SPLITS
+from rmt_lightning.tasks.noise import SPLITS, Corpus
 from rmt_lightning.tasks.placement import Placement
 from rmt_lightning.training.answering import FactModule
 from rmt_lightning.training.language_modeling import LanguageModeler
@@ -48,12 +50,14 @@ class Recipe(ABC):
         phases: what it goes through.
         data: where its samples come from.
         module: what is trained.
+        corpora: the text of its noise.
     """
 
     NEEDS: ClassVar[dict[str, type]]
     phases: Phases
     data: ShortEpochs
     module: SegmentModule
+    corpora: Mapping[Split, Corpus]
 
     @abstractmethod
     def __init__(self, config: DictConfig, run: Path | None, trained: bool) -> None:
@@ -85,6 +89,7 @@ class FactRecipe(Recipe):
     def __init__(self, config: DictConfig, run: Path | None, trained: bool) -> None:
         self.phases = _phases(config)
         placement, self.module = build_answering(config, run, trained, phases=self.phases)
+        self.corpora = placement.corpora
         self.data = instantiate(config.data, placement=placement, keys=self.phases)
         self.lengths: LengthTest = instantiate(config.test, _convert_="all")
         self.model.fitting("curriculum.max_segments", [config.curriculum.max_segments])
@@ -124,6 +129,7 @@ class TextRecipe(Recipe):
     def __init__(self, config: DictConfig, run: Path | None, trained: bool) -> None:
         self.phases = _phases(config)
         base = build_foundation(config, run, trained)
+        self.corpora = base.corpora
         texts = {
             split: RunningText(base.corpora[split], base.tokenizer, base.model.text_length, config.seed)
             for split in SPLITS

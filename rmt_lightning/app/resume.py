@@ -7,6 +7,8 @@ and samples depend on may not change.
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,7 +26,9 @@ from rmt_lightning.app.schema import CONF
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import write_atomically
 from rmt_lightning.core.names import public_name
-from rmt_lightning.core.run_folder import CONFIG, LAST, TYPED, locate
+from rmt_lightning.core.run_folder import CONFIG, LAST, TEXT, TYPED, locate
+
+log = logging.getLogger(__name__)
 
 # Settings of a model that neither its weights nor its state depend on.
 _FREE = {"bptt_depth", "gradient_checkpointing", "memory_attention", "dropout"}
@@ -75,6 +79,50 @@ def save_config(folder: Path, config: DictConfig, typed: Sequence[str], presets:
     resolved = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
     resolved.resume = None
     write_atomically(folder / CONFIG, OmegaConf.to_yaml(resolved).encode())
+
+
+def save_text(folder: Path, text: str) -> None:
+    """Leave in a run folder what names the text that the run began with (see `text_digest`)."""
+    write_atomically(folder / TEXT, json.dumps({"sha256": text}).encode())
+
+
+def begun_with(run: Path, text: str) -> str:
+    """What names the text that a run began with. If it is not the present one, that is said."""
+    begun = _saved_text(run)
+    if begun is None:
+        log.info("%s does not tell its text; documents that repeat others are left out now", os.path.relpath(run))
+    elif begun != text:
+        log.info(
+            "%s: the text is not the one that the run began with: its files or the settings of its noise have changed; "
+            "going on with the present one", os.path.relpath(run),
+        )  # fmt: skip
+    return begun or text
+
+
+def other_text(run: Path, text: str, own: bool) -> dict[str, str]:
+    """What results depend on besides `provenance`: the text, if it is not the one that the run began with.
+
+    Args:
+        run: the folder of the run.
+        text: what names the present text.
+        own: whether it ought to be the text of the run, so that it is said if it is not.
+    """
+    begun = _saved_text(run)
+    if begun == text or (own and begun is None):
+        return {}
+    if own:
+        log.info(
+            "%s: the text is not the one that the run began with; what is held out now may have been trained on",
+            os.path.relpath(run),
+        )
+    return {"text": text}
+
+
+def _saved_text(run: Path) -> str | None:
+    try:
+        return str(json.loads((run / TEXT).read_text())["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # An earlier version did not write it.
 
 
 def presets(settings: HydraConf) -> str | None:

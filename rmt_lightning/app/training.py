@@ -20,9 +20,10 @@ from rich import get_console
 from rmt_lightning.app.build import save_architecture
 from rmt_lightning.app.recipes import Recipe, build_recipe
 from rmt_lightning.app.results import phase_table, told_folder
-from rmt_lightning.app.resume import presets, save_config
+from rmt_lightning.app.resume import begun_with, presets, save_config, save_text
 from rmt_lightning.core.run_folder import CHECKPOINTS, LAST, METRICS
 from rmt_lightning.reporting.redaction import public
+from rmt_lightning.tasks.noise import text_digest
 from rmt_lightning.training.callbacks.checkpoints import (
     AtomicCheckpointIO,
     Interrupted,
@@ -64,6 +65,9 @@ def _train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pa
     if saved and checkpoint:
         check_fits(recipe.module, saved["state_dict"], checkpoint)
         phases.load(saved)
+    text = text_digest(recipe.corpora)
+    if source:
+        text = begun_with(source, text)
     logger: Logger | None = instantiate(config.logger, save_dir=folder) if "_target_" in config.logger else None
     callbacks = [phases, RunCheckpoints(folder, phases), PhaseProgress(phases), Hardware(folder)]
     if isinstance(logger, WandbRun):
@@ -74,6 +78,7 @@ def _train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pa
     hydra = HydraConfig.get()
     if trainer.is_global_zero:
         save_config(folder, config, hydra.overrides.task, presets(hydra))
+        save_text(folder, text)
     save_architecture(recipe.model, folder)
     if logger:
         settings = public(OmegaConf.to_container(config, resolve=True))

@@ -28,6 +28,7 @@ HOLD = "hold.csv"
 EVALUATION = "evaluation.csv"
 HARDWARE = "hardware.json"
 JOB = "job.json"
+TEXT = "text.json"
 TOKENIZER = "tokenizer"
 BACKBONE = "backbone"
 

@@ -14,7 +14,7 @@ import re
 import shutil
 import tempfile
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -323,6 +323,17 @@ def tokenize(noise: Noise, tokenizer: PreTrainedTokenizerBase, cache_dir: str | 
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     return {split: Corpus.open(folder / split) for split in SPLITS}
+
+
+def text_digest(corpora: Mapping[Split, Corpus]) -> str:
+    """What names the text itself, as it is read: its tokens, and where sentences and documents begin in each split."""
+    content = hashlib.sha256()
+    for split in SPLITS:
+        for part in (corpora[split].tokens, corpora[split].sentence_starts, corpora[split].document_starts):
+            content.update(f"{split} {len(part)} {part.dtype}".encode())
+            for start in range(0, len(part), 2**20):
+                content.update(part[start : start + 2**20].tobytes())
+    return content.hexdigest()
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, sentences: list[str]) -> list[list[int]]:
