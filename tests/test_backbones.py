@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,18 @@ def test_bfloat16_autocast(tokenizer: PreTrainedTokenizerBase) -> None:
     hidden.sum().backward()
     assert memory.dtype == torch.float32
     assert model.memory.grad is not None and model.memory.grad.isfinite().all()
+
+
+@pytest.mark.fault("the Hub cannot be reached while a backbone is loaded", "said before, and one line within seconds")
+def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    # Nobody listens there, and the client of the Hub would try again for half a minute, for each part of a model.
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    began = time.monotonic()
+    backbone = Pretrained("somebody/bert")
+    for load in (backbone.config, lambda: backbone.tokenizer([])):
+        with caplog.at_level("INFO"), pytest.raises(UserError, match=r"backbone\.name=somebody/bert: cannot be loaded"):
+            load()
+    assert time.monotonic() - began < 10
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("rmt")]
+    assert said == ["backbone.name=somebody/bert: asking the Hugging Face Hub"]

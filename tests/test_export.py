@@ -180,6 +180,7 @@ def test_to_and_from_the_hub(
     hub = FakeHub(tmp_path / "hub")
     monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", hub)
     monkeypatch.setattr("rmt_lightning.models.pretrained.snapshot_download", hub.snapshot_download)
+    monkeypatch.setattr("rmt_lightning.models.pretrained.out_of_reach", lambda _: "")
     model = make(RMTDecoder, tokenizer)
     model.push_to_hub("somebody/mary")
     assert "SegmentModel.from_pretrained" in (tmp_path / "hub/somebody/mary/README.md").read_text()
@@ -187,6 +188,10 @@ def test_to_and_from_the_hub(
     assert hub.options == {"revision": "main"}
     for name, value in model.state_dict().items():
         assert torch.equal(opened.state_dict()[name], value)
+    # What has been loaded once is there without the network.
+    monkeypatch.setattr("rmt_lightning.models.pretrained.out_of_reach", lambda _: "it does not answer")
+    RMTDecoder.from_pretrained("somebody/mary")
+    assert hub.options == {"local_files_only": True}
 
 
 @pytest.fixture

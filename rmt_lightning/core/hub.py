@@ -14,12 +14,17 @@ _SECONDS = 10
 
 
 def out_of_reach(setting: str) -> str:
-    """Why the Hub cannot be asked for what `setting` names; nothing if it can.
+    """Why the Hub cannot be asked for what `setting` names; nothing if it can. Takes some seconds at most, once.
 
     Its clients try for a minute before they say so, and say nothing until then.
     """
+    return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _asked(setting, constants.ENDPOINT)
+
+
+@cache
+def _asked(setting: str, address: str) -> str:
     log.info("%s: asking the Hugging Face Hub", setting)
-    return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _silence(constants.ENDPOINT)
+    return _silence(address)
 
 
 @cache

@@ -33,6 +33,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.utils import logging as hf_logging
 
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.hub import out_of_reach
 
 # They tell of padding to whole windows and blocks, which changes nothing.
 logging.getLogger(LongformerModel.__module__).setLevel(logging.ERROR)
@@ -422,6 +423,9 @@ class Pretrained:
         if os.sep in self.name and self.name.count("/") != 1 and not Path(self.name).is_dir():
             raise UserError(f"backbone.name={self.name}: no such folder; give a folder or a Hugging Face Hub id")
         hf_logging.disable_progress_bar()
+        if not Path(self.name).is_dir() and out_of_reach(f"backbone.name={self.name}"):
+            # What was loaded before is in the Hub's cache.
+            options["local_files_only"] = True
         try:
             return auto_class.from_pretrained(self.name, trust_remote_code=False, **options)
         except (OSError, ValueError, StrictDataclassError) as error:

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.hub import out_of_reach
 from rmt_lightning.core.names import public_name
 from rmt_lightning.core.run_folder import BACKBONE, TOKENIZER
 from rmt_lightning.models.backbone import Restored, parts_for
@@ -136,8 +137,9 @@ def opened(name_or_path: str | Path, **options: Any) -> Iterator[Path]:
 
 
 def _download(name: str, **options: Any) -> Path:
+    local = {"local_files_only": True} if "endpoint" not in options and out_of_reach(name) else {}
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.safetensors"], **options))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.safetensors"], **options | local))
     except Exception as error:  # the Hub's client raises a different class for each way of being out of reach
         raise UserError(
             f"{name}: no such folder, and cannot be loaded from the Hugging Face Hub ({type(error).__name__}); "
