@@ -114,7 +114,7 @@ def short(tokenizer: PreTrainedTokenizerBase) -> RunningText:
     documents = [tokenizer(f"{'The dog was gone. ' * n}")["input_ids"] for n in (1, 3, 2)]
     lengths = torch.tensor([0, *map(len, documents)]).cumsum(0).numpy()
     tokens = torch.tensor([token for document in documents for token in document]).numpy()
-    return RunningText(Corpus(tokens, lengths, torch.arange(4).numpy(), lengths[1:]), tokenizer, 4, seed=0)
+    return RunningText(Corpus(tokens, tokens * 0, lengths, torch.arange(4).numpy(), lengths[1:]), tokenizer, 4, seed=0)
 
 
 @pytest.fixture

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
+import pickle
 import re
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,12 +18,27 @@ import datasets
 import numpy as np
 import pytest
 from conftest import ROOT
+from filelock import FileLock
 from huggingface_hub import constants
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.models.tiny import TinyBert
 from rmt_lightning.tasks.facts import PEOPLE, PLACES, Split
-from rmt_lightning.tasks.noise import SPLITS, Corpus, Files, Hub, Prose, sentences, tokenize
+from rmt_lightning.tasks.language import RunningText
+from rmt_lightning.tasks.noise import (
+    SPLITS,
+    Corpus,
+    Files,
+    Hub,
+    OnDisk,
+    Prose,
+    sentences,
+    spaced,
+    token_ids,
+    tokenize,
+)
 from rmt_lightning.tasks.text_files import TextFiles
 
 
@@ -55,6 +73,133 @@ def test_sentences() -> None:
         "It cost 3.50 dollars. … Then",
     ]
     assert sentences("  \n ") == []
+
+
+@pytest.mark.fault("noise that is not English", "its sentences are told apart")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "今天很好。|我们走！|“好吗？”|他说。|3．5元……不贵。|走吧!|好。",
+        "彼は言った。|「元気？」|「はい。」|そうか！？|次へ。",
+        "Он пришёл. |Потом ушёл… |Тогда А. С. Пушкин сказал: «Привет! |Как дела?» |Да. |— Нет. |«Ёлка.» |Он!",
+        "Es war gut. |Äpfel sind rot. |„Ja!“ |Er ging. |»Nein.« |Überall 3.5 Grad.",
+        "¿Qué tal? |¡Muy bien! |¿Y tú? |Él vino. |«Sí.» |Ella.",
+        "« Bonjour. » |Il partit. |Était-ce vrai ? |Oui.",
+        "नमस्ते दुनिया। |यह हिन्दी है। |ठीक? |१२ लोग आए।",
+        "هل أنت بخير؟ |نعم. |أنا هنا! |حسنا۔ |اچھا",
+        "שלום. |מה שלומך? |טוב.",
+        "안녕하세요. |저는 학생입니다!",
+        "გამარჯობა. |როგორ ხარ? |კარგად.",
+        "ሰላም። |እንዴት ነህ።",
+        "Բարեւ։ |Ինչպես ես։",
+        "Žádný. |Škoda! |Łódź… |Žena.",
+    ],
+)
+def test_sentences_of_other_languages(text: str) -> None:
+    found = sentences(text.replace("|", ""))
+    assert found == text.replace(" |", "|").split("|")
+    assert "".join(spaced(found)) == " " + text.replace("|", "")
+
+
+@pytest.mark.fault("noise without stops, spaces or both", "it is cut into passages all the same")
+@pytest.mark.parametrize(
+    "text", ["word and another " * 3000, "天" * 9000, "x" * 300_000, "Title. Name. " + "a b " * 9000]
+)
+def test_text_without_stops_is_cut(text: str, tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text(text)
+    parts = [document for split in SPLITS for document in Files(str(tmp_path / "book.txt")).documents(split)]
+    assert 3 <= len(parts) <= 21
+    assert sorted("".join("".join(map("".join, parts)).split())) == sorted("".join(text.split()))
+    if text.startswith("word"):
+        assert all(sentence.startswith(("word", "and", "another")) for part in parts for sentence in part)
+
+
+def trained(kind: str, *texts: str) -> PreTrainedTokenizerBase:
+    """A tokenizer of the kind that some models have."""
+    unknown = {"special_tokens": ["<unk>"], "show_progress": False}
+    metaspace = pre_tokenizers.Metaspace(prepend_scheme="always")
+    if kind == "unigram":
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.pre_tokenizer = metaspace
+        trainer = trainers.UnigramTrainer(vocab_size=99, unk_token="<unk>", **unknown)
+    elif kind == "wordpiece":
+        tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
+        tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+        trainer = trainers.WordPieceTrainer(vocab_size=200, **unknown)
+    elif kind == "byte level":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        )
+    else:
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+        tokenizer.pre_tokenizer = metaspace
+        every_byte = [f"<0x{byte:02X}>" for byte in range(256)]
+        trainer = trainers.BpeTrainer(vocab_size=500, **unknown | {"special_tokens": ["<unk>", *every_byte]})
+    tokenizer.train_from_iterator(texts, trainer)
+    if kind == "llama":
+        # As SentencePiece does it: one long word, with a space of its own before it.
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.pre_tokenizer = None
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=None if kind == "byte level" else "<unk>")
+
+
+@pytest.mark.fault("a tokenizer puts a space before each text", "tokens are those of the whole text")
+@pytest.mark.parametrize("kind", ["llama", "metaspace", "unigram", "byte level", "wordpiece"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The dog went home. \"Late!\" It's 3 o'clock. Who? (Mary.) She went… Über alles.",
+        "今天很好。我们走！“好吗？”他说。Он ушёл. Да. كيف؟ نعم.",
+    ],
+)
+def test_tokens_of_sentences_are_those_of_the_text(kind: str, text: str, tmp_path: Path) -> None:
+    tokenizer = trained(kind, *sentences(text) * 9, "The dog went home. He was late. The day was long.")
+
+    class Given(Prose):
+        def documents(self, split: Split) -> Iterator[list[str]]:
+            yield sentences(text)
+
+    corpus = tokenize(Given(10), tokenizer, tmp_path)["test"]
+    # Running text goes before it.
+    plain = f" {text}" if kind == "byte level" else text
+    assert corpus.tokens[:].tolist() == tokenizer(plain, add_special_tokens=False)["input_ids"]
+    assert corpus.document_bytes.tolist() == [len(text.encode())]
+    assert len(corpus.sentence_starts) == len(sentences(text)) + 1
+    told = [token for ids in token_ids(tokenizer, ["The dog went home.", "Who?"]) for token in ids]
+    plain = " The dog went home. Who?"[kind != "byte level" :]
+    assert told == tokenizer(plain, add_special_tokens=False)["input_ids"]
+    if kind == "wordpiece":
+        assert corpus.words[:].sum() == (14 if text.startswith("The") else 16)
+
+
+@pytest.mark.fault("the tokenizer does not know the noise", "one line says so, and names it")
+@pytest.mark.parametrize("kind", ["wordpiece", "metaspace", "byte level", "nothing"])
+def test_unknown_text_is_refused(kind: str, tmp_path: Path) -> None:
+    tokenizer = trained("wordpiece", "今天很好")
+    if kind == "metaspace":
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<unk>": 0}, "<unk>")))
+        tokenizer.unk_token = "<unk>"
+    elif kind == "byte level":
+        empty = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=empty)
+    elif kind == "nothing":
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
+    tokenizer.name_or_path = "models/empty"
+    with pytest.raises(UserError, match=r"tokenizer \(models/empty\) knows \d+% of .* noise") as caught:
+        tokenize(Prose(10), tokenizer, tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.rglob("*.npy"))
+
+
+@pytest.mark.fault("a word of 300,000 letters", "it is read within seconds")
+def test_a_very_long_word(tmp_path: Path) -> None:
+    letters = np.random.default_rng(0).choice(list("abcdefgh"), 300_000)
+    began = time.perf_counter()
+    tokenizer = TinyBert().tokenizer(["The dog went home.", "".join(letters)])
+    assert sum(map(len, token_ids(tokenizer, ["".join(letters)]))) > 50_000
+    assert time.perf_counter() - began < 30
 
 
 def stories(count: int) -> list[str]:
@@ -227,9 +372,11 @@ def test_lines_of_the_hub_become_articles(reached: None, monkeypatch: pytest.Mon
     assert Hub("some/wiki", "text")._texts() == [line for line in lines if line]
 
 
-def test_cache_is_memory_mapped_and_keyed_by_content(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_cache_stays_on_the_disk_and_is_keyed_by_content(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     first = tokenize(Prose(10), tokenizer, tmp_path)
-    assert isinstance(first["train"].tokens, np.memmap)
+    assert isinstance(first["train"].tokens, OnDisk)
+    again = pickle.loads(pickle.dumps(first["train"].tokens))
+    assert again[5:9].tolist() == first["train"].tokens[:][5:9].tolist()
     assert first["train"].num_documents == 10 and first["test"].num_documents == 1
     assert first["train"].sentence_starts[-1] == len(first["train"].tokens)
     text = " ".join(sentence.lower() for sentence in next(Prose(10).documents("train")))
@@ -249,7 +396,7 @@ def test_a_damaged_cache_is_built_again(
 ) -> None:
     said: list[str] = []
     monkeypatch.setattr("rmt_lightning.tasks.noise.log.warning", lambda text, *values: said.append(text % values))
-    before = tokenize(Prose(10), tokenizer, tmp_path)["train"].tokens.tolist()
+    before = tokenize(Prose(10), tokenizer, tmp_path)["train"].tokens[:].tolist()
     assert said == []
     (path,) = tmp_path.rglob(name)
     content = bytearray(path.read_bytes())
@@ -258,7 +405,7 @@ def test_a_damaged_cache_is_built_again(
     for damage in (None, path.unlink, lambda: os.truncate(path, 40)):
         if damage:
             damage()
-        assert tokenize(Prose(10), tokenizer, tmp_path)["train"].tokens.tolist() == before
+        assert tokenize(Prose(10), tokenizer, tmp_path)["train"].tokens[:].tolist() == before
         assert said == [f"{next((tmp_path / 'noise').glob('*/'))} is damaged; tokenizing again"]
         said.clear()
     assert len([path for path in (tmp_path / "noise").iterdir() if path.is_dir()]) == 1
@@ -291,10 +438,98 @@ def test_a_build_that_breaks_off_leaves_nothing(tokenizer: PreTrainedTokenizerBa
     assert isinstance(tokenize(Prose(10), tokenizer, tmp_path)["train"], Corpus)
 
 
+@pytest.mark.fault("building a cache is killed", "the next run clears away what it has begun")
+def test_what_killed_builders_leave_is_cleared_away(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    tokenize(Prose(10), tokenizer, tmp_path)
+    (entry,) = (tmp_path / "noise").glob("*/")
+    entry.rename(entry.with_name(f"{entry.name}-partial"))
+    for name in ("0" * 32 + "-partial", "1" * 32 + "-x1y2z3"):
+        (entry.with_name(name) / "train").mkdir(parents=True)
+    busy = entry.with_name("2" * 32 + "-partial")
+    busy.mkdir()
+    with FileLock(busy.with_name("2" * 32 + ".lock")):
+        tokenize(Prose(10), tokenizer, tmp_path)
+    assert {path.name for path in entry.parent.glob("*/")} == {entry.name, busy.name}
+    assert entry.stat().st_mode & 0o777 == (tmp_path / "noise").stat().st_mode & 0o777
+
+
+@pytest.mark.fault("a tokenized text is shortened or overwritten while it is in use", "one line says so")
+@pytest.mark.parametrize("damage", ["shortened", "emptied", "beyond the vocabulary"])
+def test_damage_while_in_use(damage: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    corpora = tokenize(Prose(10), tokenizer, tmp_path)
+    (path,) = tmp_path.rglob("train/tokens.npy")
+    if damage == "beyond the vocabulary":
+        path.write_bytes(path.read_bytes()[:128] + b"\xff" * 2 * len(corpora["train"].tokens))
+    else:
+        os.truncate(path, 0 if damage == "emptied" else path.stat().st_size - 2)
+    read = RunningText(corpora["train"], tokenizer, 10**6, seed=0) if tokenizer.cls_token else None
+    with pytest.raises(UserError, match=r"train/tokens\.npy: was damaged while it was in use") as caught:
+        read.document(9)
+    assert "\n" not in str(caught.value)
+    # Whoever opens it next builds it again, even if its checksums are those of the damaged file.
+    (sums,) = tmp_path.rglob("checksums.json")
+    sums.write_text(
+        json.dumps(json.loads(sums.read_text()) | {"train/tokens.npy": hashlib.sha256(path.read_bytes()).hexdigest()})
+    )
+    assert int(tokenize(Prose(10), tokenizer, tmp_path)["train"].tokens[:].max()) < len(tokenizer)
+
+
+@pytest.mark.fault("a cache that cannot be used", "one line says so, and a temporary folder takes its place")
+@pytest.mark.parametrize(
+    "fault", ["a file", "in a file", "no home", "read-only", "another user's", "another user's entry"]
+)
+def test_a_cache_that_cannot_be_used(
+    fault: str, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("rmt_lightning.tasks.noise.log.warning", lambda text, *values: said.append(text % values))
+    with tempfile.TemporaryDirectory() as folder:
+        cache = Path(folder) / "cache"
+        if fault in ("a file", "in a file"):
+            cache.write_text("")
+        elif fault == "no home":
+            monkeypatch.delenv("HOME")
+            monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+        else:
+            tokenize(Prose(10, seed=int(fault == "read-only")), tokenizer, cache)
+            os.chmod(folder, 0o755)
+            closed = next((cache / "noise").glob("*/")) if fault == "another user's entry" else cache
+            os.chmod(closed, 0o555 if fault == "read-only" else 0o700 if os.geteuid() == 0 else 0)
+            os.chmod(cache / "noise", 0o555 if fault == "read-only" else 0o777)
+        place = {"in a file": cache / "noise", "no home": "~/cache"}.get(fault, cache)
+        root = os.geteuid() == 0
+        try:
+            if (root and "user" in fault) or fault == "read-only":
+                os.seteuid(65534)
+            corpora = tokenize(Prose(10), tokenizer, place)
+        finally:
+            if root:
+                os.seteuid(0)
+            else:
+                os.chmod(cache, 0o755)
+        assert len(said) == 1 and said[0].startswith(f"cache_dir={place}: cannot be used ("), said
+        assert len(corpora["train"].tokens[:]) == len(corpora["train"].words[:])
+
+
+def test_a_cache_of_another_user_is_read(tokenizer: PreTrainedTokenizerBase) -> None:
+    if os.geteuid():
+        pytest.skip("only root can be another user")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        tokenize(Prose(10), tokenizer, Path(folder) / "cache")
+        before = {path: path.stat().st_mtime_ns for path in Path(folder).rglob("*")}
+        try:
+            os.seteuid(65534)
+            assert len(tokenize(Prose(10), tokenizer, Path(folder) / "cache")["train"].tokens[:])
+        finally:
+            os.seteuid(0)
+        assert {path: path.stat().st_mtime_ns for path in Path(folder).rglob("*")} == before
+
+
 def _build(arguments: tuple[PreTrainedTokenizerBase, Path]) -> tuple[int, int]:
     tokenizer, cache = arguments
     corpus = tokenize(Prose(60), tokenizer, cache)["train"]
-    return os.getpid(), int(corpus.tokens.sum())
+    return os.getpid(), int(corpus.tokens[:].sum())
 
 
 def test_several_processes_build_one_cache(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

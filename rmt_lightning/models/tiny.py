@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Annotated, Any
 
@@ -22,6 +23,8 @@ from transformers import (
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.models.backbone import Decoder, Encoder
+
+_LONG_WORD = re.compile(r"\S{1000}(?=\S)")
 
 
 class Tiny:
@@ -71,7 +74,8 @@ class Tiny:
             special_tokens=list(special.values()),
             show_progress=False,
         )
-        tokenizer.train_from_iterator(texts, trainer)
+        # The time it takes grows with the square of the longest word.
+        tokenizer.train_from_iterator((_LONG_WORD.sub(r"\g<0> ", text) for text in texts), trainer)
         return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 

@@ -131,7 +131,7 @@ class RunningText:
             text = self.corpus.tokens[first : min(first + self.text_length, self.borders[document + 1])]
             targets[segment, : len(text)] = text
             input_ids[segment, 1 : len(text)] = text[:-1]
-            input_ids[segment, 0] = self.corpus.tokens[first - 1] if place else self.start_token
+            input_ids[segment, :1] = self.corpus.tokens[first - 1 : first] if place else self.start_token
         starts = torch.tensor([place == 0 for _, place in places])
         return {"input_ids": torch.from_numpy(input_ids), "targets": torch.from_numpy(targets), "starts": starts}
 

@@ -6,6 +6,7 @@ A noise source is any object with `documents(split)`, which yields documents as 
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import logging
@@ -15,6 +16,7 @@ import shutil
 import tempfile
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -22,8 +24,9 @@ from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 import numpy as np
+import regex
 from annotated_types import Ge
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.core.errors import UserError
@@ -36,14 +39,28 @@ from rmt_lightning.tasks.text_files import TextFiles
 log = logging.getLogger(__name__)
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
-# The space after a period, question or exclamation mark and perhaps a closing quote, before a capital or a quote;
-# not after titles and initials.
-_SENTENCE_END = re.compile(
-    r"(?:(?<=[.!?])|(?<=[.!?][\"'”’)]))(?<!\bMr\.)(?<!\bMrs\.)(?<!\bDr\.)(?<!\bSt\.)(?<!\b[A-Z]\.)"
-    r" (?=[\"'“‘(]?[A-Z0-9])"
+# Where a sentence ends. English is cut as it always was (first line): at the space after a period, question or
+# exclamation mark and perhaps a closing quote, before a capital or a quote; not after titles and initials. Other
+# languages have other capitals, letters without case, other quotes (« „ ¿), and marks without a space after them (。).
+_CLOSE, _OPEN = r"[\p{Pe}\p{Pf}\"']", r"[\p{Ps}\p{Pi}\"'¿¡]"
+_FOREIGN = r"(?![A-Za-z0-9])[\p{SB=Upper}\p{SB=OLetter}\p{Nd}]"
+_EAST_ASIAN = r"[\p{Han}\p{Hiragana}\p{Katakana}\u3000-\u303f\uff00-\uffef]"
+_NO_TITLE = r"(?<!\b(?:Mr|Mrs|Dr|St|\p{Lu}|(?!\p{Latin})\p{L})\.)"
+_SENTENCE_END = regex.compile(
+    rf"[.!?][\"'”’)]?{_NO_TITLE}\K (?=[\"'“‘(]?[A-Z0-9])"
+    rf"|[.!?…]{_CLOSE}*{_NO_TITLE}\K (?=(?:{_OPEN}|\p{{Pd}} ?)*{_FOREIGN}|[¿¡«„‹]|»\S)"
+    rf"|[.!?…](?: ?»|[“«›‹])\K (?={_OPEN}*[\p{{Lu}}\p{{Nd}}])"
+    rf"|(?:(?![.!?])\p{{SB=STerm}}|．(?!\p{{Nd}})){_CLOSE}*+\K ?+(?!{_CLOSE}|[\s…\p{{SB=STerm}}\p{{SB=ATerm}}]|$)"
+    rf"|{_EAST_ASIAN}[.!?]{_CLOSE}*\K(?={_OPEN}*{_EAST_ASIAN}(?<=\p{{L}}))"
 )
+# East Asian text has no space after the end of a sentence.
+_UNSPACED = regex.compile(rf"{_EAST_ASIAN}[.!?…]*{_CLOSE}*$")
+# Where a word begins, in every script (Unicode, annex 29): in those without spaces, each character.
+_WORD = regex.compile(r"(?w)\b(?=\w)")
 # A text with fewer documents than there are splits is cut into this many passages, which then count as documents.
 _PASSAGES = 20
+# No sentence has as many characters: a longer piece of text has no stops.
+_PIECE = 1000
 _CHECKSUMS = "checksums.json"
 
 
@@ -237,8 +254,22 @@ def cut(texts: list[str], needed: int) -> list[list[str]]:
     if len(documents) >= needed:
         return documents
     everything = [sentence for document in documents for sentence in document]
+    text = "".join(spaced(everything)).strip()
+    length = max(_PIECE, -(-len(text) // _PASSAGES))
+    if max(map(len, everything), default=0) > length:
+        # Where sentences do not end, passages end between words, and where there are no spaces, anywhere.
+        pieces = regex.findall(rf"(?=\S).{{1,{length}}}(?:(?= )|$)|\S.{{{length - 1}}}", text)
+        return [sentences(piece) for piece in pieces]
     size = max(1, -(-len(everything) // _PASSAGES))
     return [everything[start : start + size] for start in range(0, len(everything), size)]
+
+
+def spaced(sentences: list[str]) -> list[str]:
+    """Sentences as they stand in running text: behind a space, if their language has one between sentences."""
+    return [
+        sentence if before and _UNSPACED.search(before[-8:]) else f" {sentence}"
+        for before, sentence in zip(["", *sentences[:-1]], sentences, strict=True)
+    ]
 
 
 def share(documents: list[list[str]], split: Split) -> list[list[str]]:
@@ -253,7 +284,7 @@ def share(documents: list[list[str]], split: Split) -> list[list[str]]:
 
 
 def sentences(text: str) -> list[str]:
-    """Split running text into sentences; line breaks inside them are only typography."""
+    """Split running text, of any language, into sentences; line breaks inside them are only typography."""
     return _SENTENCE_END.sub("\n", " ".join(text.split())).splitlines()
 
 
@@ -266,29 +297,74 @@ def _datasets() -> Any:
     return datasets
 
 
+class OnDisk:
+    """A one-dimensional array in a file, of which nothing is read but what is asked for.
+
+    It is no memory map: if somebody shortens the file, that ends in an error, not in the death of the process.
+
+    Args:
+        path: an npy file.
+        limit: what all its values are below.
+    """
+
+    def __init__(self, path: Path, limit: int) -> None:
+        header = np.load(path, mmap_mode="r")
+        self.path, self.limit, self.dtype = path, limit, header.dtype
+        self._offset, self._length = header.offset, len(header)
+        self._file = path.open("rb")
+
+    def __reduce__(self) -> tuple[type[OnDisk], tuple[Path, int]]:
+        return OnDisk, (self.path, self.limit)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, span: slice) -> np.ndarray:
+        """The values of a slice, which cannot be written.
+
+        Raises:
+            UserError: if the file is not what it was.
+        """
+        start, stop, _ = span.indices(len(self))
+        size = max(0, stop - start) * self.dtype.itemsize
+        content = os.pread(self._file.fileno(), size, self._offset + start * self.dtype.itemsize)
+        values = np.frombuffer(content, self.dtype) if len(content) == size else None
+        if values is None or values.max(initial=0) >= self.limit:
+            raise UserError(f"{self.path}: was damaged while it was in use; go on with resume=, and it is built anew")
+        return values
+
+
 @dataclass(frozen=True)
 class Corpus:
-    """Tokenized sentences of one split, as memory-mapped arrays.
+    """Tokenized sentences of one split. What is as long as the text stays on the disk.
 
     Attributes:
         tokens: (N,) token ids of all documents, one after the other, without special tokens.
+        words: (N,) 1 where a word begins, or a character of text without spaces.
         sentence_starts: (K + 1,) positions in `tokens` at which a sentence begins, and N.
         document_starts: (D + 1,) indices into `sentence_starts` at which a document begins, and K.
-        document_bytes: (D,) lengths of the documents in UTF-8, sentences joined by a space.
+        document_bytes: (D,) lengths of the documents in UTF-8.
     """
 
-    tokens: np.ndarray
+    tokens: OnDisk
+    words: OnDisk
     sentence_starts: np.ndarray
     document_starts: np.ndarray
     document_bytes: np.ndarray
 
     @classmethod
-    def open(cls, folder: Path) -> Corpus:
-        return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in cls.__dataclass_fields__))
+    def open(cls, folder: Path, vocabulary_size: int) -> Corpus:
+        whole = (np.load(folder / f"{name}.npy") for name in ("sentence_starts", "document_starts", "document_bytes"))
+        return cls(OnDisk(folder / "tokens.npy", vocabulary_size), OnDisk(folder / "words.npy", 2), *whole)
 
     @property
     def num_documents(self) -> int:
         return len(self.document_starts) - 1
+
+    def segments_without_border(self, length: int) -> tuple[int, int]:
+        """How many of the segments of so many tokens hold no border between sentences, and how many there are."""
+        segments = -(-len(self.tokens) // length)
+        return segments - len(np.unique(self.sentence_starts[:-1] // length)), segments
 
 
 def tokenize(noise: Noise, tokenizer: PreTrainedTokenizerBase, cache_dir: str | Path) -> dict[Split, Corpus]:
@@ -296,33 +372,85 @@ def tokenize(noise: Noise, tokenizer: PreTrainedTokenizerBase, cache_dir: str | 
 
     The cache is keyed by the content of the noise and of the tokenizer. It appears under its name only when it is
     complete, and several processes may ask for it at once: one builds, the others wait. Its checksums are compared each
-    time, which takes about half a second per GB, and what does not match is built again.
+    time, which takes about half a second per GB, and what does not match is built again. A cache that cannot be used
+    is said, and a temporary folder stands in for it until the process ends.
 
     Raises:
-        UserError: if a split holds no text.
+        UserError: if a split holds no text, or the tokenizer does not know it.
     """
-    key = hashlib.sha256(f"{noise.fingerprint()}|{_tokenizer_fingerprint(tokenizer)}|v3".encode()).hexdigest()[:32]
-    cache = Path(cache_dir).expanduser() / "noise"
-    cache.mkdir(parents=True, exist_ok=True)
-    folder = cache / key
-    with FileLock(cache / f"{key}.lock"):
-        if folder.is_dir() and not _is_intact(folder):
-            log.warning("%s is damaged; tokenizing again", folder)
-            shutil.rmtree(folder)
-        if not folder.is_dir():
-            partial = Path(tempfile.mkdtemp(prefix=f"{key}-", dir=cache))
-            try:
-                for split in SPLITS:
-                    _write(noise.documents(split), tokenizer, partial / split)
-                    if Corpus.open(partial / split).num_documents == 0:
-                        raise UserError(
-                            f"noise: no document is left for {split}; give at least {len(SPLITS)} sentences"
-                        )
-                (partial / _CHECKSUMS).write_text(json.dumps(_checksums(partial)))
-                os.rename(partial, folder)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-    return {split: Corpus.open(folder / split) for split in SPLITS}
+    key = hashlib.sha256(f"{noise.fingerprint()}|{_tokenizer_fingerprint(tokenizer)}|v4".encode()).hexdigest()[:32]
+    size = len(tokenizer)
+    with ExitStack() as held:
+        try:
+            folder = Path(cache_dir).expanduser() / "noise" / key
+            if corpora := _open(folder, size):
+                return corpora
+            held.enter_context(_locked(folder))
+            if corpora := _open(folder, size):
+                return corpora
+            partial = _emptied(folder)
+        except (OSError, RuntimeError) as error:  # RuntimeError: where home is, or how to lock a file there, is unknown
+            reason = getattr(error, "strerror", None) or error
+            log.warning("cache_dir=%s: cannot be used (%s); tokenizing into a temporary folder", cache_dir, reason)
+            folder = _temporary_folder() / key
+            partial = _emptied(folder)
+        try:
+            for split in SPLITS:
+                _write(split, noise.documents(split), tokenizer, partial / split)
+            (partial / _CHECKSUMS).write_text(json.dumps(_checksums(partial)))
+            os.rename(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return {split: Corpus.open(folder / split, size) for split in SPLITS}
+
+
+def _open(folder: Path, vocabulary_size: int) -> dict[Split, Corpus] | None:
+    """What an entry of the cache holds, if it is there and whole.
+
+    Raises:
+        PermissionError: if it is somebody else's alone.
+    """
+    try:
+        if json.loads((folder / _CHECKSUMS).read_text()) != _checksums(folder):
+            return None
+        if any(np.load(folder / split / "tokens.npy", mmap_mode="r").max() >= vocabulary_size for split in SPLITS):
+            return None
+        return {split: Corpus.open(folder / split, vocabulary_size) for split in SPLITS}
+    except PermissionError:
+        raise
+    except (OSError, ValueError, EOFError):
+        return None
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep an entry of the cache to this process, and clear away what killed processes have begun."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for begun in folder.parent.glob("*-*"):
+        with suppress(Timeout), FileLock(folder.with_name(f"{begun.name.partition('-')[0]}.lock"), timeout=0):
+            shutil.rmtree(begun, ignore_errors=True)
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        yield
+
+
+def _emptied(folder: Path) -> Path:
+    """Clear the place of an entry of the cache, and make the folder in which it is built."""
+    if folder.exists():
+        log.warning("%s is damaged; tokenizing again", folder)
+        shutil.rmtree(folder)
+    partial = folder.with_name(f"{folder.name}-partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    return partial
+
+
+def _temporary_folder() -> Path:
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="rmt_lightning-"))
+    except OSError as error:
+        raise UserError(f"cache_dir: no temporary folder either ({error}); give one that can be written") from None
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def text_digest(corpora: Mapping[Split, Corpus]) -> str:
@@ -337,26 +465,33 @@ def text_digest(corpora: Mapping[Split, Corpus]) -> str:
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, sentences: list[str]) -> list[list[int]]:
-    """The tokens of sentences that stand in running text, without special tokens.
+    """The tokens of sentences that stand in running text, behind a space, without special tokens."""
+    return [ids for ids, _ in _encode(tokenizer, [f" {sentence}" for sentence in sentences])]
 
-    Some tokenizers take the space before a word for a part of it; the others do not see it.
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+    """The tokens of texts that stand in running text, and where each of them begins and ends in its text.
+
+    Some tokenizers take the space before a word for a part of it; the others do not see it. Some put one before
+    whatever they are given: they are given a line break before it, so that the text itself is read as it is written.
     """
-    if not sentences:
-        return []
-    texts = [f" {sentence}" for sentence in sentences]
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
+    if not texts:
+        return
+    if not tokenizer.is_fast:
+        # It does not tell where in the text its tokens stand.
+        plain = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        yield from ((ids, [(0, len(text))] * len(ids)) for text, ids in zip(texts, plain, strict=True))
+        return
+    found = tokenizer(
+        [f"\n{text}" for text in texts], add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
+    for ids, offsets in zip(found["input_ids"], found["offset_mapping"], strict=True):
+        first = next((place for place, (_, end) in enumerate(offsets) if end > 1), len(ids))
+        yield ids[first:], [(max(0, start - 1), end - 1) for start, end in offsets[first:]]
 
 
 def _checksums(folder: Path) -> dict[str, str]:
     return {str(file.relative_to(folder)): digest(file).hex() for file in sorted(folder.rglob("*.npy"))}
-
-
-def _is_intact(folder: Path) -> bool:
-    try:
-        return bool(json.loads((folder / _CHECKSUMS).read_text()) == _checksums(folder))
-    except (OSError, ValueError):
-        return False
 
 
 def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -366,24 +501,76 @@ def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
 
 
-def _write(documents: Iterable[list[str]], tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def _write(split: Split, documents: Iterable[list[str]], tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Tokenize the documents of a split into a new folder.
+
+    Raises:
+        UserError: if there are none, or the tokenizer does not know what is written there.
+    """
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32
-    pieces: list[np.ndarray] = []
+    tokens: list[np.ndarray] = []
+    words: list[np.ndarray] = []
     sentence_lengths: list[int] = []
     document_lengths: list[int] = []
     document_bytes: list[int] = []
+    known = characters = 0
     for document in documents:
-        ids = [i for i in token_ids(tokenizer, document) if i]
-        if ids:
-            pieces.append(np.fromiter((token for sentence in ids for token in sentence), dtype=dtype))
-            sentence_lengths += map(len, ids)
-            document_lengths.append(len(ids))
-            document_bytes.append(len(" ".join(document).encode()))
+        texts = spaced(document)
+        characters += sum(len(text) - text.count(" ") for text in texts)
+        before = len(sentence_lengths)
+        for text, (ids, places) in zip(texts, _encode(tokenizer, texts), strict=True):
+            known += sum(
+                end - start for token, (start, end) in zip(ids, places, strict=True) if token != tokenizer.unk_token_id
+            )
+            if ids:
+                tokens.append(np.array(ids, dtype))
+                words.append(_word_starts(text, places))
+                sentence_lengths.append(len(ids))
+        if len(sentence_lengths) > before:
+            document_lengths.append(len(sentence_lengths) - before)
+            document_bytes.append(len("".join(texts).strip().encode()))
+    if characters == 0:
+        raise UserError(f"noise: no document is left for {split}; give more text")
+    _check_known(tokenizer, split, known / characters)
     folder.mkdir()
-    np.save(folder / "tokens.npy", np.concatenate(pieces) if pieces else np.zeros(0, dtype))
-    np.save(folder / "sentence_starts.npy", np.cumsum([0, *sentence_lengths], dtype=np.int64))
-    np.save(folder / "document_starts.npy", np.cumsum([0, *document_lengths], dtype=np.int64))
-    np.save(folder / "document_bytes.npy", np.array(document_bytes, np.int64))
+    _save(folder / "tokens.npy", np.concatenate(tokens))
+    _save(folder / "words.npy", np.concatenate(words))
+    _save(folder / "sentence_starts.npy", np.cumsum([0, *sentence_lengths], dtype=np.int64))
+    _save(folder / "document_starts.npy", np.cumsum([0, *document_lengths], dtype=np.int64))
+    _save(folder / "document_bytes.npy", np.array(document_bytes, np.int64))
+
+
+def _word_starts(text: str, places: list[tuple[int, int]]) -> np.ndarray:
+    """1 for each token, by its place in the text, with which a word begins; in text without spaces, a character."""
+    words = {word.start() for word in _WORD.finditer(text)}
+    starts = np.zeros(len(places), np.uint8)
+    before = 0
+    for token, (start, end) in enumerate(places):
+        # The space before a word may be a part of its token; several tokens may share a character.
+        first = start + (start < end and text[start].isspace())
+        if first in words and start >= before:
+            starts[token] = 1
+            words.remove(first)
+        before = end
+    return starts
+
+
+def _check_known(tokenizer: PreTrainedTokenizerBase, split: Split, known: float) -> None:
+    name = f"backbone: its tokenizer ({tokenizer.name_or_path or type(tokenizer).__name__})"
+    if known < 0.5:
+        raise UserError(
+            f"{name} knows {known:.0%} of the characters of the noise ({split}); choose a backbone that knows its "
+            "language, and see that its tokenizer's files stand beside its weights"
+        )
+    if known < 0.95:
+        log.warning("%s knows %.0f%% of the characters of the noise (%s) only", name, 100 * known, split)
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    # np.save does not tell that the disk is full.
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data)
 
 
 class Reader:
@@ -415,10 +602,26 @@ class Reader:
         self._position = self._start_of(self._document)
         self._end = self._start_of(self._document + 1)
 
-    def finish_sentence(self) -> None:
-        """Leave out what is left of a sentence that has been begun."""
-        starts = self._corpus.sentence_starts
-        self._position = int(starts[np.searchsorted(starts, self._position)])
+    def passage(self, length: int, segment: int) -> tuple[list[slice], np.ndarray]:
+        """Where in the corpus the next `length` tokens stand, and the offsets in them at which something may be set in.
+
+        That is where a sentence begins or ends. A passage that lies inside a sentence is left out, with the rest of it,
+        for the one that begins after it; but a sentence that is long may be broken between any two of its words: one of
+        more than two segments, or of more than one, where sentences are as long as that on average.
+        """
+        average = len(self._corpus.tokens) / (len(self._corpus.sentence_starts) - 1)
+        longest = segment if average > segment else 2 * segment
+        spans = self.spans(length)
+        gaps = self._gaps(spans)
+        if len(gaps) == 0 and self._sentence_length(spans) <= longest:
+            starts = self._corpus.sentence_starts
+            self._position = int(starts[np.searchsorted(starts, self._position)])
+            spans = self.spans(length)
+            gaps = self._gaps(spans)
+        if not gaps.any() and length and self._sentence_length(spans) > longest:
+            words = np.flatnonzero(np.concatenate([self._corpus.words[span] for span in spans]))
+            gaps = words if len(words) else np.arange(length)
+        return spans, gaps
 
     def spans(self, length: int) -> list[slice]:
         """Where in the corpus the next `length` tokens stand: one span unless a document ends. Moves on after them."""
@@ -436,7 +639,7 @@ class Reader:
         """The token ids of some spans, one after the other."""
         return np.concatenate([np.zeros(0, np.int64), *(self._corpus.tokens[span] for span in spans)])
 
-    def gaps(self, spans: list[slice]) -> np.ndarray:
+    def _gaps(self, spans: list[slice]) -> np.ndarray:
         """The offsets in `tokens(spans)` at which a sentence begins or ends, in order; both ends count."""
         starts = self._corpus.sentence_starts
         gaps: list[int] = []
@@ -446,3 +649,9 @@ class Reader:
             gaps += [int(start) - span.start + offset for start in starts[first:last]]
             offset += span.stop - span.start
         return np.unique(gaps) if spans else np.zeros(1, np.int64)
+
+    def _sentence_length(self, spans: list[slice]) -> int:
+        """How long the sentence is in which some spans begin."""
+        starts = self._corpus.sentence_starts
+        after = np.searchsorted(starts, spans[0].start, side="right")
+        return int(starts[after] - starts[after - 1])

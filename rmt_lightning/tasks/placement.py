@@ -8,6 +8,7 @@ Shapes: T segments, S text tokens of a segment, Q questions about a sample, A to
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,8 @@ from transformers import PreTrainedTokenizerBase
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.tasks.facts import Example, Split, Task
 from rmt_lightning.tasks.noise import SPLITS, Corpus, Reader, token_ids
+
+log = logging.getLogger(__name__)
 
 # How often an example that needs more room than the sample has is drawn anew before giving up.
 _ATTEMPTS = 200
@@ -114,6 +117,12 @@ class Placement:
         self.text_length = text_length
         self.seed = seed
         self._token_ids: dict[str, np.ndarray] = {}
+        without, segments = corpora["train"].segments_without_border(text_length)
+        if without:
+            log.info(
+                "noise: in %s of %s training segments no sentence ends; facts may stand between words there",
+                f"{without:,}", f"{segments:,}",
+            )  # fmt: skip
 
     def sample(self, split: Split, key: Key) -> Sample:
         """The sample of this name.
@@ -288,16 +297,10 @@ class Placement:
             here = [Piece(fact, ids) for fact, (ids, home) in enumerate(stated) if home == segment]
             end = [Piece("question", question)] if segment == num_segments - 1 else []
             length = text_length - sum(len(piece.ids) for piece in (*here, *end))
-            spans = reader.spans(length)
             if not here:
-                yield [Piece("noise", reader.tokens(spans)), *end]
+                yield [Piece("noise", reader.tokens(reader.spans(length))), *end]
                 continue
-            gaps = reader.gaps(spans)
-            if len(gaps) == 0:
-                # The passage lies inside one long sentence. Break it off, so that the facts stand before the next one.
-                reader.finish_sentence()
-                spans = reader.spans(length)
-                gaps = reader.gaps(spans)
+            spans, gaps = reader.passage(length, self.text_length)
             if self.task.where == "start":
                 gaps = np.zeros(1, np.int64)
             places = np.sort(rng.choice(gaps, size=len(here)))
