@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import (
+    BartConfig,
     BertConfig,
     BigBirdConfig,
+    CanineConfig,
+    ConvBertConfig,
     DistilBertConfig,
     ElectraConfig,
+    FNetConfig,
+    GPT2Config,
     LongformerConfig,
     ModernBertConfig,
     MPNetConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
+    ReformerConfig,
     RobertaConfig,
     RoFormerConfig,
+    SqueezeBertConfig,
+    T5Config,
+    XLNetConfig,
+    YosoConfig,
 )
 from transformers.models.auto.modeling_auto import AutoModel
 
@@ -49,6 +60,23 @@ CONFIGS: dict[str, tuple[PreTrainedConfig, int]] = {
     "bigbird": (
         BigBirdConfig(vocab_size=1000, max_position_embeddings=48, block_size=4, num_random_blocks=1, **SMALL), 48
     ),
+}  # fmt: skip
+
+# They mix tokens beside attention, ignore masks, or take no embeddings.
+DISOBEDIENT: dict[str, tuple[PreTrainedConfig, str]] = {
+    "fnet": (FNetConfig(vocab_size=1000, **SMALL), "does not obey a mask"),
+    "yoso": (YosoConfig(vocab_size=1000, **SMALL), "does not obey a mask"),
+    "convbert": (ConvBertConfig(vocab_size=1000, embedding_size=16, **SMALL), "does not obey a mask"),
+    "reformer": (
+        ReformerConfig(vocab_size=1000, hidden_size=16, num_attention_heads=2, attention_head_size=8,
+                       attn_layers=["local"], axial_pos_shape=(8, 8), axial_pos_embds_dim=(8, 8)),
+        "gives no hidden state for each token",
+    ),
+    "bart": (BartConfig(vocab_size=1000, d_model=16, encoder_layers=1, decoder_layers=1), "cannot be run on"),
+    "t5": (T5Config(vocab_size=1000, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2), "cannot be run on embed"),
+    "squeezebert": (SqueezeBertConfig(vocab_size=1000, embedding_size=16, **SMALL), "cannot be run on embeddings"),
+    "canine": (CanineConfig(**SMALL), "cannot be run on embeddings"),
+    "gpt2": (GPT2Config(vocab_size=1000, n_embd=16, n_layer=1, n_head=2), "lets its first token"),
 }  # fmt: skip
 
 
@@ -82,6 +110,51 @@ def test_encoder(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
         together = model(ids, mask)[0][:, 0]
         torch.testing.assert_close(together[0], model(ids[:1, :45])[0][0, 0], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(together[1], model(ids[1:])[0][0, 0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.fault("an encoder that does not obey a mask or takes no embeddings", "it is refused in one line")
+@pytest.mark.parametrize("name", DISOBEDIENT)
+def test_what_does_not_obey_is_refused(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    torch.manual_seed(0)
+    config, why = DISOBEDIENT[name]
+    with pytest.raises(UserError, match=rf"^backbone: {name} {why}[^\n]*; choose an encoder such as BERT"):
+        Encoder(AutoModel.from_config(config), tokenizer)
+
+
+def test_the_trial_leaves_no_trace(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = AutoModel.from_config(CONFIGS["bert"][0])
+    frozen = model.encoder.layer[0].attention.eval()
+    before = torch.get_rng_state()
+    encoder = Encoder(model, tokenizer)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(weight.grad is None for weight in encoder.parameters())
+    assert frozen.training and all(module.training for module in encoder.modules())
+
+
+def test_relative_positions_have_no_end(tokenizer: PreTrainedTokenizerBase) -> None:
+    config = XLNetConfig(vocab_size=1000, d_model=16, n_layer=1, n_head=2, d_inner=32)
+    model = RMTEncoder(Encoder(AutoModel.from_config(config), tokenizer), 700)
+    assert model(torch.randint(5, 600, (1, model.text_length)))[0].shape == (1, 700, 16)
+
+
+@pytest.mark.fault("weights of a backbone that are no numbers", "it is refused before training, by their name")
+def test_weights_that_are_no_numbers_are_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = AutoModel.from_config(CONFIGS["bert"][0])
+    model.encoder.layer[1].output.dense.bias.data[3] = torch.nan
+    with pytest.raises(UserError, match=r"its weights are damaged \(encoder.layer.1.output.dense.bias is not finite\)"):
+        Encoder(model, tokenizer)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    config = copy.deepcopy(CONFIGS["bert"][0])
+    config.vocab_size = len(tokenizer) - 7
+    with pytest.raises(UserError, match=r"^backbone: its tokenizer has 7 tokens beyond the \d+ that its embedding has"):
+        Encoder(AutoModel.from_config(config), tokenizer)
+    # A special token that no text holds needs none.
+    larger = copy.deepcopy(tokenizer)
+    larger.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    config.vocab_size = len(tokenizer)
+    Encoder(AutoModel.from_config(config), larger)
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "mpnet"])

@@ -16,15 +16,22 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     CohereConfig,
+    FalconConfig,
+    FalconH1Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     GraniteConfig,
+    Lfm2Config,
     LlamaConfig,
+    MistralConfig,
     OPTConfig,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     Qwen2Config,
     Qwen3Config,
+    Qwen3NextConfig,
 )
 
 from rmt_lightning.core.errors import UserError
@@ -33,11 +40,11 @@ from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.rmt import RMTDecoder
 from rmt_lightning.models.tiny import TinyGPT
 
-SMALL = {"vocab_size": 600, "max_position_embeddings": 48, "hidden_size": 16, "num_hidden_layers": 2}
+SMALL = {"vocab_size": 1000, "max_position_embeddings": 48, "hidden_size": 16, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "intermediate_size": 32, "bos_token_id": 0, "eos_token_id": 0}
 GROUPED = {"num_key_value_heads": 2, "head_dim": 4}
 CONFIGS: dict[str, PreTrainedConfig] = {
-    "gpt2": GPT2Config(vocab_size=600, n_positions=48, n_embd=16, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0),
+    "gpt2": GPT2Config(vocab_size=1000, n_positions=48, n_embd=16, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0),
     # Embeddings narrower than the layers, as in the OPT of 350M.
     "opt": OPTConfig(
         **{key: SMALL[key] for key in ("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers")},
@@ -48,6 +55,27 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen2": Qwen2Config(**SMALL, **HEADS, num_key_value_heads=2),
     "qwen3": Qwen3Config(**SMALL, **HEADS, **GROUPED),
 }  # fmt: skip
+MIXED = ["sliding_attention", "full_attention"]
+# Layers see a window of the last four tokens: all of them, or some.
+WINDOWED: dict[str, PreTrainedConfig] = {
+    "mistral": MistralConfig(**SMALL, **HEADS, **GROUPED, sliding_window=4),
+    "phi3": Phi3Config(**SMALL, **HEADS, num_key_value_heads=2, pad_token_id=0, sliding_window=4),
+    "gemma3_text": Gemma3TextConfig(**SMALL, **HEADS, **GROUPED, sliding_window=4, layer_types=MIXED),
+    "qwen2 windowed": Qwen2Config(
+        **SMALL, **HEADS, num_key_value_heads=2, use_sliding_window=True, sliding_window=4, layer_types=MIXED
+    ),
+}
+CONV = {"layer_types": ["conv", "full_attention"]}
+LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
+# What they hand from token to token beside attention is not masked, or positions cannot be told.
+DISOBEDIENT: dict[str, PreTrainedConfig] = {
+    "lfm2": Lfm2Config(**SMALL, **HEADS, num_key_value_heads=2, **CONV),
+    "qwen3_next": Qwen3NextConfig(**SMALL, **HEADS, **GROUPED, **LINEAR, num_experts=0),
+    "falcon_h1": FalconH1Config(
+        **SMALL, **HEADS, num_key_value_heads=2, mamba_n_heads=4, mamba_d_ssm=32, mamba_d_head=8
+    ),
+    "falcon": FalconConfig(vocab_size=1000, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, alibi=True),
+}
 # Some backbones compute softmax and rotations in single precision, whatever the precision of the rest.
 ATOL = 1e-6
 Make = Callable[..., RMTDecoder]
@@ -59,7 +87,7 @@ def make_decoder(tokenizer: PreTrainedTokenizerBase) -> Make:
         kind: str = "gpt2", segment_length: int = 17, memory_size: int = 3, double: bool = True, **options
     ) -> RMTDecoder:
         torch.manual_seed(0)
-        gpt = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[kind]))
+        gpt = AutoModelForCausalLM.from_config(copy.deepcopy((CONFIGS | WINDOWED)[kind]))
         # Small random weights say little; larger ones make every position and every word matter.
         for weight in gpt.parameters():
             weight.data.mul_(4 if weight.dim() > 1 else 1)
@@ -147,6 +175,39 @@ def test_depths_differ(make_decoder: Make) -> None:
     name = "decoder.model.transformer.wte.weight"
     for one, other in pairwise(found):
         assert not torch.allclose(one[name], other[name], atol=1e-6)
+
+
+@pytest.mark.fault("a backbone whose layers see a window of the text", "the window holds, and all see memory")
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_a_window_of_the_text_is_kept(make_decoder: Make, kind: str) -> None:
+    ids = texts(2, 17)
+    without = make_decoder(kind, memory_size=0)
+    with torch.no_grad():
+        assert_close(without(ids)[0], without.decoder.model.base_model(input_ids=ids)[0])
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    assert_close(without(ids, mask)[0][1, :9], without(ids[1:, :9])[0][0, :9])
+    model = make_decoder(kind)
+    ids = texts(1, model.text_length)
+    memory = model.memory[None].detach()
+    hidden, written = model.step(Segment(ids), memory)
+    other, _ = model.step(Segment(ids), memory.flip(-1))
+    assert (other != hidden).any(dim=-1).all()
+    changed = ids.clone()
+    changed[:, 0] += 1
+    assert (model.step(Segment(changed), memory)[1] != written).any(dim=-1).all()
+    # Weights of attention are looked at through the same windows.
+    with model.recorded():
+        assert_close(model.step(Segment(ids), memory)[0], hidden)
+
+
+@pytest.mark.fault("a backbone that does not obey a mask", "it is refused in one line")
+@pytest.mark.parametrize("kind", DISOBEDIENT)
+def test_what_does_not_obey_is_refused(kind: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    torch.manual_seed(0)
+    gpt = AutoModelForCausalLM.from_config(copy.deepcopy(DISOBEDIENT[kind]))
+    with pytest.raises(UserError, match=rf"^backbone: {kind} [^\n]*; choose a causal language model such as GPT-2"):
+        Decoder(gpt, tokenizer)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -251,7 +312,7 @@ def test_what_cannot_serve_is_refused(tokenizer: PreTrainedTokenizerBase) -> Non
     gpt = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS["gpt2"]), attn_implementation="eager")
     with pytest.raises(UserError, match="gpt2 comes with eager attention, and memory needs scaled-dot-product"):
         Decoder(gpt, tokenizer)
-    bloom = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=600, hidden_size=16, n_layer=1, n_head=2))
+    bloom = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=1000, hidden_size=16, n_layer=1, n_head=2))
     with pytest.raises(UserError, match=r"^backbone: bloom "):
         Decoder(bloom, tokenizer)
     decoder = TinyGPT(width=16, layers=1, heads=2, max_positions=32).decoder(tokenizer)

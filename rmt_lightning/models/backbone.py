@@ -8,12 +8,15 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import random
+import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -29,6 +32,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.masking_utils import create_masks_for_generate
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging as hf_logging
 
@@ -42,6 +46,7 @@ logging.getLogger(BigBirdModel.__module__).setLevel(logging.ERROR)
 
 # They hand back windows around each token, or blocks, and pad inputs to whole ones.
 SPARSE = ("longformer", "big_bird")
+_SPECIAL = ("pad", "bos", "eos", "cls", "sep", "mask", "unk")
 
 
 class Layers(NamedTuple):
@@ -58,19 +63,73 @@ class Layers(NamedTuple):
     finish: Callable[[Tensor], Tensor]
 
 
-class Transformer(nn.Module):
+class Transformer(nn.Module, ABC):
     """What encoders and decoders have in common.
 
+    Families differ in what they do with embeddings, masks and positions, and no flag tells. So each model is tried
+    before it is used, on a few tokens.
+
     Args:
-        model: any Hugging Face model that takes `inputs_embeds`.
+        model: any Hugging Face model that takes `inputs_embeds`, also one that PEFT has put adapters into.
         tokenizer: the one that goes with it.
+
+    Raises:
+        UserError: if weights are no numbers, if the tokenizer knows more words than the model, or if the model does not
+            do as it is told.
     """
+
+    # What serves instead.
+    OTHERS: ClassVar[str]
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
-        # from_pretrained hands models over for inference, with dropout off.
-        self.model = model.train()
+        self.model = model
         self.tokenizer = tokenizer
+        # Whether layers hand on tuples, which is not known before they have been taken apart.
+        self._in_tuples: bool | None = None
+        for name, weight in model.named_parameters():
+            if not weight.isfinite().all():
+                raise UserError(f"backbone: its weights are damaged ({name} is not finite); give whole ones")
+        self._try()
+        # from_pretrained hands models over for inference, with dropout off.
+        model.train()
+
+    def _try(self) -> None:
+        """Raise a UserError if the model does not do what recurrence needs."""
+        with _tried(self.model):
+            try:
+                self._check_vocabulary()
+                fault = self._fault(self._some_words(min(16, self.max_positions)))
+            except UserError:
+                raise
+            except Exception as error:  # families fail in ways of their own
+                fault = f"cannot be run on embeddings ({type(error).__name__}: {_told(error)})"
+        if fault:
+            raise UserError(f"backbone: {self.model.config.model_type} {fault}; choose {self.OTHERS}")
+
+    @abstractmethod
+    def _fault(self, words: Tensor) -> str | None:
+        """What is wrong with the model, if anything is; `words` are two rows of ids (2, N), alike nowhere."""
+
+    def _some_words(self, length: int) -> Tensor:
+        """Two rows of ids without special ones (2, length), drawn at random; no word stands in both."""
+        config, tokenizer = self.model.config, self.tokenizer
+        special = {*tokenizer.all_special_ids, *(getattr(config, f"{name}_token_id", None) for name in _SPECIAL)}
+        ordinary = [i for i in range(min(self._words.num_embeddings, 10_000)) if i not in special]
+        drawn = torch.tensor(random.Random(0).sample(ordinary, len(ordinary)), device=self._words.weight.device)
+        return drawn.repeat(2 * length)[: 2 * length].view(2, length)
+
+    def _check_vocabulary(self) -> None:
+        tokenizer, known = self.tokenizer, self._words.num_embeddings
+        # A special token that no text holds, such as one for images, may have no embedding.
+        unused = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} - {
+            tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id
+        }  # fmt: skip
+        if beyond := sum(i >= known and i not in unused for i in tokenizer.get_vocab().values()):
+            raise UserError(
+                f"backbone: its tokenizer has {beyond} tokens beyond the {known} that its embedding has rows for; give "
+                "the tokenizer that belongs to the model, or resize the embedding"
+            )
 
     @property
     def _words(self) -> nn.Embedding:
@@ -94,7 +153,9 @@ class Transformer(nn.Module):
     @property
     def max_positions(self) -> int:
         """How many tokens the backbone can see at once."""
-        return int(self.model.config.max_position_embeddings)
+        known = getattr(self.model.config, "max_position_embeddings", None)
+        # Families whose positions are relative have no such number, or -1, as XLNet does.
+        return sys.maxsize if known is None or known < 0 else int(known)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Word embeddings, before positions are added: (B, N) -> (B, N, E)."""
@@ -134,29 +195,85 @@ class Transformer(nn.Module):
             model.set_attn_implementation(fast)
             hook.remove()
 
-    def apart(self, *inputs: Tensor | None) -> Layers:
+    def apart(self, *inputs: Any) -> Layers:
         """The parts of the forward pass that `forward` makes of these inputs. The embedding alone is computed.
 
         Raises:
             UserError: if the backbone cannot be taken apart.
         """
-        size = self.model.config.num_hidden_layers
-        stacks = [
-            (owner, part)
-            for owner in self.model.modules()
-            for part in owner.children()
-            if isinstance(part, nn.ModuleList) and len(part) == size
-        ]
-        if len(stacks) != 1 or self.model.config.model_type in SPARSE:
-            raise UserError(
-                f"backbone: the layers of {self.model.config.model_type} cannot be run one by one; choose an encoder "
-                f"such as BERT, or {_DECODERS}"
-            )
-        ((owner, layers),) = stacks
-        with _noted(layers) as calls:
+        if self._in_tuples is None:
+            self._try_apart(*inputs)
+        return self._apart(*inputs)
+
+    def _apart(self, *inputs: Any) -> Layers:
+        layers = self._layers()
+        with self._skipped(layers) as calls:
             self(*inputs)
-        after = [part for name in _AFTER_LAYERS if (part := getattr(owner, name, None)) is not None]
-        return Layers(calls[0].given[0], tuple(calls), nn.Sequential(*after))
+
+        def finish(hidden: Tensor) -> Tensor:
+            finished: list[Tensor] = []
+            with self._skipped(layers, hidden):
+                finished.append(self(*inputs))
+            return finished[0]
+
+        return Layers(calls[0].hidden, tuple(calls), finish)
+
+    def _layers(self) -> nn.ModuleList:
+        size = self.model.config.num_hidden_layers
+        (layers,) = (part for part in self.model.modules() if isinstance(part, nn.ModuleList) and len(part) == size)
+        return layers
+
+    def _try_apart(self, *inputs: Any) -> None:
+        """Raise a UserError unless the parts make the whole."""
+        kind, made, same = self.model.config.model_type, [], False
+        # Families fail in ways of their own.
+        with _tried(self.model), suppress(Exception):
+            hook = self._layers()[-1].register_forward_hook(lambda _layer, _given, output: made.append(output))
+            whole = self(*inputs)
+            hook.remove()
+            self._in_tuples = isinstance(made[0], tuple)
+            parts = self._apart(*inputs)
+            hidden = parts.hidden
+            for step in parts.steps:
+                hidden = step(hidden)
+            same = kind not in SPARSE and _alike(parts.finish(hidden), whole)
+        if not same:
+            self._in_tuples = None
+            raise UserError(
+                f"backbone: the layers of {kind} cannot be run one by one; choose an encoder such as BERT, or "
+                f"{Decoder.OTHERS}"
+            )
+
+    @contextmanager
+    def _skipped(self, layers: nn.ModuleList, result: Tensor | None = None) -> Iterator[list[_Call]]:
+        """While it is open, layers compute nothing; the list grows by how they are called.
+
+        Families differ in what their layers take: masks, positions or rotations of them, relative biases. None of it
+        depends on what the layers before have made of the text.
+
+        Args:
+            layers: the layers.
+            result: what the last one hands on, (B, N, D); None: what follows it is not reached.
+        """
+        calls: list[_Call] = []
+
+        def note(layer: nn.Module, hidden: Tensor, *given: Any, **named: Any) -> Any:
+            calls.append(_Call(layer, hidden, given, named))
+            if layer is layers[-1]:
+                if result is None:
+                    raise _AllNoted
+                hidden = result
+            return (hidden,) if self._in_tuples else hidden
+
+        for layer in layers:
+            vars(layer)["forward"] = partial(note, layer)
+        try:
+            yield calls
+        except _AllNoted:
+            pass
+        finally:
+            for layer in layers:
+                del vars(layer)["forward"]
 
 
 @dataclass(frozen=True)
@@ -164,11 +281,12 @@ class _Call:
     """A layer and how it was called, to be called so again with other hidden states (B, N, D)."""
 
     layer: nn.Module
+    hidden: Tensor
     given: tuple[Any, ...]
     named: dict[str, Any]
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        made = self.layer(hidden, *self.given[1:], **self.named)
+        made = self.layer(hidden, *self.given, **self.named)
         output: Tensor = made[0] if isinstance(made, tuple) else made
         return output
 
@@ -177,60 +295,57 @@ class _AllNoted(Exception):
     """The last layer has been reached."""
 
 
-@contextmanager
-def _noted(layers: nn.ModuleList) -> Iterator[list[_Call]]:
-    """While it is open, layers compute nothing; the list grows by how they are called. What follows is not reached.
-
-    Families differ in what their layers take: masks, positions or rotations of them, relative biases. None of it
-    depends on what the layers before have made of the text.
-    """
-    calls: list[_Call] = []
-
-    def note(layer: nn.Module, *given: Any, **named: Any) -> Any:
-        calls.append(_Call(layer, given, named))
-        if layer is layers[-1]:
-            raise _AllNoted
-        return given
-
-    for layer in layers:
-        vars(layer)["forward"] = partial(note, layer)
-    try:
-        yield calls
-    except _AllNoted:
-        pass
-    finally:
-        for layer in layers:
-            del vars(layer)["forward"]
-
-
-# What follows the last layer, if there is such a thing, in order: a norm, then a projection in the OPT of 350M.
-_AFTER_LAYERS = ("ln_f", "final_layer_norm", "final_norm", "norm", "project_out")
-
-
 class Encoder(Transformer):
     """What the recurrence needs of an encoder: embed token ids, turn embeddings into hidden states.
 
     Args:
         model: any Hugging Face encoder that takes `inputs_embeds`.
-        tokenizer: tells which ids stand for [CLS], [SEP] and padding.
+        tokenizer: tells which ids stand for [CLS] and [SEP], or else begin and end a text.
 
     Raises:
-        UserError: if the tokenizer has no such tokens.
+        UserError: if the tokenizer has no such tokens, or if the model does not give each token a state that depends on
+            all tokens which the mask shows it, and on nothing else.
     """
 
+    OTHERS = "an encoder such as BERT, RoBERTa, DistilBERT, ELECTRA, MPNet or ModernBERT"
+
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        model = _inside(model)
         # A pooler would be computed for nothing, and DDP does not like parameters without gradient.
         if getattr(model, "pooler", None) is not None:
             model.register_module("pooler", None)
-        super().__init__(model, tokenizer)
-        cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
+        cls = tokenizer.bos_token_id if tokenizer.cls_token_id is None else tokenizer.cls_token_id
+        sep = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
         if cls is None or sep is None:
             raise UserError(
-                f"backbone: {model.config.model_type} has no tokens to begin and to end a segment; choose an encoder "
-                "such as BERT, RoBERTa, DistilBERT, ELECTRA, MPNet or ModernBERT"
+                f"backbone: {model.config.model_type} has no tokens to begin and to end a segment; choose {self.OTHERS}"
             )
         self.cls_token_id = int(cls)
         self.sep_token_id = int(sep)
+        super().__init__(model, tokenizer)
+
+    def _fault(self, words: Tensor) -> str | None:
+        if self.model.config.model_type in SPARSE:
+            return None
+        size = words.shape[1] * 2 // 3
+        text, other = words
+        # The same text before other padding; and a text that shares but the first token.
+        rows = torch.stack([text, torch.cat([text[:size], other[size:]]), torch.cat([text[:1], other[1:]])])
+        mask = (torch.arange(words.shape[1], device=words.device) < size).long().expand(len(rows), -1)
+        plain = self.model(input_ids=words[:1, :size])[0]
+        embedded = self.embed(rows)
+        # Memory is no word.
+        embedded[2, 1] = embedded[2].mean(dim=0)
+        hidden = self(embedded, mask)[:, :size]
+        if hidden.shape[1:] != (size, self.width):
+            return "gives no hidden state for each token"
+        if not _alike(hidden[1], hidden[0], 1e-5):
+            return "does not obey a mask: what it makes of a text depends on the padding after it"
+        if not _alike(hidden[0], plain[0]):
+            return "makes of embeddings something else than of the words they stand for"
+        if _alike(hidden[2, 0], hidden[0, 0], 1e-6):
+            return "lets its first token, which answers are read at, see nothing of a text"
+        return None
 
     @property
     def max_positions(self) -> int:
@@ -279,24 +394,68 @@ class Decoder(Transformer):
     Raises:
         UserError: if the model cannot be told which tokens see which, or where they stand, or if it reads words off its
             last states by more than a linear map.
+
+    Attributes:
+        can_write: whether the weights that words are read off with have been trained.
     """
 
+    OTHERS = "a causal language model such as GPT-2, OPT, GPT-NeoX, Llama or Qwen"
+    can_write = True
+
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        model = _inside(model)
         kind, attention = model.config.model_type, model.config._attn_implementation
         # Other kinds of attention may ignore a mask of four dimensions without a word.
         if attention != "sdpa":
             raise UserError(
                 f"backbone: {kind} comes with {attention} attention, and memory needs scaled-dot-product attention "
-                f"(sdpa); choose {_DECODERS}"
+                f"(sdpa); choose {self.OTHERS}"
             )
         if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
-            raise UserError(f"backbone: {kind} cannot be told the positions of tokens; choose {_DECODERS}")
-        if not _reads_words_linearly(model):
-            raise UserError(
-                f"backbone: {kind} scales or bounds its scores of words, and only plain ones are read; "
-                f"choose {_DECODERS}"
-            )
+            raise UserError(f"backbone: {kind} cannot be told the positions of tokens; choose {self.OTHERS}")
+        if model.get_output_embeddings() is None:
+            raise UserError(f"backbone: {kind} comes without what words are read off with; give AutoModelForCausalLM")
         super().__init__(model, tokenizer)
+
+    def _fault(self, words: Tensor) -> str | None:
+        length = words.shape[1]
+        size, half = length * 3 // 4, length * 3 // 8
+        text, other = words[0, :size], words[1]
+        places = torch.arange(length, device=words.device)
+        hole = (places >= half) & (places < half + length - size)
+        # The same text around a hole with one filling and another; and two texts that share but the first token, which
+        # sees all the others.
+        rows = words[:1].repeat(4, 1)
+        rows[:2, ~hole] = text
+        rows[1, hole] = other[hole]
+        rows[3, 1:] = other[1:]
+        visible = places.new_ones(4, length, length, dtype=torch.bool)
+        visible[:2] = visible[:2].tril() & ~hole | torch.eye(length, dtype=torch.bool, device=words.device)
+        positions = places.repeat(4, 1)
+        positions[:2, ~hole] = places[:size]
+        with _windows(self.model.config, length):
+            plain = text_states = self.model.base_model(input_ids=text[None])[0][0]
+            scores = self.model(input_ids=text[None]).logits[0]
+            embedded = self.embed(rows)
+            # Memory is no word.
+            embedded[2:, 1] = embedded[2].mean(dim=0)
+            hidden = self(embedded, visible, positions, slice(0, 1))
+        if not (_alike(hidden[1, ~hole], hidden[0, ~hole], 1e-5) and _alike(hidden[0, ~hole], plain)):
+            return "does not obey masks and positions: what it makes of a text depends on what is hidden from it"
+        if _alike(hidden[3, 0], hidden[2, 0], 1e-6):
+            return "lets no token see a later one, as those of memory must"
+        with _windows(self.model.config, 3) as windowed:
+            if windowed:
+                plain = self.model.base_model(input_ids=text[None])[0][0]
+                hidden = self(
+                    self.embed(text[None]), visible[2:3, :size, :size].tril(), places[None, :size], slice(0, size)
+                )
+                if not _alike(hidden[0], plain):
+                    return "sees a window of a text otherwise than its masks tell"
+        # Those of Gemma 2, Cohere and Granite are not.
+        if not torch.allclose(scores, self._to_words(text_states), rtol=1e-3, atol=1e-5):
+            return "scales or bounds its scores of words, and only plain ones are read"
+        return None
 
     @property
     def _to_words(self) -> nn.Linear:
@@ -312,41 +471,111 @@ class Decoder(Transformer):
         """The parameters that only `logits` uses: none if words are read off with the embeddings that write them."""
         return [weight for weight in self._to_words.parameters() if weight is not self._words.weight]
 
-    def forward(self, embeddings: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+    def forward(self, embeddings: Tensor, visible: Tensor, position_ids: Tensor, text: slice) -> Tensor:
         """What the last layer makes of embeddings.
 
         Args:
             embeddings: (B, N, E).
-            attention_mask: (B or 1, 1, N, N), added to the attention scores: row q holds 0 for what q may see.
+            visible: (B or 1, N, N) bool: row q tells what q may see.
             position_ids: (B or 1, N).
+            text: which of the embeddings are text. Where layers see a window of the text, they see all else beside it.
 
         Returns:
             (B, N, D).
         """
         hidden: Tensor = self.model.base_model(
-            inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+            inputs_embeds=embeddings,
+            attention_mask=self._masks(visible, embeddings, text),
+            position_ids=position_ids,
+            use_cache=False,
         )[0]
         return hidden
 
+    def _masks(self, visible: Tensor, embeddings: Tensor, text: slice) -> Tensor | dict[str, Tensor]:
+        """What is added to the scores, (B or 1, 1, N, N): 0 for what may be seen; by kinds of layers if they differ."""
+        # What the backbone's layers would see of the text alone; None stands for all that came before.
+        own = create_masks_for_generate(self.model.config, embeddings[:1, text], None, None)
+        windows = own if isinstance(own, dict) else {"all": own}
+        if all(window is None or window.dim() != 4 for window in windows.values()):
+            return _added(visible, embeddings.dtype)
+        masks = {}
+        for kind, window in windows.items():
+            seen = torch.ones_like(visible[:1])
+            if window is not None:
+                seen[:, text, text] = window[:, 0] if window.dtype == torch.bool else window[:, 0] == 0
+            masks[kind] = _added(visible & seen, embeddings.dtype)
+        return masks if isinstance(own, dict) else masks["all"]
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the words that may come next: (…, D) -> (…, V)."""
+        if not self.can_write:
+            raise UserError(
+                "backbone.name: its folder has no weights that words are read off with, so it can only classify; "
+                "choose answer=classify, or give the folder of a whole language model"
+            )
         scores: Tensor = self._to_words(hidden)
         return scores
 
 
-@torch.no_grad()
-def _reads_words_linearly(model: PreTrainedModel) -> bool:
-    """Whether its scores are what `Decoder.logits` makes of them; those of Gemma 2, Cohere and Granite are not."""
-    tokens = torch.tensor([[1, 2, 3]], device=model.device)
-    was_training = model.training
-    model.eval()
-    scores = model(input_ids=tokens).logits
-    linear = model.get_output_embeddings()(model.base_model(input_ids=tokens)[0])
-    model.train(was_training)
-    return torch.allclose(scores, linear, rtol=1e-3, atol=1e-5)
+def _inside(model: PreTrainedModel) -> PreTrainedModel:
+    """The model that PEFT has put adapters into, without the wrapper, which hides how it is called."""
+    if not hasattr(model, "get_base_model"):
+        return model
+    inside: PreTrainedModel = model.get_base_model()
+    kept = {id(weight) for weight in inside.parameters()}
+    if any(id(weight) not in kept for weight in model.parameters()):
+        raise UserError(
+            f"backbone: {inside.config.model_type} comes with trained parts beside its layers, such as prompts, which "
+            "would be lost; give adapters within layers, such as LoRA"
+        )
+    return inside
 
 
-_DECODERS = "a causal language model such as GPT-2, OPT, GPT-NeoX, Llama or Qwen"
+@contextmanager
+def _tried(model: PreTrainedModel) -> Iterator[None]:
+    """While it is open, the model can be run without a trace: no gradient, no random number, no dropout."""
+    modes = [(module, module.training) for module in model.modules()]
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+@contextmanager
+def _windows(config: PreTrainedConfig, size: int) -> Iterator[bool]:
+    """While it is open, layers that see a window of text see so many tokens. Whether there are such layers."""
+    config = config.get_text_config()
+    kept = {name: getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")}
+    kept = {name: value for name, value in kept.items() if value is not None}
+    try:
+        for name in kept:
+            setattr(config, name, size)
+        yield bool(kept)
+    finally:
+        for name, value in kept.items():
+            setattr(config, name, value)
+
+
+def _added(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores so that only what is visible counts: (B, N, N) bool -> (B, 1, N, N)."""
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None]
+
+
+def _alike(found: Tensor, expected: Tensor, rounding: float = 1e-4) -> bool:
+    """Whether two ways to hidden states lead to the same ones, but for rounding, in single precision, and half."""
+    if torch.finfo(found.dtype).bits < 32:
+        rounding *= 500
+    return bool((found - expected).abs().max() <= rounding * expected.abs().max())
+
+
+def _told(error: Exception) -> str:
+    """What went wrong in another library, in a line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
 class Backbone(Protocol):
@@ -406,38 +635,89 @@ class Pretrained:
 
     def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = self._load(AutoTokenizer)
+        # Without its files, transformers makes one that knows special tokens alone.
+        words = len(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
+        rows = getattr(self.config().get_text_config(), "vocab_size", 0)
+        if words <= rows // 10:
+            raise UserError(
+                f"backbone.name={self.name}: its tokenizer knows {words} words, and the model {rows}; put the model's "
+                "tokenizer.json and tokenizer_config.json beside its weights"
+            )
         return tokenizer
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase) -> Encoder:
-        # from_pretrained would keep the checkpoint's precision; training needs full precision weights.
-        return Encoder(self._load(AutoModel, dtype=torch.float32), tokenizer)
+        model, missing = self._weights(AutoModel)
+        self._require(missing)
+        return Encoder(model, tokenizer)
 
     def decoder(self, tokenizer: PreTrainedTokenizerBase) -> Decoder:
         kind = self._load(AutoConfig).model_type
         # transformers would run BERT as a decoder that it was never trained to be.
         if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-            raise UserError(f"backbone.name={self.name}: {kind} is an encoder; choose {_DECODERS}")
-        return Decoder(self._load(AutoModelForCausalLM, dtype=torch.float32), tokenizer)
+            raise UserError(f"backbone.name={self.name}: {kind} is an encoder; choose {Decoder.OTHERS}")
+        model, missing = self._weights(AutoModelForCausalLM)
+        head = {id(weight) for weight in model.get_output_embeddings().parameters()}
+        unread = {name for name, weight in model.named_parameters() if id(weight) in head}
+        self._require(missing - unread)
+        decoder = Decoder(model, tokenizer)
+        decoder.can_write = not missing & unread
+        return decoder
+
+    def _weights(self, auto_class: Any) -> tuple[PreTrainedModel, set[str]]:
+        """The model, and the names of its trained weights that were not there, so that they are random."""
+        if getattr(self.config(), "quantization_config", None):
+            raise UserError(
+                f"backbone.name={self.name}: its weights are quantized, and such cannot be trained; give the model "
+                "that they were made from"
+            )
+        verbosity = hf_logging.get_verbosity()
+        # Of what is missing it tells in a table, over many lines.
+        hf_logging.set_verbosity_error()
+        try:
+            # from_pretrained would keep the checkpoint's precision; training needs full precision weights.
+            model, found = self._load(
+                auto_class, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+        finally:
+            hf_logging.set_verbosity(verbosity)
+        for name, given, needed in sorted(found["mismatched_keys"]):
+            raise UserError(
+                f"backbone.name={self.name}: its weights do not fit its config.json ({name} has shape "
+                f"{tuple(given)}, not {tuple(needed)}); give a folder whose files belong together"
+            )
+        # What is not trained, such as sines of positions, is what it must be without being loaded.
+        trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+        return model, {name for name in found["missing_keys"] & trained if "pooler" not in name}
+
+    def _require(self, missing: set[str]) -> None:
+        if missing:
+            raise UserError(
+                f"backbone.name={self.name}: {len(missing)} of its weights are missing, such as {min(missing)}; give "
+                "a folder whose weights belong to its config.json"
+            )
+
+    @cached_property
+    def _out_of_reach(self) -> str:
+        """Why the Hub cannot be asked, so that only what it sent before can be read; nothing if there is no need."""
+        return "" if Path(self.name).is_dir() else out_of_reach(f"backbone.name={self.name}")
 
     def _load(self, auto_class: Any, **options: Any) -> Any:
+        setting = f"backbone.name={self.name}"
         if os.sep in self.name and self.name.count("/") != 1 and not Path(self.name).is_dir():
-            raise UserError(f"backbone.name={self.name}: no such folder; give a folder or a Hugging Face Hub id")
+            raise UserError(f"{setting}: no such folder; give a folder or a Hugging Face Hub id")
         hf_logging.disable_progress_bar()
-        if not Path(self.name).is_dir() and out_of_reach(f"backbone.name={self.name}"):
-            # What was loaded before is in the Hub's cache.
-            options["local_files_only"] = True
+        options["local_files_only"] = bool(self._out_of_reach)
         try:
             return auto_class.from_pretrained(self.name, trust_remote_code=False, **options)
-        except (OSError, ValueError, StrictDataclassError) as error:
+        except Exception as error:  # each library raises classes of its own
             if "custom code" in str(error):
                 raise UserError(
-                    f"backbone.name={self.name}: brings code of its own, which is not executed; give a model that "
-                    "transformers knows"
+                    f"{setting}: brings code of its own, which is not executed; give a model that transformers knows"
                 ) from None
             # The Hub's checks of a config tell what is wrong in their last line.
-            reason = str(error).splitlines()[-1 if isinstance(error, StrictDataclassError) else 0].strip()
+            reason = str(error).splitlines()[-1].strip() if isinstance(error, StrictDataclassError) else _told(error)
             raise UserError(
-                f"backbone.name={self.name}: cannot be loaded ({reason}); give a folder that holds a model, or a "
+                f"{setting}: cannot be loaded ({self._out_of_reach or reason}); give a folder that holds a model, or a "
                 "Hugging Face Hub id while the network is there, or use backbone=tiny_bert or tiny_gpt"
             ) from None
 

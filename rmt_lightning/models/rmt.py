@@ -238,14 +238,13 @@ class RMTDecoder(MemoryModel):
         """
         words = self.decoder.embed(segment.input_ids)
         read = self._embed(memory, words)
-        hidden = self.decoder(
-            torch.cat([read, words, read], dim=1), self._attention_mask(segment, words.dtype), self._positions(segment)
-        )
         layout = self.layout(words.shape[1])
+        embeddings = torch.cat([read, words, read], dim=1)
+        hidden = self.decoder(embeddings, self._visible(segment), self._positions(segment), layout.place("text"))
         return hidden[:, layout.place("text")], self.next_memory(hidden[:, layout.place(layout.written)], memory)
 
-    def _attention_mask(self, segment: Segment, dtype: torch.dtype) -> Tensor:
-        """(B or 1, 1, N, N), to be added to the scores: what reads what, from 0 … N - 1 to 0 … N - 1."""
+    def _visible(self, segment: Segment) -> Tensor:
+        """(B or 1, N, N) bool: what reads what, from 0 … N - 1 to 0 … N - 1."""
         ids, text_mask = segment
         end_of_text = self.memory_size + ids.shape[1]
         length = end_of_text + self.memory_size
@@ -258,8 +257,7 @@ class RMTDecoder(MemoryModel):
             seen = nn.functional.pad(text_mask, (self.memory_size, self.memory_size), value=1).bool()
             # Padding sees itself: a softmax over nothing would be no number.
             visible = visible & seen[:, None] | torch.eye(length, dtype=torch.bool, device=ids.device)
-        mask = torch.zeros(visible.shape, dtype=dtype, device=ids.device)
-        return mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None]
+        return visible
 
     def _positions(self, segment: Segment) -> Tensor:
         """(B or 1, N): the write memory stands right after the text, wherever the padding is."""
