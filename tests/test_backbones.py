@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     BartConfig,
     BertConfig,
+    BertForMaskedLM,
     BigBirdConfig,
     CanineConfig,
     ConvBertConfig,
@@ -18,6 +22,8 @@ from transformers import (
     ElectraConfig,
     FNetConfig,
     GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
     LongformerConfig,
     ModernBertConfig,
     MPNetConfig,
@@ -181,6 +187,81 @@ def test_saved_and_restored(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) 
     assert all(module.training for module in loaded.modules())
     for key, value in encoder.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[key], value)
+
+
+def _weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _rename(weights: dict[str, torch.Tensor]) -> None:
+    for name in list(weights):
+        weights[f"net.{name}"] = weights.pop(name)
+
+
+def _config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def _cut(folder: Path) -> None:
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-1000])
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "without its tokenizer": (
+        lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],
+        r"its tokenizer knows 0 words, and the model",
+    ),
+    "of a few words": (
+        lambda folder: [
+            *(path.unlink() for path in folder.glob("tokenizer*")),
+            (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nthe\nof\n"),
+        ],
+        r"its tokenizer knows 2 words",
+    ),
+    "with a damaged tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{"), r"cannot be loaded \(Ex"),
+    "weights by other names": (lambda folder: _weights(folder, _rename), r"21 of its weights are missing, such"),
+    "a weight is missing": (
+        lambda folder: _weights(folder, lambda weights: weights.pop("encoder.layer.0.output.dense.bias")),
+        r"1 of its weights are missing, such as encoder.layer.0.output.dense.bias; give",
+    ),
+    "wider config": (
+        lambda folder: _config(folder, hidden_size=32),
+        r"its weights do not fit its config.json \(embeddings.LayerNorm.bias has shape \(16,\), not \(32,\)\)",
+    ),
+    "truncated": (_cut, r"cannot be loaded \(SafetensorError: Error while deserializing header"),
+    "quantized": (
+        lambda folder: _config(folder, quantization_config={"quant_method": "gptq", "bits": 4}),
+        r"its weights are quantized, and such cannot be trained",
+    ),
+    "config of no model": (lambda folder: _config(folder, hidden_act="none such"), r"cannot be loaded \(KeyError"),
+}  # fmt: skip
+
+
+@pytest.mark.fault("a model folder whose files are missing, damaged or of another model", "one line says which")
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_folder_is_refused(name: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    damage, message = DAMAGE[name]
+    TinyBert(width=16, layers=1, heads=2).encoder(tokenizer).model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    damage(tmp_path)
+    backbone = Pretrained(str(tmp_path))
+    with pytest.raises(UserError, match=rf"^backbone.name={tmp_path}: {message}[^\n]*$"):
+        backbone.encoder(backbone.tokenizer([]))
+
+
+def test_heads_may_be_missing(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """A pooler is not used, and a head that words are read off with is asked for when it is."""
+    BertForMaskedLM(CONFIGS["bert"][0]).save_pretrained(tmp_path / "bert")
+    assert Pretrained(str(tmp_path / "bert")).encoder(tokenizer).width == 16
+    config = LlamaConfig(vocab_size=1000, **SMALL, tie_word_embeddings=False)
+    LlamaForCausalLM(config).model.save_pretrained(tmp_path / "llama")
+    decoder = Pretrained(str(tmp_path / "llama")).decoder(tokenizer)
+    with pytest.raises(UserError, match=r"no weights that words are read off with, so it can only classify; choose"):
+        decoder.logits(torch.zeros(1, 16))
 
 
 def test_a_half_precision_checkpoint_trains_in_full_precision(

@@ -103,7 +103,7 @@ class Transformer(nn.Module, ABC):
             except UserError:
                 raise
             except Exception as error:  # families fail in ways of their own
-                fault = f"cannot be run on embeddings ({type(error).__name__}: {_told(error)})"
+                fault = f"cannot be run on embeddings ({_told(error)})"
         if fault:
             raise UserError(f"backbone: {self.model.config.model_type} {fault}; choose {self.OTHERS}")
 
@@ -519,9 +519,10 @@ class Decoder(Transformer):
 
 def _inside(model: PreTrainedModel) -> PreTrainedModel:
     """The model that PEFT has put adapters into, without the wrapper, which hides how it is called."""
-    if not hasattr(model, "get_base_model"):
+    unwrap: Callable[[], PreTrainedModel] | None = getattr(model, "get_base_model", None)
+    if unwrap is None:
         return model
-    inside: PreTrainedModel = model.get_base_model()
+    inside = unwrap()
     kept = {id(weight) for weight in inside.parameters()}
     if any(id(weight) not in kept for weight in model.parameters()):
         raise UserError(
@@ -575,7 +576,8 @@ def _alike(found: Tensor, expected: Tensor, rounding: float = 1e-4) -> bool:
 
 def _told(error: Exception) -> str:
     """What went wrong in another library, in a line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+    told = " ".join(str(error).split())[:200]
+    return told if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {told}"
 
 
 class Backbone(Protocol):
@@ -657,6 +659,7 @@ class Pretrained:
             raise UserError(f"backbone.name={self.name}: {kind} is an encoder; choose {Decoder.OTHERS}")
         model, missing = self._weights(AutoModelForCausalLM)
         head = {id(weight) for weight in model.get_output_embeddings().parameters()}
+        head -= {id(weight) for weight in model.get_input_embeddings().parameters()}
         unread = {name for name, weight in model.named_parameters() if id(weight) in head}
         self._require(missing - unread)
         decoder = Decoder(model, tokenizer)
