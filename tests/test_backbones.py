@@ -6,11 +6,13 @@ import copy
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     BartConfig,
     BertConfig,
@@ -39,9 +41,10 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModel
 
+from rmt_lightning.app.build import save_architecture
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.models.backbone import Encoder, Pretrained, Restored
-from rmt_lightning.models.rmt import RMTEncoder
+from rmt_lightning.models.backbone import Decoder, Encoder, Pretrained, Restored, Transformer
+from rmt_lightning.models.rmt import RMTDecoder, RMTEncoder
 from rmt_lightning.models.tiny import TinyBert
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -161,6 +164,59 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tokenizer: PreTrainedT
     larger.add_special_tokens({"additional_special_tokens": ["<image>"]})
     config.vocab_size = len(tokenizer)
     Encoder(AutoModel.from_config(config), larger)
+
+
+class Adapted(nn.Module):
+    """A linear layer and an adapter beside it, as PEFT puts them in its place."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = layer.requires_grad_(False)
+        self.lora = nn.Linear(layer.in_features, layer.out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x) + self.lora(x)
+
+
+class Wrapped(nn.Module):
+    """What PEFT hands out: a model with adapters in its layers, and perhaps a prompt beside them."""
+
+    def __init__(self, model: nn.Module, prompt: bool = False) -> None:
+        super().__init__()
+        self.inside = model
+        self.prompt = nn.Parameter(torch.zeros(3, 16)) if prompt else None
+
+    def get_base_model(self) -> nn.Module:
+        return self.inside
+
+    def __getattr__(self, name: str) -> object:
+        return super().__getattr__(name) if name in ("inside", "prompt") else getattr(self.inside, name)
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        return self.inside(*args, **kwargs)
+
+
+@pytest.mark.fault("a backbone with adapters, which its config does not tell of", "it runs; saving it is refused")
+@pytest.mark.parametrize("kind", [Encoder, Decoder])
+def test_adapters(kind: type[Transformer], tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    if kind is Encoder:
+        inside = AutoModel.from_config(CONFIGS["bert"][0])
+        layer = inside.encoder.layer[0].intermediate
+        layer.dense = Adapted(layer.dense)
+    else:
+        inside = LlamaForCausalLM(LlamaConfig(vocab_size=1000, **SMALL))
+        layer = inside.model.layers[0].self_attn
+        layer.q_proj = Adapted(layer.q_proj)
+    model = (RMTEncoder if kind is Encoder else RMTDecoder)(kind(Wrapped(inside), tokenizer), 24, memory_size=2)
+    hidden, _ = model(torch.randint(5, 600, (2, 3, model.text_length)))
+    hidden.square().sum().backward()
+    assert all(weight.grad is not None for weight in layer.parameters() if weight.requires_grad)
+    for save in (model.save_pretrained, partial(save_architecture, model)):
+        with pytest.raises(UserError, match=r"^backbone: \d+ of its weights, such as .* are not as its config tells"):
+            save(tmp_path)
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(UserError, match=r"comes with trained parts beside its layers, such as prompts, which would be"):
+        kind(Wrapped(inside, prompt=True), tokenizer)
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "mpnet"])

@@ -23,6 +23,7 @@ from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.run_folder import BACKBONE, TOKENIZER
 from rmt_lightning.models.answerer import Answerer
 from rmt_lightning.models.backbone import Backbone, Restored, parts_for
+from rmt_lightning.models.pretrained import check_reopens
 from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.tasks.facts import Split, Task
 from rmt_lightning.tasks.noise import SPLITS, Corpus, Noise, tokenize
@@ -162,7 +163,12 @@ def find_device(name: Literal["auto", "cpu", "cuda"]) -> tuple[torch.device, str
 
 
 def save_architecture(model: SegmentModel[Any], folder: Path) -> None:
-    """Leave tokenizer and backbone config in a run folder, each whole or not at all, to open its checkpoints with."""
+    """Leave tokenizer and backbone config in a run folder, each whole or not at all, to open its checkpoints with.
+
+    Raises:
+        UserError: if they would not do.
+    """
+    check_reopens(model)
     for name, part in ((TOKENIZER, model.tokenizer), (BACKBONE, model.architecture)):
         with FileLock(folder / f".{name}.lock"):
             if part is None or (folder / name).exists():

@@ -5,6 +5,7 @@ Shapes: B batch, N tokens that the backbone sees, E width of the embeddings, D w
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import os
@@ -78,7 +79,8 @@ class Transformer(nn.Module, ABC):
             do as it is told.
     """
 
-    # What serves instead.
+    # How the model comes out of its config, and what serves instead of one that does not.
+    AUTO: ClassVar[Any]
     OTHERS: ClassVar[str]
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -129,6 +131,19 @@ class Transformer(nn.Module, ABC):
             raise UserError(
                 f"backbone: its tokenizer has {beyond} tokens beyond the {known} that its embedding has rows for; give "
                 "the tokenizer that belongs to the model, or resize the embedding"
+            )
+
+    def check_told_by_config(self) -> None:
+        """Raise a UserError unless the config alone, which is what is saved, makes a model that the weights fit."""
+        with torch.device("meta"), torch.random.fork_rng([]):
+            again = self.AUTO.from_config(copy.deepcopy(self.model.config))
+        told, weights = ({name: x.shape for name, x in m.state_dict().items()} for m in (again, self.model))
+        names = {name for name in told.keys() | weights.keys() if not name.startswith("pooler.")}
+        if strange := sorted(name for name in names if told.get(name) != weights.get(name)):
+            raise UserError(
+                f"backbone: {len(strange)} of its weights, such as {strange[0]}, are not as its config tells, so it "
+                "could not be opened again; merge adapters with merge_and_unload, and give what "
+                f"{self.AUTO.__name__} makes of a config"
             )
 
     @property
@@ -307,6 +322,7 @@ class Encoder(Transformer):
             all tokens which the mask shows it, and on nothing else.
     """
 
+    AUTO = AutoModel
     OTHERS = "an encoder such as BERT, RoBERTa, DistilBERT, ELECTRA, MPNet or ModernBERT"
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -399,6 +415,7 @@ class Decoder(Transformer):
         can_write: whether the weights that words are read off with have been trained.
     """
 
+    AUTO = AutoModelForCausalLM
     OTHERS = "a causal language model such as GPT-2, OPT, GPT-NeoX, Llama or Qwen"
     can_write = True
 
@@ -648,7 +665,7 @@ class Pretrained:
         return tokenizer
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase) -> Encoder:
-        model, missing = self._weights(AutoModel)
+        model, missing = self._weights(Encoder.AUTO)
         self._require(missing)
         return Encoder(model, tokenizer)
 
@@ -657,7 +674,7 @@ class Pretrained:
         # transformers would run BERT as a decoder that it was never trained to be.
         if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
             raise UserError(f"backbone.name={self.name}: {kind} is an encoder; choose {Decoder.OTHERS}")
-        model, missing = self._weights(AutoModelForCausalLM)
+        model, missing = self._weights(Decoder.AUTO)
         head = {id(weight) for weight in model.get_output_embeddings().parameters()}
         head -= {id(weight) for weight in model.get_input_embeddings().parameters()}
         unread = {name for name, weight in model.named_parameters() if id(weight) in head}
@@ -748,7 +765,7 @@ class Restored:
         return tokenizer
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase) -> Encoder:
-        return Encoder(AutoModel.from_config(self.config()), tokenizer)
+        return Encoder(Encoder.AUTO.from_config(self.config()), tokenizer)
 
     def decoder(self, tokenizer: PreTrainedTokenizerBase) -> Decoder:
-        return Decoder(AutoModelForCausalLM.from_config(self.config()), tokenizer)
+        return Decoder(Decoder.AUTO.from_config(self.config()), tokenizer)

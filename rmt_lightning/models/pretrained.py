@@ -24,7 +24,7 @@ from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.hub import out_of_reach
 from rmt_lightning.core.names import public_name
 from rmt_lightning.core.run_folder import BACKBONE, TOKENIZER
-from rmt_lightning.models.backbone import Restored, parts_for
+from rmt_lightning.models.backbone import Restored, Transformer, parts_for
 from rmt_lightning.models.update import Update
 
 CONFIG = "config.json"
@@ -69,6 +69,7 @@ class SavedModel(ModelHubMixin, library_name="rmt_lightning", model_card_templat
 
     def _save_pretrained(self, save_directory: Path) -> None:
         assert isinstance(self, nn.Module)
+        check_reopens(self)
         arguments = cast(dict[str, Any], self._hub_mixin_config or {})
         settings = {"model": public_name(f"{type(self).__module__}.{type(self).__qualname__}"), **arguments}
         (save_directory / CONFIG).write_text(json.dumps(settings, indent=2))
@@ -101,6 +102,13 @@ class SavedModel(ModelHubMixin, library_name="rmt_lightning", model_card_templat
             load_model(model, folder / WEIGHTS)
             model.eval()
             return model
+
+
+def check_reopens(model: nn.Module) -> None:
+    """Raise a UserError if a backbone inside could not be built again from its config."""
+    for part in model.modules():
+        if isinstance(part, Transformer):
+            part.check_told_by_config()
 
 
 def _named(path: str, kind: type, folder: Path) -> Any:
