@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from rmt_lightning.app.console import is_first_process, start_logging
+from rmt_lightning.app.console import start_logging
 from rmt_lightning.app.hydra_errors import front_door, told_in_one_line
+from rmt_lightning.app.processes import is_first_process
 from rmt_lightning.app.resume import check_folder, composed_again, run_folder
 from rmt_lightning.app.schema import check
 from rmt_lightning.app.sweep import run_job
@@ -30,7 +31,7 @@ from rmt_lightning.core.run_folder import claimed, locate
 class Root:
     """The settings of conf/train.yaml that belong to no group."""
 
-    seed: Annotated[int, Ge(0)]
+    seed: Annotated[int, Ge(0), Le(2**32 - 1)]  # NumPy's limit
     resume: str | None
     cache_dir: str
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import hydra
 import pytest
+import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import (
     ConfigCompositionException,
@@ -33,12 +34,12 @@ def compose(override: str) -> DictConfig:
         return hydra.compose("train", [override])
 
 
-def build_trainer(override: str) -> object:
-    return instantiate(compose(override).trainer)
-
-
 def build_metric(override: str) -> object:
     return instantiate(compose(override).metrics)
+
+
+def allocate(number: str) -> object:
+    return torch.empty(int(number))
 
 
 # For each pattern what is done, the error it brings, and what the pattern must find in it.
@@ -52,7 +53,13 @@ SAID: dict[str, tuple[Callable[[str], object], str, type[Exception], str]] = {
         InstantiationException,
         "'num_classes'",
     ),
-    "PLACE": (build_trainer, "trainer.accelerator=abacus", InstantiationException, "trainer"),
+    "NO_MEMORY": (allocate, "1000000000000000", RuntimeError, "can't allocate memory"),
+    "PLACE": (
+        build_metric,
+        "+metrics.f1._target_=torchmetrics.classification.MulticlassF1Score",
+        InstantiationException,
+        "metrics.f1",
+    ),
 }
 
 

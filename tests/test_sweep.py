@@ -29,7 +29,8 @@ from test_report import Page
 
 from rmt_lightning import report
 from rmt_lightning import train as front_door
-from rmt_lightning.app.sweep import RANK, _known_settings, _name, _reason, _sweep_name, _swept
+from rmt_lightning.app.processes import RANK
+from rmt_lightning.app.sweep import _known_settings, _name, _reason, _sweep_name, _swept
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.reporting import figures
 from rmt_lightning.reporting.sweeps import Job, Sweep, mean, read_sweep, sum_up

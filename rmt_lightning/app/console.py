@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -50,11 +49,6 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
             sys.exit(130)
 
     return run
-
-
-def is_first_process() -> bool:
-    # One of these is more than 0 in every other process that Lightning, torchrun or SLURM has started.
-    return all(int(os.environ.get(name, 0)) == 0 for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 class ConsoleHandler(logging.Handler):

@@ -16,6 +16,7 @@ from hydra.errors import HydraException, InstantiationException, MissingConfigEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from rmt_lightning.app.processes import forget_leftovers
 from rmt_lightning.app.schema import CONF, suggest
 from rmt_lightning.core.errors import UserError
 
@@ -24,6 +25,8 @@ NO_DEFAULT = re.compile(r"To append to your default list use \+(\S+)")
 NO_SETTING = re.compile(r"Could not override '([^']+)'")
 NO_CHOICE = re.compile(r"Config group override must be a string or a list\. Got (\w+)")
 PLACE = re.compile(r"^full_key: (\S+)", flags=re.MULTILINE)
+# NumPy, torch and CUDA.
+NO_MEMORY = re.compile(r"(MemoryError|can't allocate memory|out of memory|Storage size calculation overflowed)")
 # Python's own, of a class that is not ours: ours are checked against their signatures.
 ARGUMENTS = re.compile(r"missing \d+ required \S+ arguments?: (.+)|unexpected keyword argument '(\w+)'")
 
@@ -40,6 +43,10 @@ def front_door(main: Callable[[DictConfig], Any], config_name: str) -> Callable[
         # Hydra then raises its own errors instead of printing them over many lines.
         os.environ["HYDRA_FULL_ERROR"] = "1"
         with told_in_one_line(config_name):
+            forget_leftovers(sys.argv)
+            if not sys.flags.safe_path and os.getcwd() not in sys.path:
+                # As with `python -m`: where classes of the user's own stand.
+                sys.path.insert(0, os.getcwd())
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
 
     return run
@@ -58,6 +65,10 @@ def told_in_one_line(config_name: str) -> Iterator[None]:
         if not NO_CHOICE.search(str(error)):
             raise
         _fail(_no_choice(), code=2)
+    except (MemoryError, RuntimeError) as error:
+        if not NO_MEMORY.search(repr(error)):
+            raise
+        _fail(_no_memory(error), code=1)
     except KeyboardInterrupt:
         _fail("interrupted; a run that has begun goes on with resume=<its folder>", code=130)
     except OSError as error:
@@ -79,6 +90,8 @@ def _one_line(error: BaseException, config_name: str) -> str:
     for cause in causes:
         if isinstance(cause, UserError):
             return str(cause)
+        if NO_MEMORY.search(repr(cause)):
+            return _no_memory(cause)
     if isinstance(error, InstantiationException):
         of_the_user = isinstance(causes[1], ValueError) or type(causes[1]).__name__ == "MisconfigurationException"
         if not of_the_user and not ARGUMENTS.search(str(causes[1])):
@@ -102,6 +115,11 @@ def _one_line(error: BaseException, config_name: str) -> str:
         return f"{setting[1]}: no such setting; {_suggest_key(setting[1], config_name)}"
     key = getattr(said, "full_key", None)
     return f"{key + ': ' if key else ''}{(str(said).strip() or type(said).__name__).splitlines()[0]}"
+
+
+def _no_memory(error: BaseException) -> str:
+    told = " ".join(str(error).split())
+    return f"not enough memory: make data.batch_size smaller, or what else is large ({told:.200})"
 
 
 def _no_choice() -> str:

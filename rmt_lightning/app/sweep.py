@@ -32,6 +32,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from rmt_lightning.app.hydra_errors import told_in_one_line
+from rmt_lightning.app.processes import RANK
 from rmt_lightning.app.resume import presets, save_config, saved_config
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import write_atomically
@@ -41,8 +42,6 @@ from rmt_lightning.core.run_folder import CONFIG, JOB
 # whatever machine a launcher has put them, see the same folder.
 STOP = "stop"
 OUTPUT = "output.log"
-# What tells a process that it is one rank of several. A job starts its own ranks.
-RANK = re.compile(r"(LOCAL_|NODE_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|(SLURM|TORCHELASTIC)_.*")
 
 
 class Sweep(Callback):
@@ -138,6 +137,7 @@ def _train(folder: Path, stop: Path) -> tuple[int, str]:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # The process of a launcher: Ctrl-C reaches it too, but it is the sweep that says what that means.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A job starts its own ranks.
     environment = {name: value for name, value in os.environ.items() if not RANK.fullmatch(name)}
     command = [sys.executable, "-m", "rmt_lightning.train", f"resume={folder}"]
     with open(folder / OUTPUT, "ab") as output:
