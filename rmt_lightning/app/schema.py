@@ -60,7 +60,9 @@ def _check_settings(target: Callable[..., Any], given: dict[str, Any], path: str
     # A part of a part has a signature of its own.
     plain = [name for name, value in given.items() if not (isinstance(value, dict) and "_target_" in value)]
     fields: Any = {name: (hints.get(name, Any), ...) for name in plain}
-    schema = create_model("Settings", __config__=ConfigDict(strict=True, arbitrary_types_allowed=True), **fields)
+    # No setting means anything when it is infinite or no number.
+    rules = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+    schema = create_model("Settings", __config__=rules, **fields)
     try:
         schema(**given)
     except ValidationError as error:

@@ -5,8 +5,9 @@ Shapes: B batch, T segments, S text tokens of a segment, A tokens of the longest
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from typing import Annotated, Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Annotated, Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import lightning as L
 import numpy as np
@@ -15,6 +16,7 @@ from annotated_types import Ge
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from rmt_lightning.core.errors import UserError
 from rmt_lightning.tasks.facts import Split
 from rmt_lightning.tasks.placement import Key, Placement
 
@@ -22,6 +24,7 @@ Data = TypeVar("Data", bound="ShortEpochs")
 Data_contra = TypeVar("Data_contra", bound="ShortEpochs", contravariant=True)
 
 
+@runtime_checkable
 class Keys(Protocol[Data_contra]):
     """What decides which samples come next: the phases of a run (see training/phases/)."""
 
@@ -43,12 +46,20 @@ class ShortEpochs(L.LightningDataModule):
         batch_size: samples of a training step, on each device.
         num_workers: processes that make samples; 0 makes them in the main process.
         steps_per_epoch: training steps between two validations.
+
+    Raises:
+        UserError: if there are too many loader workers for this machine.
     """
 
     def __init__(
         self, keys: Keys[Any], segment_length: int, batch_size: int, num_workers: int, steps_per_epoch: int
     ) -> None:
         super().__init__()
+        cores = os.cpu_count() or 1
+        if num_workers > (most := max(64, 8 * cores)):
+            raise UserError(
+                f"data.num_workers={num_workers}: too many processes for {cores} CPU cores; give {most} or less"
+            )
         self.keys = keys
         self.segment_length = segment_length
         self.batch_size = batch_size

@@ -25,7 +25,7 @@ from typing import Annotated, Any, Protocol
 
 import numpy as np
 import regex
-from annotated_types import Ge
+from annotated_types import Ge, Le
 from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
@@ -82,7 +82,9 @@ class Prose:
         seed: of the generator.
     """
 
-    def __init__(self, documents: Annotated[int, Ge(10)] = 1000, seed: Annotated[int, Ge(0)] = 0) -> None:
+    def __init__(
+        self, documents: Annotated[int, Ge(10)] = 1000, seed: Annotated[int, Ge(0), Le(2**32 - 1)] = 0
+    ) -> None:
         self.count = documents
         self.seed = seed
 

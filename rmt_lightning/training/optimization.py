@@ -12,6 +12,8 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 Number = TypeVar("Number", int, float)
+# AdamW divides it, and must stay within float32.
+Rate = Annotated[float, Gt(0), Le(1e30)]
 
 
 def at_stage(values: Number | list[Number], num_segments: int) -> Number:
@@ -33,8 +35,8 @@ class WarmupDecay:
     """
 
     steps: Annotated[int, Ge(1)] | Annotated[list[Annotated[int, Ge(1)]], MinLen(1)]
-    lr: Annotated[float, Gt(0)] | Annotated[list[Annotated[float, Gt(0)]], MinLen(1)]
-    weight_decay: Annotated[float, Ge(0)] = 1e-3
+    lr: Rate | Annotated[list[Rate], MinLen(1)]
+    weight_decay: Annotated[float, Ge(0), Le(1e30)] = 1e-3
     warmup: Annotated[float, Ge(0), Le(1)] = 0.1
 
     def build(self, parameters: Iterable[nn.Parameter], num_segments: int) -> tuple[AdamW, LambdaLR]:

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class FixedSteps(Phase):
-    """Training on running text ends with the first validation after a number of steps.
+    """Training on running text ends after a number of steps, with a validation.
 
     Args:
         steps: optimizer steps.
@@ -39,6 +39,10 @@ class FixedSteps(Phase):
 
     def validation_keys(self, data: DocumentDataModule) -> Iterator[list[int]]:
         yield from data.validation_batches()
+
+    @property
+    def last_step(self) -> int:
+        return (self.first_step or 0) + self.steps
 
     @property
     def finished(self) -> bool:

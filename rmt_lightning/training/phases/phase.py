@@ -101,6 +101,11 @@ class Phase(ABC):
         return self.num_segments
 
     @property
+    def last_step(self) -> int | None:
+        """Optimizer step of the run that ends it, if that is known; a last phase ends there, not an epoch later."""
+        return None
+
+    @property
     def begins(self) -> bool:
         """Whether it is about to begin, with a fresh optimizer, rather than in the middle of something."""
         return self.first_step is None
@@ -287,6 +292,9 @@ class Phases(Callback):
         if isinstance(batch, FactBatch):
             self.current.step(self._start, outputs["outcome"], pl_module.model, self._random)
         self.consumed += 1
+        if self.current is self.phases[-1] and trainer.global_step == self.current.last_step:
+            # Lightning then validates at once, within an epoch too.
+            trainer.should_stop = True
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         pl_module.log_dict(self.current.logged())

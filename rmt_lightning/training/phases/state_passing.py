@@ -13,7 +13,7 @@ from typing import Annotated, Any, NamedTuple
 
 import lightning as L
 import torch
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor, nn
 
 from rmt_lightning.core.errors import UserError
@@ -23,7 +23,7 @@ from rmt_lightning.models import state as tree
 from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.tasks.datamodule import FactBatch, FactDataModule, FactDataset
 from rmt_lightning.tasks.placement import Key
-from rmt_lightning.training.optimization import WarmupDecay
+from rmt_lightning.training.optimization import Rate, WarmupDecay
 from rmt_lightning.training.phases.curriculum import draw_length, validated
 from rmt_lightning.training.phases.phase import Outcome, Phase, Progress, Start, Verdict
 
@@ -178,8 +178,8 @@ class StatePassing(Phase):
     def __init__(
         self,
         steps: Annotated[int, Ge(1)],
-        lr: Annotated[float, Gt(0)],
-        weight_decay: Annotated[float, Ge(0)] = 1e-3,
+        lr: Rate,
+        weight_decay: Annotated[float, Ge(0), Le(1e30)] = 1e-3,
         share: Annotated[float, Gt(0), Lt(1)] = 0.5,
         pool: Annotated[int, Ge(1)] = 256,
         youth: Annotated[int, Ge(1)] = 10,
@@ -246,6 +246,10 @@ class StatePassing(Phase):
 
     def optimization(self, default: WarmupDecay) -> tuple[WarmupDecay, int]:
         return self.own, 1
+
+    @property
+    def last_step(self) -> int:
+        return (self.first_step or 0) + self.steps
 
     @property
     def finished(self) -> bool:
