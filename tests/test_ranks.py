@@ -125,6 +125,52 @@ def test_a_rank_is_killed(victim: int, hangs: bool, uninterrupted: Path, train: 
     assert_identical(weights(uninterrupted), weights(tmp_path / "run"))
 
 
+# One rank is stopped, as by a debugger, and goes on later. At the end the other one would be gone by then.
+HALTED = """
+import os, signal, subprocess
+from lightning.pytorch.strategies import DDPStrategy
+from rmt_lightning.training.answering import FactClassifier
+from rmt_lightning.train import run
+
+kind, name = {where}
+original, halted = getattr(kind, name), []
+
+def halt(self, *args):
+    if int(os.environ.get("LOCAL_RANK", 0)) == {victim} and not halted:
+        halted.append(True)
+        subprocess.Popen(["sh", "-c", f"sleep 15; kill -CONT {{os.getpid()}}"])
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return original(self, *args)
+
+setattr(kind, name, halt)
+run()
+"""
+MOMENTS = {
+    "as processes meet": "DDPStrategy, 'setup_environment'",
+    "in a step": "FactClassifier, 'training_step'",
+    "in a validation": "FactClassifier, 'validation_step'",
+    "at the end": "DDPStrategy, 'teardown'",
+}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("victim", "where"),
+    [
+        pytest.param(
+            victim, where, id=f"rank-{victim}-{when.replace(' ', '-')}",
+            marks=pytest.mark.fault(f"rank {victim} is stopped for 15 s {when}", "the run goes on and ends as ever"),
+        )
+        for victim in (0, 1)
+        for when, where in MOMENTS.items()
+    ],
+)  # fmt: skip
+def test_a_rank_is_stopped(victim: int, where: str, uninterrupted: Path, train: Run, tmp_path: Path) -> None:
+    stopped = train(*RUN, driver=HALTED.format(victim=victim, where=where))
+    assert stopped.returncode == 0 and errors(stopped) == []
+    assert_identical(weights(uninterrupted), weights(tmp_path / "run"))
+
+
 # The real command, which asks itself to stop in a step of the second stage.
 STOPPER = """
 import os, signal

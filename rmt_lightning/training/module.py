@@ -69,6 +69,9 @@ class SegmentModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         return self.phases.build_optimizer(self.parameters())
 
+    def on_train_start(self) -> None:
+        self._first_step = self.global_step
+
     def on_train_epoch_start(self) -> None:
         self._clock = time.perf_counter()
 
@@ -87,10 +90,22 @@ class SegmentModule(L.LightningModule):
             Diverged: then.
         """
         if not torch.isfinite(loss):
-            raise Diverged(
-                f"the loss became {loss.item()} at step {self.global_step}; lower optim.lr or raise optim.warmup"
-            )
+            raise Diverged(f"the loss became {loss.item()} at step {self.global_step}; {self._advice()}")
         return loss
+
+    def _advice(self) -> str:
+        """What may help against a loss that is no number."""
+        phase, default = self.phases.current, self.phases.default
+        if self.global_step == self._first_step:
+            broken = [name for name, weight in self.named_parameters() if not weight.isfinite().all()]
+            what = f"{broken[0]} is not finite" if broken else "the weights are finite, but overflow"
+            return f"no step has been made since the start, where {what}: begin with other weights" + self._more_bits()
+        if phase.optimization(default)[0] is default:
+            return "lower optim.lr or raise optim.warmup" + self._more_bits()
+        return f"lower the learning rate of the phase {phase.name}" + self._more_bits()
+
+    def _more_bits(self) -> str:
+        return "" if "16" not in str(self.trainer.precision) else ", or give trainer.precision=32-true"
 
     def log_speed(self, tokens: int) -> None:
         """Log the speed of a step in which each device has read `tokens` tokens."""

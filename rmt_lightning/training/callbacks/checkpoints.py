@@ -120,17 +120,21 @@ class RunCheckpoints(Callback):
     Args:
         folder: the run folder.
         phases: what the run goes through.
+
+    Attributes:
+        saved_step: of `last.ckpt`, or of the checkpoint that training began from.
     """
 
     def __init__(self, folder: Path, phases: Phases) -> None:
         super().__init__()
+        self.saved_step = 0
         self.folder = folder
         self.phases = phases
         self._signum: int | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._kept = self._milestones()
-        self._saved_step = trainer.global_step
+        self.saved_step = trainer.global_step
         # A run that goes on from an earlier checkpoint because the last one is damaged must not keep that one.
         self._last_is_whole = trainer.ckpt_path is not None and Path(trainer.ckpt_path).name == LAST
         self._handlers = {signum: signal.signal(signum, self._remember) for signum in (signal.SIGINT, signal.SIGTERM)}
@@ -177,7 +181,7 @@ class RunCheckpoints(Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # trainer.max_steps may end a run between two validations.
-        if trainer.global_step > self._saved_step:
+        if trainer.global_step > self.saved_step:
             self._save(trainer)
 
     def _save(self, trainer: L.Trainer) -> None:
@@ -188,7 +192,7 @@ class RunCheckpoints(Callback):
                 _keep(last, last.with_name(PREVIOUS))
         trainer.save_checkpoint(last)
         self._last_is_whole = True
-        self._saved_step = trainer.global_step
+        self.saved_step = trainer.global_step
 
 
 def write_phases(folder: Path, phases: Phases, step: int) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import lightning as L
 
@@ -48,6 +48,23 @@ def together(trainer: L.Trainer, folder: str) -> Iterator[None]:
         del os.environ[_PARENT]
 
 
+def wait_for_others(trainer: L.Trainer) -> None:
+    """Let the processes that this one has started end before it.
+
+    One that was stopped, by a debugger or for want of memory, since the last thing they did together would find its
+    parent gone, and say that it has died.
+    """
+    for child in _children(trainer):
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=60)
+
+
+def _children(trainer: L.Trainer) -> list[subprocess.Popen[bytes]]:
+    """Those that Lightning has started so far."""
+    started = getattr(trainer.strategy.launcher, "procs", [])
+    return [process for process in started if isinstance(process, subprocess.Popen)]
+
+
 class _Watch(threading.Thread):
     """Ends this process and its children when one of them, or the parent, is gone. The main thread may hang."""
 
@@ -62,9 +79,7 @@ class _Watch(threading.Thread):
 
     @property
     def children(self) -> list[subprocess.Popen[bytes]]:
-        """Those that Lightning has started so far, unless by fork or spawn, where it watches them itself."""
-        started = getattr(self.trainer.strategy.launcher, "procs", [])
-        return [process for process in started if isinstance(process, subprocess.Popen)]
+        return _children(self.trainer)
 
     def run(self) -> None:
         while not self.over.wait(self.PERIOD):
