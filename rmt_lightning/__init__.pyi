@@ -51,5 +51,6 @@ from .training.phases.fixed_steps import FixedSteps as FixedSteps
 from .training.phases.phase import Phase as Phase
 from .training.phases.phase import Phases as Phases
 from .training.phases.state_passing import StatePassing as StatePassing
+from .training.trainer import RunTrainer as RunTrainer
 
 __version__: str

@@ -51,9 +51,9 @@ TABLE = [
     ("curriculum.lengths=random", r"curriculum.lengths=random: must be 'exact' or 'uniform'"),
     ("curriculum.when_stuck=cry", r"curriculum.when_stuck=cry: must be 'stop' or 'continue'"),
     ("trainer.precision=8", r"trainer.precision=8: must be "),
-    ("trainer.precision=fp16", r"trainer.precision=fp16: must be 64, 32 or 16 or must be 'transformer-engine'"),
+    ("trainer.precision=fp16", r"trainer.precision=fp16: must be 64, 32, 16, '64', '32', '16', 'bf16', '64-true', "),
     ("model.memory_size", r"'model.memory_size': settings are given as key=value"),
-    ("trainer.accelerator=abacus", r"trainer: You selected an invalid accelerator name"),
+    ("trainer.accelerator=abacus", r"trainer.accelerator=abacus: must be 'auto', 'cpu', 'gpu', 'cuda' or 'mps'"),
     # ranges
     ("model.memory_size=-1", r"model.memory_size=-1: must be greater than or equal to 0"),
     ("model.bptt_depth=0", r"model.bptt_depth=0: memory would never learn; give 1 or more, or -1 for all segments"),

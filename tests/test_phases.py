@@ -204,15 +204,15 @@ def test_a_larger_budget_gives_the_learning_rate_of_a_larger_budget(train: Run, 
 
 
 def test_what_is_typed_on_resuming_takes_effect_and_is_kept(train: Run, tmp_path: Path) -> None:
-    first = (*SMALL, "trainer.max_steps=4", "optim.warmup=0", "+trainer.min_steps=2")
+    first = (*SMALL, "trainer.max_steps=4", "optim.warmup=0", "+trainer.benchmark=false")
     assert train(*first, "hydra.run.dir=run", small=False).returncode == 0
     assert yaml.safe_load((tmp_path / "run" / "overrides.yaml").read_text()) == list(first)
     # What had to be added then need not be added again.
-    typed = ("trainer.max_steps=6", "optim.lr=0.5", "optim.weight_decay=0.25", "trainer.min_steps=3")
+    typed = ("trainer.max_steps=6", "optim.lr=0.5", "optim.weight_decay=0.25", "trainer.benchmark=true")
     assert train("resume=run", *typed, small=False, driver=RATES).returncode == 0
     assert rates(tmp_path) == [[4, pytest.approx(0.5 * 2 / 6), 0.25], [5, pytest.approx(0.5 * 1 / 6), 0.25]]
     kept = yaml.safe_load((tmp_path / "run" / "overrides.yaml").read_text())
-    assert kept == [*SMALL, "optim.warmup=0", *typed[:3], "+trainer.min_steps=3"]
+    assert kept == [*SMALL, "optim.warmup=0", *typed[:3], "+trainer.benchmark=true"]
 
 
 def test_settings_are_checked_against_the_choices_of_the_run(

@@ -81,7 +81,7 @@ def test_classes_have_public_names() -> None:
         ("rmt_lightning.models.lstm.LSTM", "rmt_lightning.LSTM"),
         ("rmt_lightning.training.carried_states.CarriedStates", "rmt_lightning.StatePassing"),
         ("rmt_lightning.RMTEncoder", "rmt_lightning.RMTEncoder"),
-        ("lightning.Trainer", "lightning.Trainer"),
+        ("lightning.Trainer", "rmt_lightning.RunTrainer"),
         ("my.package.LSTM", "my.package.LSTM"),
         ("rmt_lightning.absent.Thing", "rmt_lightning.absent.Thing"),
     ):

@@ -64,6 +64,18 @@ def build_foundation(config: DictConfig, run: Path | None, trained: bool, senten
     return Foundation(tokenizer, model, tokenize(noise, tokenizer, config.cache_dir))
 
 
+def construct(config: DictConfig, **given: Any) -> Any:
+    """Build a part of a run with what the run gives it beside its settings.
+
+    Raises:
+        UserError: if one of the settings would be overridden by that.
+    """
+    for name in given:
+        if name in config:
+            raise UserError(f"{config._get_full_key(name)}: is set by the run itself; leave it out")
+    return instantiate(config, _convert_="all", **given)
+
+
 def _model(config: DictConfig, backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> SegmentModel[Any]:
     """Build the model, handing it of the backbone what its constructor asks for by name."""
     parts = parts_for(get_object(config._target_), backbone, tokenizer)
@@ -97,8 +109,8 @@ def build_answering(
         placement.sample(split, Key(num_segments=1, number=0))
     # Earlier versions had no metrics in their configs, and what is not trained needs none.
     metrics = instantiate(config.metrics, _convert_="all") if phases else None
-    module: FactModule = instantiate(config.answer, _partial_=True)(
-        base.model, answers or task.answers, phases=phases, metrics=metrics
+    module: FactModule = construct(
+        config.answer, model=base.model, answers=answers or task.answers, phases=phases, metrics=metrics
     )
     return placement, module
 

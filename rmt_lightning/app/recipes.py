@@ -5,12 +5,14 @@ A recipe is what a run is made of, and what is done with it at the end.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import lightning as L
+import torch
 from hydra.utils import get_class, get_object, instantiate
 from omegaconf import DictConfig
 from rich import get_console
@@ -19,7 +21,7 @@ from rich.table import Table
 
 from rmt_lightning.analysis.extrapolation import LengthTest, evaluate_length
 from rmt_lightning.analysis.perplexity import DocumentTest, evaluate_documents, total
-from rmt_lightning.app.build import build_answering, build_foundation
+from rmt_lightning.app.build import build_answering, build_foundation, construct
 from rmt_lightning.app.results import draw_attention, length_table
 from rmt_lightning.app.schema import CONF
 from rmt_lightning.core.errors import UserError
@@ -90,7 +92,7 @@ class FactRecipe(Recipe):
         self.phases = _phases(config)
         placement, self.module = build_answering(config, run, trained, phases=self.phases)
         self.corpora = placement.corpora
-        self.data = instantiate(config.data, placement=placement, keys=self.phases)
+        self.data = construct(config.data, placement=placement, keys=self.phases)
         self.lengths: LengthTest = instantiate(config.test, _convert_="all")
         self.model.fitting("curriculum.max_segments", [config.curriculum.max_segments])
         self.model.fitting("test.segments", self.lengths.segments)
@@ -134,7 +136,7 @@ class TextRecipe(Recipe):
             split: RunningText(base.corpora[split], base.tokenizer, base.model.text_length, config.seed)
             for split in SPLITS
         }
-        self.data = instantiate(config.data, texts=texts, keys=self.phases)
+        self.data = construct(config.data, texts=texts, keys=self.phases)
         metrics = instantiate(config.metrics, _convert_="all")
         self.module = LanguageModeler(base.model, self.phases, metrics)
         self.documents: DocumentTest = instantiate(config.test, _convert_="all")
@@ -185,6 +187,20 @@ def _phases(config: DictConfig) -> Phases:
         elif isinstance(part, DictConfig) and not (CONF / str(name)).is_dir():
             raise UserError(f"{name!s}: is no part of a run; give a choice that conf/ has, or a phase of your own")
     return Phases(phases, instantiate(config.optim, _convert_="all"), config.seed)
+
+
+def check_memory(recipe: Recipe) -> None:
+    """Refuse a batch that this machine cannot hold by far: its token ids, and one vector for each of a segment."""
+    data, longest = recipe.data, max(phase.longest for phase in recipe.phases)
+    needed = data.batch_size * data.segment_length * (8 * longest + 2 * recipe.model.width)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if torch.cuda.is_available():
+        there = max(there, torch.cuda.get_device_properties(0).total_memory)
+    if needed > there:
+        raise UserError(
+            f"data.batch_size={data.batch_size}: a batch of {longest} segments takes at least {needed / 1e9:,.0f} GB, "
+            f"and this machine has {there / 1e9:,.0f}; give less"
+        )
 
 
 def _check_noise(placement: Placement, max_segments: int) -> None:

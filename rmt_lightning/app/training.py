@@ -6,26 +6,24 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import lightning as L
-import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import Logger
 from omegaconf import DictConfig, OmegaConf
 from rich import get_console
+from torch.distributed import DistNetworkError
 
-from rmt_lightning.app.build import save_architecture
-from rmt_lightning.app.recipes import Recipe, build_recipe
+from rmt_lightning.app.build import construct, save_architecture
+from rmt_lightning.app.recipes import Recipe, build_recipe, check_memory
 from rmt_lightning.app.results import phase_table, told_folder
 from rmt_lightning.app.resume import begun_with, presets, save_config, save_text
-from rmt_lightning.core.run_folder import CHECKPOINTS, LAST, METRICS
+from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.run_folder import CHECKPOINTS, LAST, METRICS, PREVIOUS
 from rmt_lightning.reporting.redaction import public
 from rmt_lightning.tasks.noise import text_digest
 from rmt_lightning.training.callbacks.checkpoints import (
-    AtomicCheckpointIO,
     Interrupted,
     RunCheckpoints,
     check_fits,
@@ -34,9 +32,10 @@ from rmt_lightning.training.callbacks.checkpoints import (
 )
 from rmt_lightning.training.callbacks.hardware import Hardware, describe
 from rmt_lightning.training.callbacks.progress import PhaseProgress
-from rmt_lightning.training.callbacks.ranks import together
+from rmt_lightning.training.callbacks.ranks import together, wait_for_others
 from rmt_lightning.training.callbacks.wandb_run import PhaseRecords, WandbRun
 from rmt_lightning.training.module import Diverged
+from rmt_lightning.training.trainer import RunTrainer
 
 log = logging.getLogger(__name__)
 
@@ -62,17 +61,22 @@ def _train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pa
     recipe = build_recipe(config, run=source, trained=saved is not None)
     phases = recipe.phases
     phases.prepare(recipe.module, recipe.data)
+    check_memory(recipe)
     if saved and checkpoint:
         check_fits(recipe.module, saved["state_dict"], checkpoint)
         phases.load(saved)
     text = text_digest(recipe.corpora)
     if source:
         text = begun_with(source, text)
-    logger: Logger | None = instantiate(config.logger, save_dir=folder) if "_target_" in config.logger else None
-    callbacks = [phases, RunCheckpoints(folder, phases), PhaseProgress(phases), Hardware(folder)]
+    logger: Logger | None = construct(config.logger, save_dir=folder) if "_target_" in config.logger else None
+    checkpoints = RunCheckpoints(folder, phases)
+    callbacks = [phases, checkpoints, PhaseProgress(phases), Hardware(folder)]
     if isinstance(logger, WandbRun):
         callbacks.append(PhaseRecords(logger, phases))
-    trainer = _trainer(config, folder, callbacks, logger)
+    table = CSVLogger(folder, name=METRICS, flush_logs_every_n_steps=config.data.steps_per_epoch)
+    trainer: RunTrainer = construct(
+        config.trainer, folder=folder, callbacks=callbacks, logger=[table, logger] if logger else [table]
+    )
 
     # Nothing has been written so far, and all that can be wrong with the settings has been found.
     hydra = HydraConfig.get()
@@ -86,17 +90,18 @@ def _train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pa
     if saved and phases.finished:
         log.info("%s has finished training; testing it again", os.path.relpath(folder))
         recipe.module.load_state_dict(saved["state_dict"])
-    elif code := _fit(trainer, recipe, checkpoint, folder):
+    elif code := _fit(trainer, recipe, checkpoint, folder, checkpoints):
         return code
     if not trainer.is_global_zero:
         return 0
     step = saved["global_step"] if saved and phases.finished and not trainer.global_step else trainer.global_step
     write_phases(folder, phases, step)
     _tell(recipe, folder, trainer, logger)
+    wait_for_others(trainer)
     return _end(recipe, trainer, os.path.relpath(folder))
 
 
-def _fit(trainer: L.Trainer, recipe: Recipe, checkpoint: Path | None, folder: Path) -> int:
+def _fit(trainer: L.Trainer, recipe: Recipe, checkpoint: Path | None, folder: Path, checkpoints: RunCheckpoints) -> int:
     """Run the trainer to its end (0), or until a signal or a loss that is no number stops it."""
     shown = os.path.relpath(folder)
     try:
@@ -106,10 +111,17 @@ def _fit(trainer: L.Trainer, recipe: Recipe, checkpoint: Path | None, folder: Pa
         log.info("stopped by %s and saved; go on with resume=%s", interrupted, shown)
         # The other ranks have done what they were asked; another code of theirs would be taken for a death.
         return 128 + interrupted.signum if trainer.is_global_zero else 0
+    except DistNetworkError as error:
+        port, said = os.environ.get("MASTER_PORT"), str(error).splitlines()[0]
+        raise UserError(
+            f"MASTER_PORT={port}: the processes cannot meet there ({said:.150}); unset it or give another one, and go "
+            f"on with resume={shown}"
+        ) from None
     except Diverged as error:
-        last = folder / CHECKPOINTS / LAST
+        # Weights that failed in the very next step are not good.
+        good = folder / CHECKPOINTS / (PREVIOUS if checkpoints.saved_step == trainer.global_step else LAST)
         kept = (
-            f"the last good checkpoint is {os.path.relpath(last)}" if last.exists() else "no checkpoint was written yet"
+            f"the last good checkpoint is {os.path.relpath(good)}" if good.exists() else "there is no good checkpoint"
         )
         print(f"error: {error}; {kept}", file=sys.stderr)
         return 1
@@ -130,9 +142,12 @@ def _tell(recipe: Recipe, folder: Path, trainer: L.Trainer, logger: Logger | Non
         logger.log_results()
 
 
-def _end(recipe: Recipe, trainer: L.Trainer, shown: str) -> int:
+def _end(recipe: Recipe, trainer: RunTrainer, shown: str) -> int:
     """Say why the run has ended. Returns the exit code."""
     if recipe.phases.finished:
+        return 0
+    if trainer.budget and trainer.budget.over:
+        log.info("stopped by trainer.max_time=%s; go on with resume=%s", trainer.budget.limit, shown)
         return 0
     if trainer.global_step == trainer.max_steps:
         log.info("stopped by trainer.max_steps=%d; raise it and go on with resume=%s", trainer.max_steps, shown)
@@ -142,25 +157,3 @@ def _end(recipe: Recipe, trainer: L.Trainer, shown: str) -> int:
         "or set curriculum.when_stuck=continue", recipe.phases.current.num_segments, shown,
     )  # fmt: skip
     return 1
-
-
-def _trainer(config: DictConfig, folder: Path, callbacks: list[Any], logger: Logger | None) -> L.Trainer:
-    table = CSVLogger(folder, name=METRICS, flush_logs_every_n_steps=config.data.steps_per_epoch)
-    on_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    trainer: L.Trainer = instantiate(
-        config.trainer,
-        _convert_="all",
-        precision=config.trainer.precision or ("bf16-mixed" if on_gpu else "32-true"),
-        max_epochs=-1,
-        default_root_dir=folder,
-        callbacks=callbacks,
-        logger=[table, logger] if logger else table,
-        plugins=[AtomicCheckpointIO()],
-        # Keys are sharded by the data module, and the phases must not see an untrained validation.
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
-    return trainer

@@ -6,6 +6,7 @@ import rmt_lightning
 
 # What saved runs call by an earlier name.
 _RENAMED = {"CarriedStates": "StatePassing"}
+_REPLACED = {"lightning.Trainer": "rmt_lightning.RunTrainer"}
 
 
 def public_name(path: str) -> str:
@@ -13,6 +14,7 @@ def public_name(path: str) -> str:
 
     "rmt_lightning.models.lstm.LSTM" -> "rmt_lightning.LSTM"
     """
+    path = _REPLACED.get(path, path)
     package, _, inner = path.partition(".")
     name = inner.rpartition(".")[2]
     name = _RENAMED.get(name, name)

@@ -1,0 +1,321 @@
+"""What only other libraries, this machine or a launcher could refuse, and what a run sets itself, is told in a line."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning as L
+import pytest
+import torch
+from conftest import SMALL, Run
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from rmt_lightning import RunTrainer, UserError
+from rmt_lightning import train as front_door
+from rmt_lightning.app import hydra_errors
+from rmt_lightning.app.build import construct
+from rmt_lightning.app.processes import RANK, forget_leftovers, is_first_process
+from rmt_lightning.app.schema import CONF, check
+from rmt_lightning.training.trainer import TimeBudget
+
+# What Lightning's Trainer takes and a run does not: the run sets it itself, or it would be of no effect.
+REFUSED = {
+    "barebones", "check_val_every_n_epoch", "default_root_dir", "enable_autolog_hparams", "enable_checkpointing",
+    "enable_model_summary", "enable_progress_bar", "fast_dev_run", "inference_mode", "limit_predict_batches",
+    "limit_test_batches", "limit_train_batches", "limit_val_batches", "max_epochs", "min_epochs", "min_steps",
+    "model_registry", "num_sanity_val_steps", "overfit_batches", "plugins", "profiler",
+    "reload_dataloaders_every_n_epochs", "sync_batchnorm", "use_distributed_sampler", "val_check_interval",
+}  # fmt: skip
+CHECKED = [
+    *((f"trainer.{name}", 1, "no such setting; ") for name in sorted(REFUSED)),
+    ("data.keys", 3, "must be an instance of Keys"),
+    ("model.encoder", 3, "must be an instance of Encoder"),
+    # numbers
+    ("seed", 5_000_000_000, "must be less than or equal to 4294967295"),
+    ("noise.seed", 10**30, "must be less than or equal to 4294967295"),
+    ("optim.lr", 1e38, "must be less than or equal to 1000000"),
+    ("optim.lr", float("inf"), "must be "),
+    ("optim.lr", float("nan"), "must be "),
+    ("optim.lr", [1e-3, float("inf")], "must be "),
+    ("optim.weight_decay", float("inf"), "must be a finite number"),
+    ("optim.warmup", float("nan"), "must be a finite number"),
+    ("hold.lr", 1e39, "must be less than or equal to 1000000"),
+    ("hold.jitter", float("nan"), "must be a finite number"),
+    ("trainer.gradient_clip_val", -1, "must be greater than or equal to 0"),
+    ("trainer.gradient_clip_algorithm", "sum", "must be 'norm' or 'value'"),
+    ("trainer.max_steps", 0, "must be -1 or must be greater than or equal to 1"),
+    ("trainer.max_steps", -5, "must be -1 or must be greater than or equal to 1"),
+    ("trainer.log_every_n_steps", 0, "must be greater than or equal to 1"),
+    ("trainer.accumulate_grad_batches", 0, "must be greater than or equal to 1"),
+    ("trainer.deterministic", "yes", "must be a valid boolean or must be 'warn'"),
+    # what has not been tried, and what there is not
+    ("trainer.devices", 0, "must be 'auto' or -1 or must be greater than or equal to 1"),
+    ("trainer.devices", "all", "must be 'auto' or -1 or must be "),
+    ("trainer.num_nodes", 0, "must be greater than or equal to 1"),
+    ("trainer.accelerator", "tpu", "must be 'auto', 'cpu', 'gpu', 'cuda' or 'mps'"),
+    ("trainer.strategy", "ddp_spawn", "must be 'auto', 'ddp' or 'ddp_find_unused_parameters_true'"),
+    ("trainer.strategy", "fsdp", "must be 'auto', 'ddp' or 'ddp_find_unused_parameters_true'"),
+    ("trainer.precision", "transformer-engine", "must be 64, 32, 16"),
+    ("trainer.precision", "16-true", "must be 64, 32, 16"),
+    ("trainer.precision", "int8", "must be 64, 32, 16"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def composed() -> DictConfig:
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        config = hydra.compose("train", ["hold=state_passing"])
+    GlobalHydra.instance().clear()
+    return config
+
+
+@pytest.mark.parametrize(("key", "value", "message"), CHECKED, ids=[f"{key}={value}" for key, value, _ in CHECKED])
+def test_refused_by_a_signature(key: str, value: Any, message: str, composed: DictConfig) -> None:
+    config = copy.deepcopy(composed)
+    OmegaConf.set_struct(config, False)
+    OmegaConf.update(config, key, value)
+    # What Hydra knows while a job runs.
+    config.pop("logger")
+    with pytest.raises(UserError) as refused:
+        check(config, front_door.Root)
+    told = str(refused.value)
+    assert told.startswith(f"{key}: {message}" if message.startswith("no such") else f"{key}={value}: {message}"), told
+
+
+@pytest.fixture
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in filter(RANK.fullmatch, list(os.environ)):
+        monkeypatch.delenv(name)
+
+
+def test_each_setting_of_a_trainer_is_obeyed_or_refused() -> None:
+    theirs = set(inspect.signature(L.Trainer.__init__).parameters) - {"self"}
+    ours = set(inspect.signature(RunTrainer).parameters) - {"folder"}
+    assert theirs == ours | REFUSED and not ours & REFUSED
+
+
+def test_the_others_are_obeyed(tmp_path: Path, clean: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Lightning takes defaults from there, which no config.yaml tells of.
+    monkeypatch.setenv("PL_TRAINER_LIMIT_VAL_BATCHES", "0")
+    monkeypatch.setenv("PL_TRAINER_MAX_TIME", "00:00:00:01")
+    before = torch.backends.cudnn.benchmark
+    trainer = RunTrainer(
+        tmp_path, [], [], "cpu", 2, 1, "ddp_find_unused_parameters_true", "bf16-true", 7, {"hours": 1}, 0.5, "value",
+        3, 2, "warn", True, True,
+    )  # fmt: skip
+    try:
+        assert (trainer.num_devices, trainer.num_nodes, trainer.max_steps, trainer.precision) == (2, 1, 7, "bf16-true")
+        assert trainer.strategy._ddp_kwargs == {"find_unused_parameters": True}
+        assert (trainer.gradient_clip_val, trainer.gradient_clip_algorithm) == (0.5, "value")
+        assert (trainer.accumulate_grad_batches, trainer.log_every_n_steps) == (3, 2)
+        assert trainer._detect_anomaly and torch.backends.cudnn.benchmark
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert trainer.budget is not None and trainer.budget.seconds == 3600
+        assert trainer.limit_val_batches == 1.0 and trainer.max_epochs == -1
+        assert [type(callback) for callback in trainer.callbacks] == [TimeBudget]
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.benchmark = before
+
+
+MACHINE: list[tuple[dict[str, Any], str]] = [
+    ({"devices": [0]}, "trainer.devices=[0]: names GPUs; on a CPU give the number of processes, or auto"),
+    ({"devices": -1}, "trainer.devices=-1: names GPUs"),
+    ({"devices": 9999}, "trainer.devices=9999: too many processes for "),
+    ({"accelerator": "cuda"}, "trainer.accelerator=cuda: torch finds no GPU; give cpu or auto"),
+    ({"accelerator": "mps"}, "trainer: `MPSAccelerator` can not run on your system"),
+    ({"num_nodes": 2}, "trainer.num_nodes=2: nothing starts the other machines; use srun or torchrun, or set MASTER_"),
+    ({"precision": "16-mixed"}, "trainer.precision=16-mixed: is for GPUs alone; give bf16-mixed or 32-true"),
+    ({"precision": 16}, "trainer.precision=16: is for GPUs alone"),
+    ({"max_time": "soon"}, "trainer.max_time=soon: is no time; give days:hours:minutes:seconds, such as 00:08:00:00"),
+    ({"max_time": "08:00"}, "trainer.max_time=08:00: is no time"),
+    ({"max_time": "00:00:00:-1"}, "trainer.max_time=00:00:00:-1: is no time"),
+    ({"max_time": {"fortnights": 1}}, "trainer.max_time={'fortnights': 1}: is no time"),
+    ({"max_time": "99999999999:00:00:00"}, "trainer.max_time=99999999999:00:00:00: is no time"),
+    (
+        {"strategy": L.pytorch.strategies.DDPStrategy(start_method="spawn"), "devices": 2},
+        "trainer.strategy=DDPStrategy: has not been tried with this program; give auto or ddp",
+    ),
+]
+
+
+@pytest.mark.skipif("torch.cuda.is_available()")
+@pytest.mark.parametrize(("settings", "message"), MACHINE, ids=[str(settings) for settings, _ in MACHINE])
+def test_refused_on_this_machine(settings: dict[str, Any], message: str, tmp_path: Path, clean: None) -> None:
+    with pytest.raises(UserError) as refused:
+        RunTrainer(tmp_path, [], [], **{"accelerator": "cpu"} | settings)
+    assert str(refused.value).startswith(message)
+
+
+def test_what_the_run_gives_a_part_is_no_setting() -> None:
+    part = OmegaConf.create({"trainer": {"_target_": "builtins.dict", "callbacks": []}}).trainer
+    with pytest.raises(UserError, match=r"trainer\.callbacks: is set by the run itself; leave it out"):
+        construct(part, callbacks=[1])
+    assert construct(part, folder=1) == {"callbacks": [], "folder": 1}
+
+
+@pytest.mark.parametrize(
+    ("typed", "code", "message"),
+    [
+        ("+trainer.callbacks=[]", 2, "trainer.callbacks: is set by the run itself; leave it out"),
+        ("data.batch_size=1000000000", 2, "data.batch_size=1000000000: a batch of 3 segments takes at least "),
+        ("data.num_workers=100000", 2, "data.num_workers=100000: too many processes for "),
+        ("hold=state_passing hold.pool=1000000000000", 1, "not enough memory: "),
+    ],
+)
+def test_refused_by_the_command(
+    typed: str, code: int, message: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RMT_LIGHTNING_CACHE", str(cache))
+    monkeypatch.setattr(sys, "argv", ["train", *SMALL, *typed.split(), "hydra.run.dir=run"])
+    with pytest.raises(SystemExit) as left:
+        front_door.run()
+    GlobalHydra.instance().clear()
+    told = capsys.readouterr().err
+    assert left.value.code == code and told.startswith(f"error: {message}") and told.count("\n") == 1, told
+    assert not (tmp_path / "run").exists()
+
+
+# Which process this is.
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+SRUN = {
+    "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "1", "SLURM_NODEID": "0",
+}  # fmt: skip
+BY_HAND = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "LOCAL_RANK": "1"}
+LEFT: list[dict[str, str]] = [
+    {"LOCAL_RANK": "1"}, {"LOCAL_RANK": "abc"}, {"LOCAL_RANK": ""}, {"RANK": "3", "WORLD_SIZE": "4"},
+    {"NODE_RANK": "1"}, {"GROUP_RANK": "2"}, {"RMT_LIGHTNING_PARENT": "77"}, {"RMT_LIGHTNING_PARENT": "x"},
+    {"SLURM_NTASKS": "4", "SLURM_PROCID": "2", "SLURM_LOCALID": "2", "SLURM_JOB_NAME": "job"},
+    SRUN | {"SLURM_STEP_NUM_TASKS": "1"}, {"SLURM_PROCID": "nonsense"},
+]  # fmt: skip
+
+
+@pytest.mark.fault("a rank's variables are left over from another program", "the run is a process by itself")
+@pytest.mark.parametrize("left", LEFT, ids=str)
+def test_left_over(left: dict[str, str], clean: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", dict(left))
+    forget_leftovers(["train"])
+    assert os.environ == {} and is_first_process()
+
+
+@pytest.mark.parametrize("told", [TORCHRUN, SRUN, BY_HAND, SRUN | {"SLURM_JOB_NAME": "bash"}], ids=str)
+def test_told_by_a_launcher(told: dict[str, str], clean: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", told | {"RMT_LIGHTNING_PARENT": "1"})
+    forget_leftovers(["train"])
+    told = {name: value for name, value in told.items() if name != "SLURM_JOB_NAME"}
+    assert os.environ == told and not is_first_process()
+    # Only Lightning starts ranks that watch their parent.
+    os.environ |= {"RMT_LIGHTNING_PARENT": "1"}
+    forget_leftovers(["train", "hydra.job.name=train_ddp_process_1"])
+    assert os.environ == told | {"RMT_LIGHTNING_PARENT": "1"}
+
+
+WRONG = [TORCHRUN | {"RANK": "x"}, {"TORCHELASTIC_RUN_ID": "x"}, SRUN | {"SLURM_PROCID": ""}, {"MASTER_PORT": "any"}]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
+def test_told_wrongly(wrong: dict[str, str], clean: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", dict(wrong))
+    with pytest.raises(UserError, match=r"(RANK|PROCID|MASTER_PORT)=.*: tells which process of a run this is"):
+        forget_leftovers(["train"])
+
+
+@pytest.mark.parametrize("told", [TORCHRUN, SRUN, BY_HAND, BY_HAND | {"LOCAL_RANK": "0", "WORLD_SIZE": "2"}], ids=str)
+@pytest.mark.skipif("torch.cuda.is_available()")
+def test_another_number_of_processes(
+    told: dict[str, str], clean: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"= 1: but (2 processes were started|LOCAL_RANK=1); give as many as"):
+        RunTrainer(tmp_path, [], [], accelerator="cpu")
+
+
+# What a budget ends.
+
+
+def test_a_budget_of_time(train: Run, tmp_path: Path) -> None:
+    short = train("trainer.max_time=00:00:00:00", "curriculum.max_segments=1", "hydra.run.dir=run")
+    assert short.returncode == 0, short.stderr
+    assert "stopped by trainer.max_time=00:00:00:00; go on with resume=run" in short.stdout
+    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 1
+    assert (tmp_path / "run/evaluation.csv").exists()
+    resumed = train("resume=run", "trainer.max_time=null", small=False)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert json.loads((tmp_path / "run/phases.json").read_text())[0]["finished"]
+
+
+def test_a_budget_of_steps_within_an_epoch(train: Run, tmp_path: Path) -> None:
+    text = (
+        "task=language_modeling", "model.width=8", "model.layers=1", "model.heads=2", "noise.documents=20",
+        "backbone.vocabulary_size=600", "data.segment_length=20", "data.steps_per_epoch=4", "curriculum.steps=3",
+        "data.validation_documents=1", "test.documents=2", "hydra.run.dir=run",
+    )  # fmt: skip
+    for words, steps in ((text, 3), (("resume=run", "curriculum.steps=6"), 6)):
+        result = train(*words, small=False)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == steps
+        assert f"step {steps}: perplexity" in result.stdout
+
+
+# What is said of a loss that is no number.
+
+SPOILED = """
+import torch
+from rmt_lightning.training.answering import FactClassifier
+from rmt_lightning.train import run
+
+def spoil(self):
+    torch.nn.init.constant_(self.head.weight, float("nan"))
+
+FactClassifier.on_fit_start = spoil
+run()
+"""
+
+
+@pytest.mark.fault("weights that are no numbers at the start", "a line that does not blame the learning rate")
+def test_weights_that_are_no_numbers(train: Run) -> None:
+    result = train("hydra.run.dir=run", driver=SPOILED)
+    assert result.returncode == 1 and result.stderr == (
+        "error: the loss became nan at step 0; no step has been made since the start, where head.weight is not finite: "
+        "begin with other weights; there is no good checkpoint\n"
+    )
+
+
+@pytest.mark.soak
+@pytest.mark.fault("a learning rate that is too high", "the line names what set it, and a checkpoint that is good")
+def test_a_learning_rate_that_is_too_high(train: Run) -> None:
+    held = ("curriculum.max_segments=2", "hold=state_passing", "hold.steps=6", "hold.pool=8", "hold.lr=1e30")
+    result = train(*held, "trainer.gradient_clip_val=null", "hydra.run.dir=run")
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert "lower the learning rate of the phase state_passing; the last good checkpoint is run/ch" in result.stderr
+    # The last checkpoint fails in its very next step.
+    last = train("hydra.run.dir=last", "optim.lr=1e30", "optim.warmup=0", "data.steps_per_epoch=1")
+    assert last.returncode == 1 and last.stderr.endswith("; there is no good checkpoint\n"), last.stderr
+
+
+# A command that pip made finds classes of one's own where `python -m` does.
+
+
+@pytest.mark.parametrize("first", ["bin", ""])
+def test_own_modules_beside_a_script(first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path / first), *sys.path])
+    monkeypatch.setattr(sys, "argv", ["rmt-train", "--version"])
+    with pytest.raises(SystemExit):
+        hydra_errors.front_door(lambda config: None, "train")()
+    assert sys.path.count(str(tmp_path)) == 1
+    GlobalHydra.instance().clear()
