@@ -8,15 +8,17 @@ import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hydra.core.global_hydra import GlobalHydra
 from transformers import PreTrainedTokenizerBase
 
+from rmt_lightning import train as front_door
 from rmt_lightning.core.files import write_csv
 from rmt_lightning.models.rmt import RMTEncoder
 from rmt_lightning.models.tiny import TinyBert
@@ -183,6 +185,27 @@ def train(command: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
         return command(program, *(SMALL if small else ()), *overrides)
 
     return run
+
+
+@pytest.fixture
+def refused(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., str]]:
+    """What the command says to settings that it refuses, without the seconds that a new process takes to start."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RMT_LIGHTNING_CACHE", str(cache))
+
+    def run(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["train", *words])
+        with pytest.raises(SystemExit) as left:
+            front_door.run()
+        GlobalHydra.instance().clear()
+        told = capsys.readouterr().err
+        assert left.value.code == 2 and told.count("\n") == 1, told
+        return told
+
+    yield run
+    GlobalHydra.instance().clear()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -4,39 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import SMALL, Run, assert_identical, final
-from hydra.core.global_hydra import GlobalHydra
 
-from rmt_lightning import train as front_door
+from rmt_lightning.app.resume import composed_again
 
 HELD = ("hold=state_passing", "hold.steps=6", "hold.pool=8")
-
-
-@pytest.fixture
-def refused(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Callable[..., str]]:
-    """What the command says to settings that it refuses, without the seconds that a new process takes to start."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("RMT_LIGHTNING_CACHE", str(cache))
-
-    def run(*words: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["train", *words])
-        with pytest.raises(SystemExit) as left:
-            front_door.run()
-        GlobalHydra.instance().clear()
-        told = capsys.readouterr().err
-        assert left.value.code == 2 and told.count("\n") == 1, told
-        return told
-
-    yield run
-    GlobalHydra.instance().clear()
 
 
 def phases(folder: Path) -> list[dict]:
@@ -213,6 +190,70 @@ def test_what_is_typed_on_resuming_takes_effect_and_is_kept(train: Run, tmp_path
     assert rates(tmp_path) == [[4, pytest.approx(0.5 * 2 / 6), 0.25], [5, pytest.approx(0.5 * 1 / 6), 0.25]]
     kept = yaml.safe_load((tmp_path / "run" / "overrides.yaml").read_text())
     assert kept == [*SMALL, "optim.warmup=0", *typed[:3], "+trainer.benchmark=true"]
+
+
+# What was typed then, what is typed now, and what is composed of it.
+AGAIN = [
+    ("noise=files noise.path=old seed=3", "noise.path=/new/book", "noise=files seed=3 noise.path=/new/book"),
+    ("noise=files noise.path=a", "noise=files noise.field=b", "noise.path=a noise=files noise.field=b"),
+    ("noise.documents=20 +noise.x=1 seed=3", "noise=files noise.path=b", "seed=3 noise=files noise.path=b"),
+    ("noise=quality noise.limit=9", "noise=wikitext", "noise.limit=9 noise=wikitext"),
+    ("noise=quality noise.limit=9", "noise=prose", "noise=prose"),
+    ("logger=wandb logger.mode=offline", "logger=csv", "logger=csv"),
+    ("logger=wandb", "logger.mode=offline", "logger=wandb logger.mode=offline"),
+    ("hold=state_passing hold.steps=6 seed=2", "~hold", "seed=2 ~hold"),
+    ("trainer.devices=4 +trainer.x=2", "trainer=ddp_cpu", "trainer.devices=4 +trainer.x=2 trainer=ddp_cpu"),
+    ("experiment=paper_detect noise.limit=7", "noise=pg19", "experiment=paper_detect noise.limit=7 noise=pg19"),
+    ("+metrics.f1.num_classes=6", "~metrics.f1", "+metrics.f1.num_classes=6 ~metrics.f1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("then", "now", "composed"), AGAIN, ids=[f"{then}; {now}" for then, now, _ in AGAIN])
+def test_what_is_chosen_anew_leaves_its_old_settings_behind(
+    then: str, now: str, composed: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("seed: 1\n")
+    (tmp_path / "run" / "overrides.yaml").write_text(yaml.safe_dump(then.split()))
+    assert sorted(composed_again(["resume=run", *now.split()])) == sorted(["resume=run", *composed.split()])
+
+
+def test_what_comes_too_late_is_refused(train: Run, refused: Callable[..., str], tmp_path: Path) -> None:
+    """Of a run in its second phase, then of one that has finished."""
+    typed = (*HELD, "curriculum.max_segments=2", "data.segment_length=48", "hydra.run.dir=run")
+    assert train(*typed, "trainer.max_steps=15").returncode == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*") if path.suffix != ".log"}
+    late = "comes too late, for what it sets is over in this run; leave it out"
+    for words, message in (
+        ("optim.lr=0.5", f"optim.lr=0.5: {late}"),
+        ("curriculum.threshold=0.5", f"curriculum.threshold=0.5: {late}"),
+        ("curriculum.steps=12", f"curriculum.steps=12: {late}"),
+        ("trainer.max_steps=8", "trainer.max_steps=8: the run has taken 15 steps already; give more, or -1 for any"),
+        ("optim.betas=[0.9,0.95]", "optim.betas: no such setting; "),
+    ):
+        assert refused("resume=run", *words.split()).startswith(f"error: {message}"), words
+    assert {path: path.read_bytes() for path in before} == before
+    more = train("resume=run", "hold.steps=9", "hold.lr=0.25", "trainer.max_steps=-1", small=False, driver=RATES)
+    assert more.returncode == 0, more.stderr
+    assert [(step, lr > 0.01) for step, lr, _ in rates(tmp_path)] == [(step, True) for step in range(15, 21)]
+    for word in ("hold.share=0.25", "optim.warmup=0.5", "answer.all_questions=true"):
+        assert refused("resume=run", word).startswith(f"error: {word}: {late}")
+
+
+@pytest.mark.soak
+@pytest.mark.fault("a loss that is no number", "with a lower optim.lr, typed on resuming, the run goes on and ends")
+@pytest.mark.parametrize("checkpoint", ["run", "run/checkpoints/stage-1.ckpt"])
+def test_a_lower_learning_rate_helps(checkpoint: str, train: Run, tmp_path: Path) -> None:
+    typed = ("optim.warmup=0", "hydra.run.dir=run", "curriculum.max_segments=2")
+    assert train(*typed, "trainer.max_steps=7").returncode == 0
+    wild = train(f"resume={checkpoint}", "trainer.max_steps=-1", "optim.lr=1e36", "hydra.run.dir=wild", small=False)
+    assert wild.returncode == 1 and "lower optim.lr" in wild.stderr, wild.stderr
+    again = "resume=wild" if (tmp_path / "wild/checkpoints").exists() else f"resume={checkpoint}"
+    driven = train(again, "optim.lr=2e-3", "trainer.max_steps=-1", "hydra.run.dir=wild", small=False, driver=RATES)
+    assert driven.returncode == 0, driven.stderr
+    assert all(lr <= 2e-3 for _, lr, _ in rates(tmp_path)) and rates(tmp_path)[-1][0] == 11
+    assert yaml.safe_load((tmp_path / "wild" / "config.yaml").read_text())["optim"]["lr"] == 2e-3
 
 
 def test_settings_are_checked_against_the_choices_of_the_run(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import errno
+import hashlib
 import json
 import os
 import random
@@ -17,9 +19,14 @@ from textwrap import dedent
 
 import pytest
 import torch
+import yaml
 from conftest import SMALL, Run, assert_identical, final, trained
+from omegaconf import OmegaConf
 
-from rmt_lightning.training.callbacks.checkpoints import read_checkpoint
+from rmt_lightning.app.resume import save_config
+from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.files import append_csv
+from rmt_lightning.training.callbacks.checkpoints import MetricsTable, read_checkpoint
 
 # Dropout makes random numbers matter; three lengths make the curriculum matter.
 RUN = ("hydra.run.dir=run", "backbone.dropout=0.1", "seed=5")
@@ -54,6 +61,14 @@ def killer(*args, **kwargs):
 setattr(owner, name, killer)
 run()
 """
+
+
+def logged(folder: Path) -> list[dict[str, str]]:
+    """All rows of a run, start after start, without what is measured by the clock and empty cells."""
+    starts = sorted(folder.glob("metrics/version_*/metrics.csv"), key=lambda path: (len(str(path)), path))
+    rows = [row for path in starts for row in csv.DictReader(path.open())]
+    measured = ("train/tokens_per_second", "train/host_memory_mb")
+    return [{name: cell for name, cell in row.items() if cell and name not in measured} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +126,8 @@ def test_killed_and_resumed(where: str, calls: int, uninterrupted: Path, train: 
         "last.ckpt", "previous.ckpt", "stage-1.ckpt", "stage-2.ckpt", "stage-3.ckpt",
     ]  # fmt: skip
     assert [start["step"] for start in json.loads((folder / "hardware.json").read_text())] == [0, step]
-    # What had been logged before the kill is still there.
-    assert (folder / "metrics" / "version_0").is_dir()
+    # What had been logged before the kill is still there, once.
+    assert logged(folder) == logged(uninterrupted)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
 
 
@@ -183,6 +198,7 @@ def test_signals_save_and_exit_cleanly(
     resumed = train("resume=run", small=False)
     assert resumed.returncode == 0, resumed.stderr
     assert_identical(final(uninterrupted), final(tmp_path / "run"))
+    assert logged(tmp_path / "run") == logged(uninterrupted)
 
 
 def test_resume_from_a_stage_goes_to_a_new_folder(uninterrupted: Path, train: Run, tmp_path: Path) -> None:
@@ -230,13 +246,187 @@ def test_every_model_resumes(model: str, train: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
-def test_max_steps_saves_where_it_stops(uninterrupted: Path, train: Run, tmp_path: Path) -> None:
-    result = train(*RUN, "trainer.max_steps=7")
+@pytest.mark.parametrize("steps", [1, 2, 4, 5, 7, 8])
+@pytest.mark.fault("trainer.max_steps ends a run inside an epoch", SAME)
+def test_max_steps_saves_where_it_stops(steps: int, uninterrupted: Path, train: Run, tmp_path: Path) -> None:
+    result = train(*RUN, f"trainer.max_steps={steps}")
     assert result.returncode == 0, result.stderr
-    assert "stopped by trainer.max_steps=7; raise it and go on with resume=run" in result.stdout
-    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 7
+    assert f"stopped by trainer.max_steps={steps}; raise it and go on with resume=run" in result.stdout
+    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == steps
     assert train("resume=run", "trainer.max_steps=-1", small=False).returncode == 0
     assert_identical(final(uninterrupted), final(tmp_path / "run"))
+    assert logged(tmp_path / "run") == logged(uninterrupted)
+
+
+SIGNALED = """
+import os, signal
+from rmt_lightning.training import answering
+from rmt_lightning.train import run
+
+calls = 0
+original = answering.FactClassifier.training_step
+
+def step(*arguments):
+    global calls
+    calls += 1
+    if calls == {call}:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return original(*arguments)
+
+answering.FactClassifier.training_step = step
+run()
+"""
+
+
+@pytest.mark.parametrize(
+    ("precision", "batches"),
+    [
+        pytest.param("64-true", 2, id="double"),
+        *(pytest.param(precision, 2, marks=pytest.mark.soak) for precision in ("bf16-mixed", "bf16-true", "32-true")),
+        pytest.param("64-true", 1, marks=pytest.mark.soak),
+        pytest.param("32-true", 3, marks=pytest.mark.soak),
+    ],
+)
+@pytest.mark.fault("SIGTERM while gradients wait for more, or in another precision", SAME)
+def test_waiting_gradients_and_precise_weights(precision: str, batches: int, train: Run, tmp_path: Path) -> None:
+    settings = (
+        f"trainer.precision={precision}", f"+trainer.accumulate_grad_batches={batches}", "backbone.dropout=0.1",
+        "curriculum.max_segments=2", "data.steps_per_epoch=5", "trainer.log_every_n_steps=1",
+    )  # fmt: skip
+    assert train(*settings, "hydra.run.dir=whole").returncode == 0
+    # The first batch of an optimizer step, in the second epoch.
+    stopped = train(*settings, "hydra.run.dir=run", driver=SIGNALED.format(call=6))
+    assert stopped.returncode == 143, stopped.stderr
+    assert train("resume=run", small=False).returncode == 0
+    assert_identical(final(tmp_path / "whole"), final(tmp_path / "run"))
+    assert logged(tmp_path / "whole") == logged(tmp_path / "run")
+
+
+def in_a_fork(action: Callable[[], None]) -> int:
+    """Do something in a process of its own, which may be killed; returns how that ended."""
+    if (child := os.fork()) == 0:
+        try:
+            action()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def kill(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def no_space(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("moment", ["fsync", "replace"])
+@pytest.mark.fault("SIGKILL or a full disk while metrics.csv gets a new column or a row", "no row is lost or repeated")
+def test_logged_rows_survive(moment: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    table, file = MetricsTable(tmp_path, done=0), tmp_path / "metrics" / "version_0" / "metrics.csv"
+    for step in (0, 1):
+        table.log_metrics({"loss": 2.5}, step)
+        table.save()
+    before = file.read_text()
+    for metrics in ({"loss": 1.5}, {"accuracy": 0.5}):
+        table.log_metrics(metrics, 2)
+        for failure in (kill, no_space):
+            with monkeypatch.context() as patched:
+                patched.setattr(os, moment, failure)
+                if failure is kill:
+                    in_a_fork(table.save)
+                elif moment == "fsync" or "accuracy" in metrics:
+                    with pytest.raises(OSError, match="No space"):
+                        table.save()
+            lines = file.read_text().splitlines()
+            assert lines[:3] == before.splitlines() and len(lines) <= 4
+        file.write_text(before)
+    table.save()
+    assert [row["step"] for row in logged(tmp_path)] == ["0", "1", "2", "2"]
+
+
+def test_what_is_logged_again_is_taken_out(tmp_path: Path) -> None:
+    first = MetricsTable(tmp_path, done=0)
+    for step in range(6):
+        first.log_metrics({"loss": step}, step)
+    first.save()
+    append_csv(tmp_path / "metrics/version_0/metrics.csv", [{"loss": 7, "step": 6}], ["loss", "step"])
+    os.truncate(tmp_path / "metrics/version_0/metrics.csv", 30)
+    (tmp_path / "metrics" / "version_old").mkdir()
+    second = MetricsTable(tmp_path, done=4)
+    second.save()
+    second.log_metrics({"accuracy": 1.0}, 4)
+    second.save()
+    assert [row["step"] for row in logged(tmp_path)] == ["0", "1", "2", "3", "4"]
+    MetricsTable(tmp_path, done=0).save()
+    assert logged(tmp_path) == [] and (tmp_path / "metrics" / "version_2").is_dir()
+
+
+@pytest.mark.parametrize("moment", ["fsync", "replace"])
+@pytest.mark.fault("SIGKILL or a full disk while config.yaml is written on resuming", "it stays as it was")
+def test_the_config_survives(moment: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    save_config(tmp_path, OmegaConf.create({"seed": 1, "resume": None}), ["seed=1"], None)
+    before = {path: path.read_text() for path in tmp_path.iterdir()}
+    assert {path.name for path in before} == {"config.yaml", "overrides.yaml"}
+
+    def again() -> None:
+        save_config(tmp_path, OmegaConf.create({"seed": 2, "resume": None}), ["seed=2"], None)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, moment, kill)
+        assert in_a_fork(again) == -signal.SIGKILL
+        patched.setattr(os, moment, no_space)
+        with pytest.raises(OSError, match="No space"):
+            again()
+    assert {path: path.read_text() for path in before} == before
+
+
+@pytest.mark.fault("config.yaml is empty or cut off", "resuming writes it anew; others say so in one line")
+@pytest.mark.parametrize("content", ["", "seed: [1,", "- 1\n"])
+def test_a_damaged_config_is_written_anew(
+    content: str, uninterrupted: Path, train: Run, command: Run, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text(content)
+    if content:
+        (tmp_path / "run" / "overrides.yaml").unlink()
+        assert refused("resume=run").startswith("error: run/config.yaml: is damaged; start a new run")
+        return
+    told = command("rmt_lightning.evaluate", "checkpoint=run").stderr
+    assert told == "error: run/config.yaml: is damaged; train resume=run writes it anew\n"
+    assert train("resume=run", small=False).returncode == 0
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text()) == yaml.safe_load(
+        (uninterrupted / "config.yaml").read_text()
+    )
+
+
+@pytest.mark.fault("config.yaml is missing beside checkpoints", "a new run in the folder is refused in one line")
+def test_checkpoints_are_not_overwritten(refused: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "stage-1.ckpt").touch()
+    told = refused(*SMALL, "hydra.run.dir=run")
+    assert told.startswith("error: hydra.run.dir=run: holds checkpoints of a run whose config.yaml is missing; choose")
+    assert os.listdir(tmp_path / "run" / "checkpoints") == ["stage-1.ckpt"]
+
+
+@pytest.mark.fault("last.ckpt is replaced while it is read", "weights and checksum are of the same file")
+def test_weights_and_checksum_belong_together(
+    uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    checkpoints = uninterrupted / "checkpoints"
+    last, original = Path(shutil.copy(checkpoints / "stage-1.ckpt", tmp_path / "last.ckpt")), torch.load
+
+    def replaced(file: object, **options: object) -> object:
+        os.replace(shutil.copy(checkpoints / "stage-2.ckpt", tmp_path / "newer"), last)
+        return original(file, **options)
+
+    monkeypatch.setattr(torch, "load", replaced)
+    read = read_checkpoint(last)
+    assert read["sha256"] == hashlib.sha256((checkpoints / "stage-1.ckpt").read_bytes()).hexdigest()
+    assert read["global_step"] == 6 and last.read_bytes() == (checkpoints / "stage-2.ckpt").read_bytes()
+    last.unlink()
+    with pytest.raises(UserError, match="is missing; give another one"):
+        read_checkpoint(last)
 
 
 FULL_DISK = dedent(
@@ -298,6 +488,10 @@ def flip_a_bit(path: Path) -> None:
             marks=pytest.mark.fault("a bit of last.ckpt has changed", f"previous.ckpt is used and named; {SAME}"),
         ),
         pytest.param(
+            Path.unlink, ["last"], "previous.ckpt, step 15",
+            marks=pytest.mark.fault("last.ckpt is missing", f"previous.ckpt is used and named; {SAME}"),
+        ),
+        pytest.param(
             truncate, ["last", "previous"], "stage-2.ckpt, step 12",
             marks=[
                 pytest.mark.soak,
@@ -317,7 +511,8 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(
         damage(checkpoints / f"{name}.ckpt")
     resumed = train("resume=run", small=False)
     assert resumed.returncode == 0, resumed.stderr
-    assert f"run/checkpoints/last.ckpt is damaged; going on from {used}\n" in resumed.stdout
+    wrong = "missing" if damage is Path.unlink else "damaged"
+    assert f"run/checkpoints/last.ckpt is {wrong}; going on from {used}\n" in resumed.stdout
     assert_identical(final(uninterrupted), final(tmp_path / "run"))
     # What had been damaged was not kept as the previous one.
     assert all(read_checkpoint(path) for path in checkpoints.iterdir())

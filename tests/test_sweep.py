@@ -51,25 +51,29 @@ def only(folder: Path) -> Path:
 
 
 def test_one_job_fails_and_the_other_is_not_run_twice(train: Run, tmp_path: Path) -> None:
-    first = train("model.memory_size=2,99", "--multirun")
+    # A budget that ends inside an epoch, and between two rows of metrics.csv.
+    first = train("model.memory_size=2,99", "trainer.max_steps=4", "--multirun")
     assert first.returncode == 1, first.stderr
     assert first.stderr == ""
     sweep = only(tmp_path)
     assert sweep.parent.name == "detect" and sweep.name.startswith("memory_size_2_99-")
     good, bad = rows(sweep / "sweep.csv")
-    assert (good["model.memory_size"], good["status"], good["reason"]) == ("2", "finished", "")
+    assert (good["model.memory_size"], good["status"], good["reason"]) == ("2", "stopped at max_steps", "")
+    assert good["steps"] == "4"
     assert (bad["model.memory_size"], bad["status"]) == ("99", "failed")
     assert bad["reason"].startswith("data.segment_length=40: 99 memory and 3 special tokens leave no room for text")
     tested = rows(sweep / "memory_size_2" / "evaluation.csv")
     assert [good["accuracy_1"], good["accuracy_4"]] == [row["accuracy"] for row in tested]
-    assert bad["reason"] in first.stdout and "memory_size_2: finished, " in first.stdout
+    assert bad["reason"] in first.stdout and "memory_size_2: stopped at max_steps, " in first.stdout
     assert (sweep / "sweep.png").exists() and [row["with_result"] for row in rows(sweep / "summary.csv")] == ["1", "0"]
     # One run a job: nothing has begun a sweep or a run of its own beside it.
     assert {path.parent for path in tmp_path.rglob("train.log")} == {sweep / "memory_size_2"}
 
     kept = {path: path.stat().st_mtime_ns for path in (sweep / "memory_size_2").rglob("*")}
-    again = train("model.memory_size=choice(2)", "hydra.mode=MULTIRUN", f"hydra.sweep.dir={sweep}")
-    assert "memory_size_2: done before: finished, " in again.stdout, again.stderr
+    again = train(
+        "model.memory_size=choice(2)", "trainer.max_steps=4", "hydra.mode=MULTIRUN", f"hydra.sweep.dir={sweep}"
+    )
+    assert "memory_size_2: done before: stopped at max_steps, " in again.stdout, again.stderr
     assert {path: path.stat().st_mtime_ns for path in (sweep / "memory_size_2").rglob("*")} == kept
 
 

@@ -267,7 +267,7 @@ def test_a_run_learns_and_its_checkpoint_is_loaded(train: Run, tmp_path: Path, c
         assert float(next(csv.DictReader(file))["accuracy"]) > 0.8
     config = OmegaConf.load(run / "config.yaml")
     config.cache_dir = str(cache)
-    _, module = load(config, run, run / "checkpoints" / "last.ckpt")
+    module = load(config, run, run / "checkpoints" / "last.ckpt").module
     assert module.model.cache_length == 8
     loaded = module.state_dict()
     assert all(torch.equal(loaded[name], saved) for name, saved in weights(run).items())

@@ -35,7 +35,7 @@ def attend(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: Pa
     """Draw the heatmaps and then, unless an earlier call has, the curve."""
     start_logging(None, first_process=True)
     device, hardware = find_device(config.device)
-    placement, module = load(run_config, run, checkpoint)
+    placement, module, sha256 = load(run_config, run, checkpoint)
     model = module.model
     if not isinstance(model, MemoryTokens) or model.memory_size == 0:
         raise UserError(
@@ -45,7 +45,7 @@ def attend(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: Pa
     module.to(device).eval()
     asked = {key: config[key] for key in ("segments", "streams", "stream_segments")}
     text = other_text(run, text_digest(placement.corpora), own="noise" not in config)
-    settings = provenance(run_config, checkpoint) | text | asked | {"device": hardware}
+    settings = provenance(run_config, checkpoint, sha256) | text | asked | {"device": hardware}
     folder = findings(run, "attention", f"{checkpoint.stem}-{placement.task.name}", settings)
     _draw_maps(placement, module, model, config, device, folder)
     write_atomically(folder / "settings.json", json.dumps(settings, indent=2).encode())

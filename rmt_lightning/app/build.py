@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
@@ -115,7 +115,21 @@ def build_answering(
     return placement, module
 
 
-def load(config: DictConfig, run: Path, checkpoint: Path) -> tuple[Placement, FactModule]:
+class Trained(NamedTuple):
+    """What a run has trained.
+
+    Attributes:
+        placement: makes the samples to ask it about.
+        module: with the weights of a checkpoint.
+        sha256: of that checkpoint's file.
+    """
+
+    placement: Placement
+    module: FactModule
+    sha256: str
+
+
+def load(config: DictConfig, run: Path, checkpoint: Path) -> Trained:
     """Build what a run has trained, give it the weights of one of its checkpoints, and the samples to ask it about.
 
     Args:
@@ -140,7 +154,7 @@ def load(config: DictConfig, run: Path, checkpoint: Path) -> tuple[Placement, Fa
         )
     check_fits(module, saved["state_dict"], checkpoint)
     module.load_state_dict(saved["state_dict"])
-    return placement, module
+    return Trained(placement, module, saved["sha256"])
 
 
 def open_trained(run: Path, checkpoint: Path) -> Answerer | SegmentModel[Any]:

@@ -70,11 +70,11 @@ def evaluate(
     start_logging(None, first_process=True)
     keep_heap_flat()
     device, hardware = find_device(config.device)
-    placement, module = load(run_config, run, checkpoint)
+    placement, module, sha256 = load(run_config, run, checkpoint)
     module.to(device).eval()
     fitting = module.model.fitting("segments", config.segments)
     text = other_text(run, text_digest(placement.corpora), own="noise" not in config)
-    settings = provenance(run_config, checkpoint) | text | {"samples": config.samples, "device": hardware}
+    settings = provenance(run_config, checkpoint, sha256) | text | {"samples": config.samples, "device": hardware}
     folder = findings(run, "evaluations", f"{checkpoint.stem}-{placement.task.name}", settings)
     done = _Done.read(folder, settings)
     streams = 64 if config.batch_size == "auto" else config.batch_size

@@ -89,7 +89,7 @@ class FactRecipe(Recipe):
     module: FactModule
 
     def __init__(self, config: DictConfig, run: Path | None, trained: bool) -> None:
-        self.phases = _phases(config)
+        self.phases = build_phases(config)
         placement, self.module = build_answering(config, run, trained, phases=self.phases)
         self.corpora = placement.corpora
         self.data = construct(config.data, placement=placement, keys=self.phases)
@@ -129,7 +129,7 @@ class TextRecipe(Recipe):
     module: LanguageModeler
 
     def __init__(self, config: DictConfig, run: Path | None, trained: bool) -> None:
-        self.phases = _phases(config)
+        self.phases = build_phases(config)
         base = build_foundation(config, run, trained)
         self.corpora = base.corpora
         texts = {
@@ -177,16 +177,30 @@ def build_recipe(config: DictConfig, run: Path | None = None, trained: bool = Fa
     return recipe(config, run, trained)
 
 
-def _phases(config: DictConfig) -> Phases:
-    """The phases of a run, in the order of its config: whatever is a `Phase` there."""
-    phases = []
+def build_phases(config: DictConfig) -> Phases:
+    """The phases of a run, in the order of its config.
+
+    Raises:
+        UserError: if something in the config is neither a phase nor another part of a run.
+    """
+    phases = [instantiate(config[group], _convert_="all") for group in phase_groups(config)]
+    return Phases(phases, instantiate(config.optim, _convert_="all"), config.seed)
+
+
+def phase_groups(config: DictConfig) -> list[str]:
+    """Where phases stand in a config, in order: whatever is a `Phase` there.
+
+    Raises:
+        UserError: as of `build_phases`.
+    """
+    groups = []
     for name, part in config.items():
         kind = get_object(part._target_) if isinstance(part, DictConfig) and "_target_" in part else None
         if isinstance(kind, type) and issubclass(kind, Phase):
-            phases.append(instantiate(part, _convert_="all"))
+            groups.append(str(name))
         elif isinstance(part, DictConfig) and not (CONF / str(name)).is_dir():
             raise UserError(f"{name!s}: is no part of a run; give a choice that conf/ has, or a phase of your own")
-    return Phases(phases, instantiate(config.optim, _convert_="all"), config.seed)
+    return groups
 
 
 def check_memory(recipe: Recipe) -> None:

@@ -6,12 +6,11 @@ and samples depend on may not change.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +25,32 @@ from rmt_lightning.app.schema import CONF
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import write_atomically
 from rmt_lightning.core.names import public_name
-from rmt_lightning.core.run_folder import CONFIG, LAST, TEXT, TYPED, locate
+from rmt_lightning.core.run_folder import CHECKPOINTS, CONFIG, LAST, TEXT, TYPED, locate
 
 log = logging.getLogger(__name__)
 
 # Settings of a model that neither its weights nor its state depend on.
 _FREE = {"bptt_depth", "gradient_checkpointing", "memory_attention", "dropout"}
 _CHOSEN = ("task", "backbone", "model", "experiment")
-_KEPT = re.compile(r"(task|backbone|model)\..*|data\.(segment_length|_target_)|(answer|curriculum)\._target_")
+_KEPT = re.compile(
+    r"(task|backbone|model)\..*|data\.(segment_length|num_segments|_target_)|(answer|curriculum|optim)\._target_"
+)
 
 
 def saved_config(run: Path) -> DictConfig:
-    """The resolved config of a run, whatever its classes were called, and wherever they stood, when it was written."""
-    config = OmegaConf.load(run / CONFIG)
-    assert isinstance(config, DictConfig)
+    """The resolved config of a run, whatever its classes were called, and wherever they stood, when it was written.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    try:
+        config = OmegaConf.load(run / CONFIG)
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException):
+        config = None
+    if not isinstance(config, DictConfig) or not config:
+        shown = os.path.relpath(run)
+        hint = f"train resume={shown} writes it anew" if (run / TYPED).exists() else "start a new run"
+        raise UserError(f"{shown}/{CONFIG}: is damaged; {hint}")
     for part in config.values():
         if isinstance(part, DictConfig) and "_target_" in part:
             part._target_ = public_name(part._target_)
@@ -56,11 +67,11 @@ def trained_config(run: Path, asked: DictConfig) -> DictConfig:
     return config
 
 
-def provenance(config: DictConfig, checkpoint: Path) -> dict[str, Any]:
+def provenance(config: DictConfig, checkpoint: Path, sha256: str) -> dict[str, Any]:
     """What results depend on besides the settings of a front door: the checkpoint's content, the task and the noise."""
     return {
         "checkpoint": checkpoint.name,
-        "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+        "sha256": sha256,
         "task": OmegaConf.to_container(config.task),
         "noise": OmegaConf.to_container(config.noise),
     }
@@ -148,6 +159,9 @@ def composed_again(words: Sequence[str]) -> list[str]:
     for word in words:
         if _key(word) in _CHOSEN and word != then.get(_key(word)):
             raise UserError(f"{word}: a resumed run keeps its {_key(word)}; leave it out, or start a new run")
+    if others := {_key(word) for word in words if word != then.get(_key(word)) and _is_another_kind(word, then)}:
+        # Its settings were those of what is not there any more.
+        then = {key: word for key, word in then.items() if key.partition(".")[0] not in others}
     # What had to be added then has to be added now.
     added = {key for key, word in then.items() if word.startswith("+")}
     typed = [f"+{word}" if _key(word) in added and word[0] not in "+~" else word for word in words]
@@ -156,6 +170,25 @@ def composed_again(words: Sequence[str]) -> list[str]:
     earlier = [word for key, word in then.items() if key not in now]
     options = [word for word in earlier if word.startswith("-")]
     return [*options, *typed[:first], *(word for word in earlier if word not in options), *typed[first:]]
+
+
+def _is_another_kind(word: str, then: Mapping[str, str]) -> bool:
+    """Whether a word of the command line chooses for a group something of another class than what was chosen then."""
+    group = _key(word)
+    if word.startswith("~") or not (CONF / group).is_dir():
+        return word.startswith("~")
+    config_dir = then.get("--config-dir", "").partition("=")[2]
+    search = [f"hydra.searchpath=[{quoted(f'file://{config_dir}')}]"] if config_dir else []
+    earlier = [other for key, other in then.items() if key.partition(".")[0] != group and not other.startswith("-")]
+    earlier = [other for other in earlier if "." not in _key(other)]
+    kinds = []
+    for choice in ([then[group]] if group in then else [], [word]):
+        GlobalHydra.instance().clear()
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            composed = hydra.compose("train", [*search, *earlier, *choice])
+        kinds.append(OmegaConf.select(composed, f"{group}._target_"))
+    GlobalHydra.instance().clear()
+    return kinds[0] != kinds[1]
 
 
 def _key(word: str) -> str:
@@ -167,7 +200,11 @@ def _typed(run: Path) -> list[str]:
     try:
         words = yaml.safe_load((run / TYPED).read_text())
     except FileNotFoundError:
-        return _derived(saved_config(run))
+        try:
+            return _derived(saved_config(run))
+        except UserError:
+            # It is told once the rest of what was typed has been found right.
+            return []
     except (OSError, ValueError, yaml.YAMLError):
         words = None
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
@@ -257,21 +294,43 @@ def check_folder(config: DictConfig, folder: Path, source: Path | None, typed: I
         raise UserError(
             f"hydra.run.dir={shown}: already holds a run; choose another folder, or go on with resume={shown}"
         )
+    if source != folder.resolve() and any((folder / CHECKPOINTS).glob("*.ckpt")):
+        raise UserError(
+            f"hydra.run.dir={shown}: holds checkpoints of a run whose {CONFIG} is missing; choose another folder"
+        )
     if source:
         _check_settings(config, source, typed)
 
 
 def _check_settings(config: DictConfig, run: Path, typed: Iterable[str]) -> None:
-    there, here, words = dict(flat(saved_config(run))), dict(flat(config)), {_key(word): word for word in typed}
-    # Another version may have had other settings.
-    changed = [key for key in here if _is_kept(key) and key in there and here[key] != there[key]]
+    try:
+        saved = saved_config(run)
+    except UserError:
+        if not (run / TYPED).exists():
+            raise
+        # What was typed then is the same as before; the weights are compared with the model that it makes.
+        return
+    changed = [key for key in changes(config, saved) if _is_kept(key)]
     if not changed:
         return
-    key = next((key for key in changed if key in words), changed[0])
+    word, key = as_typed(changed, config, typed)
     group = key.partition(".")[0]
-    word = words.get(key) or words.get(group) or f"{key}={here[key]}"
-    what = key if group == "data" else group
-    raise UserError(f"{word}: a resumed run keeps its {what} ({key}={there[key]}); start a new run to change it")
+    what = key if group in ("data", "optim") else group
+    there = dict(flat(saved))[key]
+    raise UserError(f"{word}: a resumed run keeps its {what} ({key}={there}); start a new run to change it")
+
+
+def changes(config: DictConfig, saved: DictConfig) -> list[str]:
+    """The settings that differ from those of an earlier start. Another version may have had other settings."""
+    there = dict(flat(saved))
+    return [key for key, value in flat(config) if key in there and value != there[key]]
+
+
+def as_typed(changed: Sequence[str], config: DictConfig, typed: Iterable[str]) -> tuple[str, str]:
+    """How one of some settings was typed, if any was, and which it is."""
+    words = {_key(word): word for word in typed}
+    key = next((key for key in changed if key in words), changed[0])
+    return words.get(key) or words.get(key.partition(".")[0]) or f"{key}={dict(flat(config))[key]}", key
 
 
 def _is_kept(key: str) -> bool:

@@ -36,7 +36,7 @@ from rmt_lightning.app.processes import RANK
 from rmt_lightning.app.resume import presets, save_config, saved_config
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import write_atomically
-from rmt_lightning.core.run_folder import CONFIG, JOB
+from rmt_lightning.core.run_folder import JOB
 
 # While this file is in a sweep folder, running jobs save and stop, and no other begins: all processes of a sweep, on
 # whatever machine a launcher has put them, see the same folder.
@@ -174,16 +174,18 @@ def _reason(code: int, output: str) -> str:
 
 
 def _known_settings(config: DictConfig, folder: Path) -> bool:
-    """Whether the folder holds this very run.
+    """Whether the folder holds this very run, and its config can be read.
 
     Raises:
         UserError: if it holds another one.
     """
-    if not (folder / CONFIG).exists():
+    try:
+        saved = saved_config(folder)
+    except UserError:
         return False
     from rmt_lightning.reporting.runs import differences
 
-    texts = [OmegaConf.to_yaml(given, resolve=True) for given in (config, saved_config(folder))]
+    texts = [OmegaConf.to_yaml(given, resolve=True) for given in (config, saved)]
     for key, (wanted, there) in differences([yaml.safe_load(text) for text in texts]).items():
         # Where metrics and tokenized noise go decides nothing.
         if key.split(".")[0] not in ("logger", "cache_dir"):

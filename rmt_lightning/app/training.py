@@ -6,25 +6,26 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from hydra.core.hydra_config import HydraConfig
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import Logger
 from omegaconf import DictConfig, OmegaConf
 from rich import get_console
 from torch.distributed import DistNetworkError
 
 from rmt_lightning.app.build import construct, save_architecture
-from rmt_lightning.app.recipes import Recipe, build_recipe, check_memory
+from rmt_lightning.app.recipes import Recipe, build_phases, build_recipe, check_memory, phase_groups
 from rmt_lightning.app.results import phase_table, told_folder
-from rmt_lightning.app.resume import begun_with, presets, save_config, save_text
+from rmt_lightning.app.resume import as_typed, begun_with, changes, presets, save_config, save_text, saved_config
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.core.run_folder import CHECKPOINTS, LAST, METRICS, PREVIOUS
+from rmt_lightning.core.run_folder import CHECKPOINTS, LAST, PREVIOUS
 from rmt_lightning.reporting.redaction import public
 from rmt_lightning.tasks.noise import text_digest
 from rmt_lightning.training.callbacks.checkpoints import (
     Interrupted,
+    MetricsTable,
     RunCheckpoints,
     check_fits,
     read_newest,
@@ -65,6 +66,7 @@ def _train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pa
     if saved and checkpoint:
         check_fits(recipe.module, saved["state_dict"], checkpoint)
         phases.load(saved)
+        _refuse_what_comes_too_late(config, source, recipe, saved)
     text = text_digest(recipe.corpora)
     if source:
         text = begun_with(source, text)
@@ -73,10 +75,12 @@ def _train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pa
     callbacks = [phases, checkpoints, PhaseProgress(phases), Hardware(folder)]
     if isinstance(logger, WandbRun):
         callbacks.append(PhaseRecords(logger, phases))
-    table = CSVLogger(folder, name=METRICS, flush_logs_every_n_steps=config.data.steps_per_epoch)
+    table = MetricsTable(folder, done=saved["global_step"] if saved else 0)
     trainer: RunTrainer = construct(
         config.trainer, folder=folder, callbacks=callbacks, logger=[table, logger] if logger else [table]
     )
+    # Lightning would do so once it has loaded weights, which may be more precise than those of a fresh module.
+    trainer.precision_plugin.convert_module(recipe.module)
 
     # Nothing has been written so far, and all that can be wrong with the settings has been found.
     hydra = HydraConfig.get()
@@ -99,6 +103,38 @@ def _train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pa
     _tell(recipe, folder, trainer, logger)
     wait_for_others(trainer)
     return _end(recipe, trainer, os.path.relpath(folder))
+
+
+def _refuse_what_comes_too_late(config: DictConfig, source: Path | None, recipe: Recipe, saved: dict[str, Any]) -> None:
+    """Raise UserError if settings were changed for a part of the run that is over."""
+    typed = HydraConfig.get().overrides.task
+    if 0 <= config.trainer.max_steps < saved["global_step"]:
+        word, _ = as_typed(["trainer.max_steps"], config, typed)
+        raise UserError(f"{word}: the run has taken {saved['global_step']} steps already; give more, or -1 for any")
+    if source is None or not (changed := _changed(config, source)):
+        return
+    # A setting may be what makes a phase end here.
+    before = build_phases(saved_config(source))
+    before.prepare(recipe.module, recipe.data)
+    before.load(saved)
+    over_before = {phase.name for phase in before if phase.finished}
+    default = recipe.phases.default
+    going_on = [phase for phase in recipe.phases if not (phase.finished and phase.name in over_before)]
+    groups = dict(zip(phase_groups(config), recipe.phases, strict=True))
+    late = [group for group, phase in groups.items() if phase not in going_on]
+    late += ["optim"] if all(phase.optimization(default)[0] is not default for phase in going_on) else []
+    late += [] if going_on else ["answer", "metrics"]
+    if changed := [key for key in changed if key.partition(".")[0] in late]:
+        word, _ = as_typed(changed, config, typed)
+        raise UserError(f"{word}: comes too late, for what it sets is over in this run; leave it out")
+
+
+def _changed(config: DictConfig, source: Path) -> list[str]:
+    try:
+        return changes(config, saved_config(source))
+    except UserError:
+        # Damaged, and about to be written anew.
+        return []
 
 
 def _fit(trainer: L.Trainer, recipe: Recipe, checkpoint: Path | None, folder: Path, checkpoints: RunCheckpoints) -> int:

@@ -39,6 +39,24 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_atomically(path, text.getvalue().encode())
 
 
+def append_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """Append rows to a csv file that has these columns, all of them or none; what a row lacks is left empty.
+
+    Only a kill may leave a line without its end.
+    """
+    text = io.StringIO()
+    csv.DictWriter(text, columns, lineterminator="\n").writerows(rows)
+    with path.open("ab") as file:
+        end = file.tell()
+        try:
+            file.write(text.getvalue().encode())
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            os.truncate(path, end)
+            raise
+
+
 def read_csv(path: Path) -> list[dict[str, str]]:
     """The rows of a csv file."""
     with path.open(newline="") as file:

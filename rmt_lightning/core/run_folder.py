@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 def locate(path: str, key: str) -> tuple[Path, Path | None]:
     """The run folder and the checkpoint that `path`, either of them, stands for; a young run has no checkpoint yet.
 
+    That of a folder is the last one, which may have been lost while earlier ones are there.
+
     Raises:
         UserError: naming the setting `key`, if there is no run.
     """
@@ -45,8 +47,9 @@ def locate(path: str, key: str) -> tuple[Path, Path | None]:
     run = given if given.is_dir() else given.parent.parent
     if not given.exists() or not (run / CONFIG).exists():
         raise UserError(f"{key}={path}: no run there; give a run folder or one of its {CHECKPOINTS}/*.ckpt")
-    checkpoint = run / CHECKPOINTS / LAST if given.is_dir() else given
-    return run, checkpoint if checkpoint.exists() else None
+    if given.is_file():
+        return run, given
+    return run, run / CHECKPOINTS / LAST if any((run / CHECKPOINTS).glob("*.ckpt")) else None
 
 
 def locate_checkpoint(path: str) -> tuple[Path, Path]:

@@ -1,7 +1,9 @@
-"""What is saved, when, and how it is read again. Nothing is lost by a kill, a signal or a full disk."""
+"""What is saved and logged, when, and how it is read again. Nothing is lost by a kill, a signal or a full disk."""
 
 from __future__ import annotations
 
+import csv
+import hashlib
 import io
 import json
 import logging
@@ -17,12 +19,14 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
 
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.core.files import write_atomically, write_csv
-from rmt_lightning.core.run_folder import CHECKPOINTS, LAST, PHASES, PREVIOUS
+from rmt_lightning.core.files import append_csv, read_csv, write_atomically, write_csv
+from rmt_lightning.core.run_folder import CHECKPOINTS, LAST, METRICS, PHASES, PREVIOUS
 from rmt_lightning.training.callbacks.upgrade import upgraded
 from rmt_lightning.training.phases.phase import Phases
 
@@ -55,18 +59,24 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Load a checkpoint without executing anything in it.
+    """Load a checkpoint, and the `sha256` of its file, without executing anything in it.
 
     Raises:
-        UserError: if it is damaged.
+        UserError: if it is missing or damaged.
     """
     try:
-        # torch notices that a file is too short, but not that a bit of it has changed.
-        with zipfile.ZipFile(path) as archive:
-            if (damaged := archive.testzip()) is not None:
+        # Opened once, for a run that goes on may put another one in its place.
+        with path.open("rb") as file:
+            # torch notices that a file is too short, but not that a bit of it has changed.
+            if (damaged := zipfile.ZipFile(file).testzip()) is not None:
                 raise zipfile.BadZipFile(damaged)
-        checkpoint = upgraded(torch.load(path, map_location="cpu", weights_only=True))
-        checkpoint["state_dict"]
+            file.seek(0)
+            checkpoint = upgraded(torch.load(file, map_location="cpu", weights_only=True))
+            checkpoint["state_dict"]
+            file.seek(0)
+            checkpoint["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise UserError(f"{path}: is missing; give another one of the run's checkpoints/*.ckpt") from None
     except Exception as error:  # zip, pickle and torch each have their own way to say that a file is broken
         raise UserError(
             f"{path}: is damaged or no checkpoint ({type(error).__name__}); "
@@ -76,7 +86,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def read_newest(checkpoint: Path) -> tuple[Path, dict[str, Any]]:
-    """Load a checkpoint to go on from, and say which; if last.ckpt is damaged, the newest one before it that is not.
+    """Load a checkpoint to go on from; if last.ckpt is missing or damaged, the newest one before it, and say which.
 
     Whichever it is, training from there ends with the same weights.
 
@@ -88,7 +98,7 @@ def read_newest(checkpoint: Path) -> tuple[Path, dict[str, Any]]:
     except UserError:
         if checkpoint.name != LAST:
             raise
-    folder = checkpoint.parent
+    folder, wrong = checkpoint.parent, "damaged" if checkpoint.exists() else "missing"
     stages = sorted(folder.glob("stage-*.ckpt"), key=lambda path: int(path.stem.removeprefix("stage-")), reverse=True)
     for earlier in (folder / PREVIOUS, *stages):
         try:
@@ -96,9 +106,9 @@ def read_newest(checkpoint: Path) -> tuple[Path, dict[str, Any]]:
         except UserError:
             continue
         shown = os.path.relpath(checkpoint)
-        log.info("%s is damaged; going on from %s, step %d", shown, earlier.name, saved["global_step"])
+        log.info("%s is %s; going on from %s, step %d", shown, wrong, earlier.name, saved["global_step"])
         return earlier, saved
-    raise UserError(f"{checkpoint}: is damaged, and so is every earlier one; start a new run")
+    raise UserError(f"{checkpoint}: is {wrong}, and so is every earlier one; start a new run")
 
 
 def check_fits(module: nn.Module, state_dict: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -109,6 +119,72 @@ def check_fits(module: nn.Module, state_dict: Mapping[str, torch.Tensor], path: 
         there = tuple(state_dict[name].shape) if name in state_dict else "missing"
         if here != there:
             raise UserError(f"{path}: holds another model: {name} is {there} there and {here} here")
+
+
+class MetricsTable(Logger):
+    """What is logged, in metrics/version_<n>/metrics.csv for the n-th start of a run, counted from 0.
+
+    It is on the disk once `save` returns, which checkpoints wait for; what was logged after the checkpoint that a run
+    goes on from is logged again, and so taken out of the files of earlier starts. The files then follow each other as
+    if the run had never been interrupted.
+
+    Args:
+        folder: the run folder.
+        done: optimizer steps of the run before this start.
+    """
+
+    name, version = METRICS, None
+
+    def __init__(self, folder: Path, done: int) -> None:
+        super().__init__()
+        self._folder = folder / METRICS
+        self._done = done
+        self._path: Path | None = None
+        self._columns: list[str] = []
+        self._rows: list[dict[str, Any]] = []
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """They stand in config.yaml."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Keep a row for the next `save`."""
+        self._rows.append({**metrics, "step": step})
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write what has been logged since the last time; the first time, make room for it."""
+        path = self._path = self._path or self._begin()
+        if not self._rows:
+            return
+        columns = sorted(set().union(self._columns, *self._rows))
+        if columns == self._columns:
+            append_csv(path, self._rows, columns)
+        else:
+            rows = [*(read_csv(path) if self._columns else []), *self._rows]
+            write_csv(path, [{name: row.get(name, "") for name in columns} for row in rows])
+        self._columns, self._rows = columns, []
+
+    def _begin(self) -> Path:
+        numbers = [path.name.removeprefix("version_") for path in self._folder.glob("version_*")]
+        starts = sorted(int(number) for number in numbers if number.isdecimal())
+        for number in starts:
+            self._cut(self._file(number))
+        path = self._file(1 + max(starts, default=-1))
+        path.parent.mkdir(parents=True)
+        return path
+
+    def _file(self, number: int) -> Path:
+        return self._folder / f"version_{number}" / "metrics.csv"
+
+    def _cut(self, path: Path) -> None:
+        """Take out what is about to be logged again, and a line that was not finished."""
+        text = path.read_text() if path.exists() else ""
+        *lines, unfinished = text.split("\n")
+        rows = list(csv.DictReader(lines))
+        kept = [row for row in rows if (row.get("step") or "").isdecimal() and int(row["step"]) < self._done]
+        if unfinished or len(kept) < len(rows):
+            write_csv(path, kept) if kept else path.unlink()
 
 
 class RunCheckpoints(Callback):
@@ -134,7 +210,8 @@ class RunCheckpoints(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._kept = self._milestones()
-        self.saved_step = trainer.global_step
+        self.saved_step = self._step = trainer.global_step
+        self._stopping = False
         # A run that goes on from an earlier checkpoint because the last one is damaged must not keep that one.
         self._last_is_whole = trainer.ckpt_path is not None and Path(trainer.ckpt_path).name == LAST
         self._handlers = {signum: signal.signal(signum, self._remember) for signum in (signal.SIGINT, signal.SIGTERM)}
@@ -158,23 +235,31 @@ class RunCheckpoints(Callback):
         return asked
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        # Gradients that wait for those of the next batch are in no checkpoint.
+        stepped, self._step = trainer.global_step > self._step, trainer.global_step
         # Lightning would skip the validation of an epoch that is resumed after its last batch.
-        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        if not stepped or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             return
-        if self._asked_to_stop(trainer):
+        self._stopping = self._asked_to_stop(trainer)
+        # If max_steps ends an epoch before its end, Lightning takes it for a whole one later on.
+        if self._stopping or trainer.global_step == trainer.max_steps:
             self._save(trainer)
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        # What the batch before has shown has been logged by now.
+        self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        if self._stopping:
             raise Interrupted(self._signum or signal.SIGTERM)
-        if trainer.global_step == trainer.max_steps:
-            # Later on Lightning takes the epoch for a whole one.
-            self._save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for name in self._milestones() - self._kept:
             trainer.save_checkpoint(self.folder / CHECKPOINTS / f"{name}.ckpt")
         self._kept = self._milestones()
         self._save(trainer)
-        if not trainer.should_stop and self._asked_to_stop(trainer):
-            raise Interrupted(self._signum or signal.SIGTERM)
+        self._stopping = not trainer.should_stop and self._asked_to_stop(trainer)
+        self._stop_if_asked()
 
     def _milestones(self) -> set[str]:
         return {name for phase in self.phases for name in phase.milestones}
@@ -183,9 +268,12 @@ class RunCheckpoints(Callback):
         # trainer.max_steps may end a run between two validations.
         if trainer.global_step > self.saved_step:
             self._save(trainer)
+        self._stop_if_asked()
 
     def _save(self, trainer: L.Trainer) -> None:
         last = self.folder / CHECKPOINTS / LAST
+        for logger in trainer.loggers:
+            logger.save()
         if trainer.is_global_zero:
             write_phases(self.folder, self.phases, trainer.global_step)
             if self._last_is_whole and last.exists():
