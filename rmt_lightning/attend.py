@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from rmt_lightning.app.hydra_errors import front_door
 from rmt_lightning.app.resume import trained_config
 from rmt_lightning.app.schema import check
+from rmt_lightning.app.trust import Trust
 from rmt_lightning.core.run_folder import locate_checkpoint
 
 
@@ -32,6 +33,7 @@ class Root:
     stream_segments: Annotated[int, Ge(1)]
     device: Literal["auto", "cpu", "cuda"]
     cache_dir: str
+    trust: Trust
 
 
 def main(config: DictConfig) -> None:

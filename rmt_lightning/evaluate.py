@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from rmt_lightning.app.hydra_errors import front_door
 from rmt_lightning.app.resume import trained_config
 from rmt_lightning.app.schema import check
+from rmt_lightning.app.trust import Trust
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.run_folder import locate_checkpoint
 
@@ -35,6 +36,7 @@ class Root:
     batch_size: Annotated[int, Ge(1)] | Literal["auto"]
     device: Literal["auto", "cpu", "cuda"]
     cache_dir: str
+    trust: Trust
 
 
 def main(config: DictConfig) -> None:

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from rmt_lightning.app.hydra_errors import front_door
 from rmt_lightning.app.schema import check
+from rmt_lightning.app.trust import Trust
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.run_folder import locate_checkpoint
 
@@ -25,6 +26,7 @@ class Root:
 
     checkpoint: str
     folder: str
+    trust: Trust
 
 
 def main(config: DictConfig) -> None:
@@ -33,14 +35,14 @@ def main(config: DictConfig) -> None:
     if folder.exists():
         raise UserError(f"folder={config.folder}: is there already; choose another")
     run, checkpoint = locate_checkpoint(config.checkpoint)
-    export(run, checkpoint, folder)
+    export(run, checkpoint, folder, config.trust)
 
 
-def export(run: Path, checkpoint: Path, folder: Path) -> None:
+def export(run: Path, checkpoint: Path, folder: Path, trust: Trust) -> None:
     """Write the folder, whole or not at all."""
     from rmt_lightning.app.build import open_trained
 
-    trained = open_trained(run, checkpoint)
+    trained = open_trained(run, checkpoint, trust)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

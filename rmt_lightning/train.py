@@ -24,6 +24,7 @@ from rmt_lightning.app.processes import is_first_process
 from rmt_lightning.app.resume import check_folder, composed_again, run_folder
 from rmt_lightning.app.schema import check
 from rmt_lightning.app.sweep import run_job
+from rmt_lightning.app.trust import Trust
 from rmt_lightning.core.run_folder import claimed, locate
 
 
@@ -34,6 +35,7 @@ class Root:
     seed: Annotated[int, Ge(0), Le(2**32 - 1)]  # NumPy's limit
     resume: str | None
     cache_dir: str
+    trust: Trust
 
 
 def main(config: DictConfig) -> float | None:

@@ -114,12 +114,15 @@ def test_a_task_a_noise_a_model_and_a_metric_are_two_files_each(own: Own, tmp_pa
     )
     result = own("train", *typed, "hydra.run.dir=run", "trainer.max_steps=19")
     assert result.returncode == 0, result.stdout + result.stderr
-    # It is resumed without naming the folder again, asked and exported as any other run.
-    resumed = own("train", "resume=run", "trainer.max_steps=-1")
+    # It is resumed without naming the folder again, asked and exported as any other run, once the module is trusted.
+    unknown = own("train", "resume=run", "trainer.max_steps=-1")
+    assert unknown.returncode == 2 and unknown.stderr.endswith("; if it is yours, add trust=mine\n"), unknown.stderr
+    resumed = own("train", "resume=run", "trainer.max_steps=-1", "trust=mine")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    evaluated = own("evaluate", "checkpoint=run", "segments=[1,3]", "samples=4", "follow=16", "device=cpu")
+    asked = ("segments=[1,3]", "samples=4", "follow=16", "device=cpu")
+    evaluated = own("evaluate", "checkpoint=run", *asked, "trust=mine")
     assert evaluated.returncode == 0, evaluated.stderr
-    exported = own("export", "checkpoint=run", "folder=bag")
+    exported = own("export", "checkpoint=run", "folder=bag", "trust=mine")
     assert exported.returncode == 0, exported.stderr
     with (tmp_path / "run" / "evaluation.csv").open() as file:
         assert [row["segments"] for row in csv.DictReader(file)] == ["1", "4"]
@@ -133,3 +136,21 @@ def test_a_task_a_noise_a_model_and_a_metric_are_two_files_each(own: Own, tmp_pa
     ):
         wrong = own("train", *typed, word, "hydra.run.dir=wrong")
         assert wrong.returncode == 2 and wrong.stderr.startswith(f"error: {message}"), wrong.stderr
+
+
+@pytest.mark.soak
+def test_a_sweep_trusts_what_was_typed_for_it(own: Own, tmp_path: Path) -> None:
+    small = [word for word in SMALL if not word.startswith("noise.")]
+    typed = (
+        "--config-dir=mine",
+        "-m",
+        *small,
+        "task=colors",
+        "metrics=errors",
+        "noise=rain",
+    )
+    words = (*typed, "trainer.max_steps=6", "seed=1,2")
+    swept = own("train", *words)
+    assert swept.returncode == 0, swept.stdout + swept.stderr
+    again = own("train", *words)
+    assert again.returncode == 0 and again.stdout.count("done before") == 2, again.stdout + again.stderr

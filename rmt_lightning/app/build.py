@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.app.resume import saved_config
+from rmt_lightning.app.trust import Trust
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.run_folder import BACKBONE, TOKENIZER
 from rmt_lightning.models.answerer import Answerer
@@ -157,15 +158,18 @@ def load(config: DictConfig, run: Path, checkpoint: Path) -> Trained:
     return Trained(placement, module, saved["sha256"])
 
 
-def open_trained(run: Path, checkpoint: Path) -> Answerer | SegmentModel[Any]:
+def open_trained(run: Path, checkpoint: Path, trust: Trust) -> Answerer | SegmentModel[Any]:
     """The model of one of a run's checkpoints, with its head if it was trained to choose between answers.
 
+    Args:
+        trust: modules whose classes the run's config may name.
+
     Raises:
-        UserError: if the checkpoint is damaged.
+        UserError: if the checkpoint is damaged, or the config names what it may not.
     """
     saved = read_checkpoint(checkpoint)
     backbone = Restored(run / TOKENIZER, run / BACKBONE)
-    model = _model(saved_config(run).model, backbone, backbone.tokenizer([]))
+    model = _model(saved_config(run, trust).model, backbone, backbone.tokenizer([]))
     weights = {name: value for name, value in saved["state_dict"].items() if name.startswith(("model.", "head."))}
     whole: nn.Module = nn.ModuleDict({"model": model})
     if "head.weight" in weights:

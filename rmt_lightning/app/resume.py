@@ -11,6 +11,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rmt_lightning.app.schema import CONF
+from rmt_lightning.app.trust import Trust, check_saved, check_words, given_trust
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import write_atomically
 from rmt_lightning.core.names import public_name
@@ -31,26 +33,39 @@ log = logging.getLogger(__name__)
 
 # Settings of a model that neither its weights nor its state depend on.
 _FREE = {"bptt_depth", "gradient_checkpointing", "memory_attention", "dropout"}
+_PARTS = ("task", "noise", "backbone", "model")
 _CHOSEN = ("task", "backbone", "model", "experiment")
 _KEPT = re.compile(
     r"(task|backbone|model)\..*|data\.(segment_length|num_segments|_target_)|(answer|curriculum|optim)\._target_"
 )
 
 
-def saved_config(run: Path) -> DictConfig:
+class DamagedConfig(UserError):
+    """The config of a run cannot be read."""
+
+
+def saved_config(run: Path, trust: Trust) -> DictConfig:
     """The resolved config of a run, whatever its classes were called, and wherever they stood, when it was written.
 
+    Args:
+        run: its folder.
+        trust: modules whose classes it may name.
+
     Raises:
-        UserError: if it is damaged.
+        DamagedConfig: if it cannot be read.
+        UserError: if it names what it may not (see trust.py).
     """
+    shown = Path(os.path.relpath(run))
     try:
         config = OmegaConf.load(run / CONFIG)
-    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException):
-        config = None
-    if not isinstance(config, DictConfig) or not config:
-        shown = os.path.relpath(run)
+        content = OmegaConf.to_container(config)
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError):
+        content = None
+    if not isinstance(content, dict) or not all(isinstance(content.get(part), dict) for part in _PARTS):
         hint = f"train resume={shown} writes it anew" if (run / TYPED).exists() else "start a new run"
-        raise UserError(f"{shown}/{CONFIG}: is damaged; {hint}")
+        raise DamagedConfig(f"{shown / CONFIG}: is damaged, or not that of a run; {hint}")
+    check_saved(content, shown / CONFIG, trust)
+    assert isinstance(config, DictConfig)
     for part in config.values():
         if isinstance(part, DictConfig) and "_target_" in part:
             part._target_ = public_name(part._target_)
@@ -59,7 +74,7 @@ def saved_config(run: Path) -> DictConfig:
 
 def trained_config(run: Path, asked: DictConfig) -> DictConfig:
     """The config of a run, with the task and the noise that `asked` names instead of its own."""
-    config = saved_config(run)
+    config = saved_config(run, asked.trust)
     for group in ("task", "noise"):
         if group in asked:
             config[group] = asked[group]
@@ -78,17 +93,16 @@ def provenance(config: DictConfig, checkpoint: Path, sha256: str) -> dict[str, A
 
 
 def save_config(folder: Path, config: DictConfig, typed: Sequence[str], presets: str | None) -> None:
-    """Leave in a run folder the resolved config, and what was typed to compose it, but for `resume` and `sweep`.
+    """Leave in a run folder the resolved config, and what was typed to compose it and belongs to the run.
 
     Args:
         typed: overrides.
         presets: a folder of the user's own choices (--config-dir).
     """
-    kept = [word for word in typed if _key(word) not in ("resume", "sweep")]
-    words = ([f"--config-dir={os.path.abspath(presets)}"] if presets else []) + kept
+    words = ([f"--config-dir={os.path.abspath(presets)}"] if presets else []) + _kept(typed)
     write_atomically(folder / TYPED, yaml.safe_dump(words, allow_unicode=True, width=10_000).encode())
     resolved = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
-    resolved.resume = None
+    resolved.resume = resolved.trust = None
     write_atomically(folder / CONFIG, OmegaConf.to_yaml(resolved).encode())
 
 
@@ -149,26 +163,33 @@ def composed_again(words: Sequence[str]) -> list[str]:
         words: the command line; unless it names a run to go on with, it is left as it is.
 
     Raises:
-        UserError: if there is no such run.
+        UserError: if there is no such run, or it names what it may not (see trust.py).
     """
     resume = [word.partition("=")[2] for word in words if _key(word) == "resume"]
     if not resume or resume[-1] in ("", "null"):
         return list(words)
     run, _ = locate(resume[-1].strip("'\""), "resume")
-    then, now = {_key(word): word for word in _typed(run)}, {_key(word) for word in words}
+    trust = given_trust([word for word in words if _key(word) == "trust"])
+    with suppress(DamagedConfig):
+        saved_config(run, trust)
+    then = {_key(word): word for word in _kept(_typed(run, trust))}
+    now = {"--config-dir" if word.startswith("-cd") else _key(word) for word in words}
+    check_words(
+        [word for key, word in then.items() if key not in now or (CONF / key).is_dir()],
+        Path(os.path.relpath(run)) / TYPED, trust,
+    )  # fmt: skip
     for word in words:
         if _key(word) in _CHOSEN and word != then.get(_key(word)):
             raise UserError(f"{word}: a resumed run keeps its {_key(word)}; leave it out, or start a new run")
-    if others := {_key(word) for word in words if word != then.get(_key(word)) and _is_another_kind(word, then)}:
-        # Its settings were those of what is not there any more.
-        then = {key: word for key, word in then.items() if key.partition(".")[0] not in others}
+    others = {_key(word) for word in words if word != then.get(_key(word)) and _is_another_kind(word, then)}
     # What had to be added then has to be added now.
     added = {key for key, word in then.items() if word.startswith("+")}
     typed = [f"+{word}" if _key(word) in added and word[0] not in "+~" else word for word in words]
+    # The settings of what is not there any more are left out.
+    earlier = [word for key, word in then.items() if key not in now and key.partition(".")[0] not in others]
+    options = [word for word in earlier if word.startswith("-")]
     # Hydra wants settings in a row; options may stand on both sides of them.
     first = next(place for place, word in enumerate(typed) if "=" in word and not word.startswith("-"))
-    earlier = [word for key, word in then.items() if key not in now]
-    options = [word for word in earlier if word.startswith("-")]
     return [*options, *typed[:first], *(word for word in earlier if word not in options), *typed[first:]]
 
 
@@ -191,21 +212,26 @@ def _is_another_kind(word: str, then: Mapping[str, str]) -> bool:
     return kinds[0] != kinds[1]
 
 
+def _kept(typed: Iterable[str]) -> list[str]:
+    """What belongs to a run, wherever it goes on."""
+    return [word for word in typed if _key(word) not in ("resume", "sweep", "trust")]
+
+
 def _key(word: str) -> str:
     """What a word of the command line sets: a key, a group or an option."""
     return word.partition("=")[0].lstrip("+~").partition("@")[0]
 
 
-def _typed(run: Path) -> list[str]:
+def _typed(run: Path, trust: Trust) -> list[str]:
     try:
         words = yaml.safe_load((run / TYPED).read_text())
     except FileNotFoundError:
         try:
-            return _derived(saved_config(run))
-        except UserError:
+            return _derived(saved_config(run, trust))
+        except DamagedConfig:
             # It is told once the rest of what was typed has been found right.
             return []
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
         words = None
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise UserError(f"{run / TYPED}: is damaged; remove it, and the run goes on from its {CONFIG}")
@@ -235,7 +261,7 @@ def _differences(config: DictConfig, composed: DictConfig, interpolated: bool) -
     there = dict(flat(composed))
     for key, value in flat(config):
         # Where this run goes, and where tokenized noise is kept, is for the present command to say.
-        if key in ("resume", "cache_dir") or (key in there and there[key] == value):
+        if key in ("resume", "cache_dir", "trust") or (key in there and there[key] == value):
             continue
         parent, _, name = key.rpartition(".")
         node = OmegaConf.select(composed, parent) if parent else composed
@@ -304,8 +330,8 @@ def check_folder(config: DictConfig, folder: Path, source: Path | None, typed: I
 
 def _check_settings(config: DictConfig, run: Path, typed: Iterable[str]) -> None:
     try:
-        saved = saved_config(run)
-    except UserError:
+        saved = saved_config(run, config.trust)
+    except DamagedConfig:
         if not (run / TYPED).exists():
             raise
         # What was typed then is the same as before; the weights are compared with the model that it makes.

@@ -33,7 +33,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from rmt_lightning.app.hydra_errors import told_in_one_line
 from rmt_lightning.app.processes import RANK
-from rmt_lightning.app.resume import presets, save_config, saved_config
+from rmt_lightning.app.resume import DamagedConfig, presets, save_config, saved_config
+from rmt_lightning.app.trust import foreign_modules
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import write_atomically
 from rmt_lightning.core.run_folder import JOB
@@ -110,7 +111,9 @@ def run_job(config: DictConfig) -> float:
     os.environ.setdefault("WANDB_RUN_GROUP", sweep.name)
     os.environ.setdefault("WANDB_JOB_TYPE", "sweep")
     _refuse_what_goes_wrong(config)
-    known = _known_settings(config, folder)
+    # What was typed for the sweep is trusted in its jobs.
+    trust = foreign_modules(OmegaConf.to_container(config))
+    known = _known_settings(config, folder, trust)
     if known and (job := read_job(folder)).status in SETTLED:
         print(f"{folder.name}: done before: {job.told()}", flush=True)
         return job.objective
@@ -122,7 +125,9 @@ def run_job(config: DictConfig) -> float:
         save_config(folder, config, hydra.overrides.task, presets(hydra))
     print(f"{folder.name}: started", flush=True)
     began = time.monotonic()
-    code, reason = _train(folder, sweep / STOP)
+    choices = presets(hydra)
+    options = [f"trust=[{','.join(trust)}]", *([f"--config-dir={choices}"] if choices else [])]
+    code, reason = _train(folder, sweep / STOP, options)
     job = read_job(folder)
     stopped = code != 0 and (sweep / STOP).exists()
     if not stopped and (code != 0 or job.status not in SETTLED) and job.status != "did not converge":
@@ -132,14 +137,18 @@ def run_job(config: DictConfig) -> float:
     return job.objective
 
 
-def _train(folder: Path, stop: Path) -> tuple[int, str]:
-    """Run a job's process to its end, or until it is asked to stop. Returns its exit code and what it said at last."""
+def _train(folder: Path, stop: Path, options: Sequence[str]) -> tuple[int, str]:
+    """Run a job's process to its end, or until it is asked to stop. Returns its exit code and what it said at last.
+
+    Args:
+        options: what lets it use all that its folder names.
+    """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # The process of a launcher: Ctrl-C reaches it too, but it is the sweep that says what that means.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A job starts its own ranks.
     environment = {name: value for name, value in os.environ.items() if not RANK.fullmatch(name)}
-    command = [sys.executable, "-m", "rmt_lightning.train", f"resume={folder}"]
+    command = [sys.executable, "-m", "rmt_lightning.train", f"resume={folder}", *options]
     with open(folder / OUTPUT, "ab") as output:
         begin = output.tell()
         # In a session of its own, so that a signal reaches it once, and all of its ranks.
@@ -173,22 +182,25 @@ def _reason(code: int, output: str) -> str:
     return (errors or lines[-1:] or [f"exit code {code}"])[0].removeprefix("error: ")
 
 
-def _known_settings(config: DictConfig, folder: Path) -> bool:
+def _known_settings(config: DictConfig, folder: Path, trust: list[str]) -> bool:
     """Whether the folder holds this very run, and its config can be read.
+
+    Args:
+        trust: modules whose classes it may name.
 
     Raises:
         UserError: if it holds another one.
     """
     try:
-        saved = saved_config(folder)
-    except UserError:
+        saved = saved_config(folder, trust)
+    except DamagedConfig:
         return False
     from rmt_lightning.reporting.runs import differences
 
     texts = [OmegaConf.to_yaml(given, resolve=True) for given in (config, saved)]
     for key, (wanted, there) in differences([yaml.safe_load(text) for text in texts]).items():
         # Where metrics and tokenized noise go decides nothing.
-        if key.split(".")[0] not in ("logger", "cache_dir"):
+        if key.split(".")[0] not in ("logger", "cache_dir", "trust"):
             raise UserError(
                 f"{os.path.relpath(folder)}: holds a run with {key}={there}, not {wanted}; "
                 "choose another folder with hydra.sweep.dir=…"

@@ -18,7 +18,16 @@ from torch.distributed import DistNetworkError
 from rmt_lightning.app.build import construct, save_architecture
 from rmt_lightning.app.recipes import Recipe, build_phases, build_recipe, check_memory, phase_groups
 from rmt_lightning.app.results import phase_table, told_folder
-from rmt_lightning.app.resume import as_typed, begun_with, changes, presets, save_config, save_text, saved_config
+from rmt_lightning.app.resume import (
+    DamagedConfig,
+    as_typed,
+    begun_with,
+    changes,
+    presets,
+    save_config,
+    save_text,
+    saved_config,
+)
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.run_folder import CHECKPOINTS, LAST, PREVIOUS
 from rmt_lightning.reporting.redaction import public
@@ -114,7 +123,7 @@ def _refuse_what_comes_too_late(config: DictConfig, source: Path | None, recipe:
     if source is None or not (changed := _changed(config, source)):
         return
     # A setting may be what makes a phase end here.
-    before = build_phases(saved_config(source))
+    before = build_phases(saved_config(source, config.trust))
     before.prepare(recipe.module, recipe.data)
     before.load(saved)
     over_before = {phase.name for phase in before if phase.finished}
@@ -131,8 +140,8 @@ def _refuse_what_comes_too_late(config: DictConfig, source: Path | None, recipe:
 
 def _changed(config: DictConfig, source: Path) -> list[str]:
     try:
-        return changes(config, saved_config(source))
-    except UserError:
+        return changes(config, saved_config(source, config.trust))
+    except DamagedConfig:
         # Damaged, and about to be written anew.
         return []
 

@@ -1,0 +1,162 @@
+"""A run folder that came from elsewhere: nothing in it is executed or looked up, and no link leads out of it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pickle
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra.core.global_hydra import GlobalHydra
+
+OLD = Path(__file__).parent / "version_0_1" / "facts"
+DOORS = {
+    "train": ["resume=run"],
+    "evaluate": ["checkpoint=run", "segments=[1]", "samples=8", "device=cpu"],
+    "attend": ["checkpoint=run", "device=cpu"],
+    "export": ["checkpoint=run", "folder=model"],
+}
+REFUSED = "refused in one line, before anything is imported"
+
+
+@pytest.fixture
+def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run folder, beside a pickle and a module that leave a file if they are executed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("SECRET", "hunter2")
+    shutil.copytree(OLD, "run")
+
+    class Evil:
+        def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+            return os.system, ("touch executed",)
+
+    Path("evil.pkl").write_bytes(pickle.dumps(Evil()))
+    code = "import os, torch\nos.system('touch executed')\nclass Detect:\n    name = 'x'\n"
+    for name in ("evil_task.py", "run/evil_task.py"):
+        Path(name).write_text(code)
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What a door says to what it refuses."""
+
+    def run(door: str, *words: str) -> str:
+        monkeypatch.setattr(sys, "argv", [door, *DOORS[door], *words])
+        GlobalHydra.instance().clear()
+        with pytest.raises(SystemExit) as left:
+            importlib.import_module(f"rmt_lightning.{door}").run()
+        GlobalHydra.instance().clear()
+        told = capsys.readouterr().err
+        assert left.value.code == 2 and told.count("\n") == 1, told
+        assert not Path("executed").exists() and "hunter2" not in told
+        assert {path.name for path in Path().iterdir()} <= {
+            "run",
+            "evil.pkl",
+            "evil_task.py",
+            "mine",
+            "mine.py",
+            "__pycache__",
+        }
+        return told
+
+    return run
+
+
+def change(run: Path, key: str, value: Any) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    *parents, name = key.split(".")
+    node = config
+    for parent in parents:
+        node = node.setdefault(parent, {})
+    node[name] = value
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+LOADED = {"_target_": "torch.load", "f": "evil.pkl", "weights_only": False}
+CONFIGS = {
+    "noise": LOADED,
+    "metrics": {"deep": [[{"_target_": "os.system", "_args_": ["touch executed"]}]]},
+    "model.update": {"_target_": "builtins.exec", "_partial_": True, "_args_": ["open('executed', 'w')"]},
+    "task._target_": "evil_task.Detect",
+    "backbone._target_": "run.evil_task.Detect",
+    "answer._target_": "rmt_lightning.core.files.write_atomically",
+    "optim._target_": "rmt_lightning.generate",
+    "trainer.callbacks": [{"_target_": "lightning.pytorch.callbacks.LambdaCallback"}],
+    "curriculum._target_": "${task.name}",
+    "task.name": "${oc.env:SECRET}",
+    "noise.documents": "${oc.decode:'${oc.env:SECRET}'}",
+    "model.memory_size": "${${task.name}:SECRET}",
+    "hydra.job.chdir": True,
+    "hydra/launcher": "joblib",
+}
+
+
+@pytest.mark.fault("config.yaml of a run names what is executed, or looks something up", REFUSED)
+@pytest.mark.parametrize(("key", "value"), CONFIGS.items(), ids=CONFIGS)
+def test_a_config_from_elsewhere(key: str, value: Any, foreign: Path, refused: Callable[..., str]) -> None:
+    change(foreign, key, value)
+    # All doors read it in the same way.
+    for door in DOORS if key == "noise" else ["train"]:
+        assert refused(door).startswith("error: run/config.yaml: ")
+
+
+WORDS = [
+    "noise._target_=torch.load", "+metrics.f1={_target_: os.system, command: 'touch executed'}",
+    "++trainer.callbacks=[{_target_: evil_task.Detect}]", "task@hydra.job=detect", "hydra.searchpath=[pkg://evil_task]",
+    "hydra.run.dir=elsewhere", "hydra/launcher=joblib", "+hydra.job.env_set.PATH=.", "hydra.job.chdir=true",
+    "noise.documents=${oc.env:SECRET}", "logger.project='a ${oc.env:SECRET}'", "~hydra.callbacks", "seed=1,2",
+    "--experimental-rerun=evil.pkl", "--config-path=mine", "-m", "task=../../run/x",
+]  # fmt: skip
+
+
+@pytest.mark.fault("overrides.yaml of a run sets what is executed, looked up, or Hydra's", REFUSED)
+@pytest.mark.parametrize("word", WORDS)
+def test_words_from_elsewhere(word: str, foreign: Path, refused: Callable[..., str]) -> None:
+    (foreign / "overrides.yaml").write_text(yaml.safe_dump([word]))
+    assert refused("train").startswith("error: run/overrides.yaml: ")
+    # What is typed now is the user's own word.
+    if word.startswith("noise.documents"):
+        assert "must be greater than or equal to 10" in refused("train", "noise.documents=5")
+
+
+CHOICES = {
+    "task/evil.yaml": "_target_: evil_task.Detect",
+    "noise/prose2.yaml": "_target_: rmt_lightning.Prose\ndocuments: ${oc.env:SECRET}",
+    "experiment/x.yaml": "# @package _global_\nhydra:\n  job: {chdir: true}",
+    "experiment/y.yaml": "# @package hydra.job\nchdir: true",
+    "hydra/job_logging/z.yaml": "disable_existing_loggers: true",
+    "noise/broken.yaml": "a: [",
+    "noise/cycle.yaml": "a: &a [*a]",
+}
+
+
+@pytest.mark.fault("a run names a folder of choices that are executed, looked up, or Hydra's", REFUSED)
+@pytest.mark.parametrize("name", CHOICES)
+def test_choices_from_elsewhere(name: str, foreign: Path, refused: Callable[..., str]) -> None:
+    path = foreign.parent / "mine" / name
+    path.parent.mkdir(parents=True)
+    path.write_text(CHOICES[name])
+    (foreign / "overrides.yaml").write_text(yaml.safe_dump([f"--config-dir={foreign.parent}/mine"]))
+    assert str(path.parent.parent.name) in refused("train")
+
+
+def test_a_module_is_trusted_with_its_own_classes_alone(foreign: Path, refused: Callable[..., str]) -> None:
+    Path("mine.py").write_text("import os, torch\n\ndef make(): ...\n")
+    change(foreign, "task._target_", "mine.Colors")
+    assert refused("export").endswith("if it is yours, add trust=mine\n")
+    change(foreign, "noise._target_", "evil_task.Rain")
+    assert refused("train").endswith("if it is yours, add trust=[evil_task,mine]\n")
+    for name in ("torch.load", "mine.make", "mine.os", "minefield.Rain", "os.system"):
+        change(foreign, "noise._target_", name)
+        assert f"noise._target_={name}" in refused("train", "trust=mine")
+    change(foreign, "noise._target_", "mine.torch.Tensor")
+    assert refused("export", "trust=mine").startswith("error: mine.torch: cannot be imported")
+    assert refused("train", "trust=3").startswith("error: trust=3: give the name of a module")
