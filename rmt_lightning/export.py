@@ -7,7 +7,6 @@ was trained to choose between answers, head.safetensors.
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from rmt_lightning.app.hydra_errors import front_door
 from rmt_lightning.app.schema import check
 from rmt_lightning.app.trust import Trust
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.files import removed
 from rmt_lightning.core.run_folder import locate_checkpoint
 
 
@@ -43,13 +43,12 @@ def export(run: Path, checkpoint: Path, folder: Path, trust: Trust) -> None:
     from rmt_lightning.app.build import open_trained
 
     trained = open_trained(run, checkpoint, trust)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = removed(folder.with_name(f".{folder.name}.partial"))
     try:
         trained.save_pretrained(partial)
         os.rename(partial, folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        removed(partial)
     print(f'written; open it with rmt_lightning.{type(trained).__name__}.from_pretrained("{folder}")')
 
 

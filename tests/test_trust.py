@@ -13,7 +13,10 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import Run
 from hydra.core.global_hydra import GlobalHydra
+
+from rmt_lightning.core.run_folder import findings
 
 OLD = Path(__file__).parent / "version_0_1" / "facts"
 DOORS = {
@@ -32,6 +35,7 @@ def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("SECRET", "hunter2")
     shutil.copytree(OLD, "run")
+    Path("run/overrides.yaml").write_text("[]")
 
     class Evil:
         def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
@@ -160,3 +164,66 @@ def test_a_module_is_trusted_with_its_own_classes_alone(foreign: Path, refused: 
     change(foreign, "noise._target_", "mine.torch.Tensor")
     assert refused("export", "trust=mine").startswith("error: mine.torch: cannot be imported")
     assert refused("train", "trust=3").startswith("error: trust=3: give the name of a module")
+
+
+LINKS = [
+    ".lock", "train.log", "curriculum.png", "config.yaml", "config.yaml.partial", "phases.json.partial",
+    "hardware.json", "evaluation.csv", ".tokenizer.partial", ".backbone.lock", "checkpoints/last.ckpt.partial",
+    "checkpoints/previous.ckpt", "checkpoints/stage-4.ckpt.partial",
+]  # fmt: skip
+
+
+@pytest.mark.fault("files of a run folder are links, or names of other files", "they are made anew, the others stay")
+def test_links_are_not_written_through(finished_run: Path, train: Run, tmp_path: Path) -> None:
+    shutil.copytree(finished_run, tmp_path / "real")
+    (tmp_path / "real" / "checkpoints" / "previous.ckpt").unlink()
+    (tmp_path / "victims").mkdir()
+    for number, name in enumerate(LINKS):
+        victim, place = tmp_path / "victims" / str(number), tmp_path / "real" / name
+        if place.exists():
+            place.rename(victim)
+        if not victim.exists() or not victim.stat().st_size:
+            victim.write_text("mine")
+        place.symlink_to(victim)
+    os.link(tmp_path / "victims" / "0", tmp_path / "real" / "overrides.yaml.partial")
+    (tmp_path / "real" / "stages.csv.partial").symlink_to(tmp_path / "victims" / "absent")
+    # The folder itself may be one.
+    (tmp_path / "run").symlink_to("real")
+    before = {path: path.read_bytes() for path in (tmp_path / "victims").iterdir()}
+    result = train("resume=run", "curriculum.max_segments=4", small=False)
+    assert result.returncode == 0, result.stderr
+    assert {path: path.read_bytes() for path in (tmp_path / "victims").iterdir()} == before
+    assert [path.name for path in (tmp_path / "real").rglob("*") if path.is_symlink()] == [".tokenizer.partial"]
+
+
+@pytest.mark.fault("a folder in a run folder is a link that leads out of it", "refused in one line, nothing is written")
+@pytest.mark.parametrize(
+    ("door", "name"),
+    [
+        ("train", "checkpoints"), ("train", "metrics"), ("train", "evaluations/last-detect-1/inner"),
+        ("evaluate", "evaluations"), ("attend", "attention"),
+    ],
+)  # fmt: skip
+def test_no_folder_leads_out(door: str, name: str, foreign: Path, refused: Callable[..., str]) -> None:
+    for target in ("elsewhere", "absent"):
+        (foreign.parent / "mine" / "elsewhere").mkdir(parents=True, exist_ok=True)
+        place = foreign / name
+        if place.exists() and not place.is_symlink():
+            place.rename(place.with_name("old"))
+        place.unlink(missing_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(foreign.parent / "mine" / target)
+        assert refused(door).startswith(f"error: run/{name}: is a link that leads out of the run folder; ")
+        assert list((foreign.parent / "mine").rglob("*")) == [foreign.parent / "mine" / "elsewhere"]
+
+
+def test_results_stay_in_the_run_folder_whatever_a_task_is_called(tmp_path: Path) -> None:
+    found = findings(tmp_path, "evaluations", "last-../../../x", {})
+    assert found.parent == tmp_path / "evaluations"
+
+
+@pytest.mark.fault("a logger is called by a path", "refused in one line, nothing is written")
+def test_a_logger_stays_in_the_run_folder(foreign: Path, refused: Callable[..., str]) -> None:
+    (foreign / "overrides.yaml").unlink()
+    told = refused("train", "logger=tensorboard", "logger.name=../../mine")
+    assert "outside of the run folder; give another logger.name" in told

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -21,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from rmt_lightning.app.resume import saved_config
 from rmt_lightning.app.trust import Trust
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.files import own_file, removed
 from rmt_lightning.core.run_folder import BACKBONE, TOKENIZER
 from rmt_lightning.models.answerer import Answerer
 from rmt_lightning.models.backbone import Backbone, Restored, parts_for
@@ -200,10 +200,9 @@ def save_architecture(model: SegmentModel[Any], folder: Path) -> None:
     """
     check_reopens(model)
     for name, part in ((TOKENIZER, model.tokenizer), (BACKBONE, model.architecture)):
-        with FileLock(folder / f".{name}.lock"):
+        with FileLock(own_file(folder / f".{name}.lock")):
             if part is None or (folder / name).exists():
                 continue
-            partial = folder / f".{name}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
+            partial = removed(folder / f".{name}.partial")
             part.save_pretrained(partial)
             os.rename(partial, folder / name)

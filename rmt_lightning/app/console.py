@@ -13,6 +13,7 @@ from typing import NoReturn
 from rich import get_console
 
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.files import own_file
 
 # What Lightning says at every start, and what does not apply to short epochs of samples that are pure functions.
 _NOT_FOR_US = (
@@ -74,7 +75,7 @@ def start_logging(file: Path | None, first_process: bool) -> None:
 
     handlers: list[logging.Handler] = [ConsoleHandler(logging.INFO if first_process else logging.WARNING)]
     if file:
-        handlers.append(logging.FileHandler(file, delay=True))
+        handlers.append(logging.FileHandler(own_file(file), delay=True))
         handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for name in ("rmt_lightning", "lightning", "py.warnings"):
         logging.getLogger(name).handlers = handlers

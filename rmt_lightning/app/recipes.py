@@ -25,7 +25,7 @@ from rmt_lightning.app.build import build_answering, build_foundation, construct
 from rmt_lightning.app.results import draw_attention, length_table
 from rmt_lightning.app.schema import CONF
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.core.files import write_csv
+from rmt_lightning.core.files import write_atomically, write_csv
 from rmt_lightning.core.run_folder import EVALUATION
 from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.reporting import figures
@@ -115,7 +115,7 @@ class FactRecipe(Recipe):
         figure = figures.curriculum(
             curriculum.history, lengths, curriculum.num_segments, 1 / len(task.answers), f"task={task.name}"
         )
-        figure.savefig(folder / "curriculum.png", dpi=150)
+        write_atomically(folder / "curriculum.png", figures.rendered(figure))
 
     def draw(self, folder: Path, trainer: L.Trainer) -> None:
         draw_attention(self.data.placement, self.module, trainer.strategy.root_device, folder)
@@ -154,9 +154,8 @@ class TextRecipe(Recipe):
         table.add_row(str(len(scores)), *shown)
         get_console().print(table)
         history = self.phase(FixedSteps).history
-        figures.perplexity(history, together.perplexity, type(self.model).__name__).savefig(
-            folder / "perplexity.png", dpi=150
-        )
+        figure = figures.perplexity(history, together.perplexity, type(self.model).__name__)
+        write_atomically(folder / "perplexity.png", figures.rendered(figure))
 
 
 def build_recipe(config: DictConfig, run: Path | None = None, trained: bool = False) -> Recipe:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from rmt_lightning.analysis.attention import AttentionMap, choose_sample, watch
 from rmt_lightning.analysis.extrapolation import LengthResult
+from rmt_lightning.core.files import write_atomically
 from rmt_lightning.models.backbone import SPARSE
 from rmt_lightning.models.memory import MemoryTokens
 from rmt_lightning.models.segment_model import SegmentModel
@@ -69,8 +70,7 @@ def draw_attention(placement: Placement, module: FactModule, device: torch.devic
         return
     module.to(device).eval()
     _, title, maps = watch_clearest(placement, module, model, 4, device)
-    (folder / "attention").mkdir(exist_ok=True)
-    figures.attention(maps, title).savefig(folder / "attention" / "last.png", dpi=150)
+    write_atomically(folder / "attention" / "last.png", figures.rendered(figures.attention(maps, title)))
 
 
 def phase_table(phase: Phase) -> Table | None:

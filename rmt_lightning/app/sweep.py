@@ -36,7 +36,7 @@ from rmt_lightning.app.processes import RANK
 from rmt_lightning.app.resume import DamagedConfig, presets, save_config, saved_config
 from rmt_lightning.app.trust import foreign_modules
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.core.files import write_atomically
+from rmt_lightning.core.files import own_file, write_atomically
 from rmt_lightning.core.run_folder import JOB
 
 # While this file is in a sweep folder, running jobs save and stop, and no other begins: all processes of a sweep, on
@@ -73,7 +73,7 @@ class Sweep(Callback):
             raise KeyboardInterrupt
         self.signum = signum
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / STOP).touch()
+        own_file(self.folder / STOP).touch()
         print(f"{signal.Signals(signum).name}: what runs is saved; once more to leave at once", flush=True)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
@@ -149,7 +149,7 @@ def _train(folder: Path, stop: Path, options: Sequence[str]) -> tuple[int, str]:
     # A job starts its own ranks.
     environment = {name: value for name, value in os.environ.items() if not RANK.fullmatch(name)}
     command = [sys.executable, "-m", "rmt_lightning.train", f"resume={folder}", *options]
-    with open(folder / OUTPUT, "ab") as output:
+    with open(own_file(folder / OUTPUT), "ab") as output:
         begin = output.tell()
         # In a session of its own, so that a signal reaches it once, and all of its ranks.
         process = subprocess.Popen(

@@ -80,6 +80,8 @@ def _train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pa
     if source:
         text = begun_with(source, text)
     logger: Logger | None = construct(config.logger, save_dir=folder) if "_target_" in config.logger else None
+    if logger and logger.log_dir and not Path(logger.log_dir).resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"logger: would write to {logger.log_dir}, outside of the run folder; give another logger.name")
     checkpoints = RunCheckpoints(folder, phases)
     callbacks = [phases, checkpoints, PhaseProgress(phases), Hardware(folder)]
     if isinstance(logger, WandbRun):

@@ -1,4 +1,4 @@
-"""How files are written and read: whole or not at all; and what names their content."""
+"""How files are written and read: whole or not at all, and where they are said to stand; what names their content."""
 
 from __future__ import annotations
 
@@ -6,9 +6,39 @@ import csv
 import hashlib
 import io
 import os
+import shutil
+import stat
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from rmt_lightning.core.errors import UserError
+
+
+def own_file(path: Path) -> Path:
+    """Make sure that what is written to a path goes into a file right there, if a folder came from elsewhere.
+
+    A link, a second name of another file, or a pipe is removed. Returns the path.
+
+    Raises:
+        UserError: if it is a folder.
+    """
+    with suppress(FileNotFoundError):
+        found = path.lstat()
+        if stat.S_ISDIR(found.st_mode):
+            raise UserError(f"{path}: is a folder, where a file belongs; remove it")
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            path.unlink()
+    return path
+
+
+def removed(path: Path) -> Path:
+    """Remove whatever stands at a path; of a link, not what it leads to. Returns the path."""
+    if path.is_symlink():
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
+    return path
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
@@ -17,13 +47,15 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
     So nobody ever reads half a file, and what stood there before survives a kill or a full disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = own_file(path.with_name(path.name + ".partial"))
     try:
         with open(partial, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder, where a file belongs; remove it") from None
     finally:
         partial.unlink(missing_ok=True)
 

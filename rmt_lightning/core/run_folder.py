@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.files import own_file
 
 CONFIG = "config.yaml"
 TYPED = "overrides.yaml"
@@ -72,9 +73,10 @@ def claimed(folder: Path) -> Iterator[None]:
     inherit it. On NFS it holds between machines, if the lock service runs there.
 
     Raises:
-        UserError: if another process has claimed the folder.
+        UserError: if another process has claimed the folder, or a folder in it is a link that leads out of it.
     """
-    lock = folder / ".lock"
+    refuse_ways_out(folder)
+    lock = own_file(folder / ".lock")
     with lock.open("a+") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -100,7 +102,30 @@ def claimed(folder: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
+def refuse_ways_out(run: Path, part: str = "") -> None:
+    """Make sure that what is written into a run folder, or into one of its parts, stays in it.
+
+    Links to files are no danger: files are made anew beside their place.
+
+    Raises:
+        UserError: naming a link to a folder elsewhere.
+    """
+    inner = (Path(place, name) for place, *names in os.walk(run / part) for name in (*names[0], *names[1]))
+    for path in (run / part, *inner) if part else inner:
+        # One that leads nowhere yet may stand where a folder is to be made.
+        to_folder = path.is_dir() or (not path.exists() and "." not in path.name)
+        if path.is_symlink() and to_folder and not path.resolve().is_relative_to(run.resolve()):
+            shown = os.path.relpath(path)
+            raise UserError(f"{shown}: is a link that leads out of the run folder; put there what it leads to")
+
+
 def findings(run: Path, kind: str, name: str, settings: dict[str, Any]) -> Path:
-    """Where results that were found with these settings belong: <run>/<kind>/<name>-<key of the settings>."""
+    """Where results that were found with these settings belong: <run>/<kind>/<name>-<key of the settings>.
+
+    Raises:
+        UserError: if that would be outside of the run folder.
+    """
+    refuse_ways_out(run, kind)
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    return run / kind / f"{name}-{key}"
+    # A task may be called anything.
+    return run / kind / f"{name.replace('/', '_')}-{key}"
