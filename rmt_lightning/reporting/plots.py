@@ -70,11 +70,11 @@ def timeline(runs: Sequence[Run], of: Literal["steps", "seconds"]) -> go.Figure:
     if of == "seconds":
         unit, scale = _time_unit(max((sum(bar.width for bar in bars) for _, _, bars in rows), default=0))
     figure = _figure(height=80 + 56 * len(rows), barmode="overlay")
-    for place, (number, run, bars) in enumerate(rows):
-        figure.add_bar(**_identity(run, number), **_drawn(bars, number, unit, scale), y=[place] * len(bars))
-        figure.add_annotation(
-            text=_text(run.name), x=0, xref="paper", xanchor="left", y=place, yshift=24, showarrow=False
-        )
+    bars_of = ((_identity(run, number) | _drawn(bars, number, unit, scale), bars) for number, run, bars in rows)
+    figure.add_traces([go.Bar(**look, y=[place] * len(bars)) for place, (look, bars) in enumerate(bars_of)])
+    label = {"x": 0, "xref": "paper", "xanchor": "left", "yshift": 24, "showarrow": False}
+    named = [label | {"text": _text(run.name), "y": place} for place, (_, run, _) in enumerate(rows)]
+    figure.update_layout(annotations=named)
     figure.update_xaxes(title_text=unit, rangemode="tozero", tickformat=",")
     figure.update_yaxes(range=[len(rows) - 0.6, -0.8], showticklabels=False, showgrid=False)
     return figure
@@ -144,22 +144,25 @@ def curve(runs: Sequence[Run], metric: str, axis: str, value: str, markers: bool
         markers: whether to mark each point, if there are few, and with a single run each stage and phase at its end.
         yaxis: how the axis looks.
     """
-    figure = _figure()
+    figure, traces = _figure(), list[go.Scatter]()
     for number, run in enumerate(runs):
         if points := _thinned(run.curves.get(metric, [])):
             ends = _ends(points) if markers and len(runs) == 1 else [""] * len(points)
-            figure.add_scatter(
-                **_identity(run, number),
-                x=[point.step for point in points],
-                y=[_short(point.value) for point in points],
-                customdata=[f", {_text(point.place)}" if point.place else "" for point in points],
-                text=ends,
-                textposition="top center",
-                mode="lines+markers+text" if markers and len(points) <= 60 else "lines",
-                line={"width": 1.8, "color": style(number).color, "dash": style(number).dash},
-                marker={"size": 6, "symbol": style(number).symbol},
-                hovertemplate=f"step %{{x:,}}%{{customdata}}<br>{axis} %{{y:{value}}}",
+            traces.append(
+                go.Scatter(
+                    **_identity(run, number),
+                    x=[point.step for point in points],
+                    y=[_short(point.value) for point in points],
+                    customdata=[f", {_text(point.place)}" if point.place else "" for point in points],
+                    text=ends,
+                    textposition="top center",
+                    mode="lines+markers+text" if markers and len(points) <= 60 else "lines",
+                    line={"width": 1.8, "color": style(number).color, "dash": style(number).dash},
+                    marker={"size": 6, "symbol": style(number).symbol},
+                    hovertemplate=f"step %{{x:,}}%{{customdata}}<br>{axis} %{{y:{value}}}",
+                )
             )
+    figure.add_traces(traces)
     figure.update_xaxes(title_text="optimizer steps", rangemode="tozero", tickformat=",")
     figure.update_yaxes(title_text=axis, **yaxis)
     return figure
@@ -207,25 +210,28 @@ def accuracy_by_length(runs: Sequence[Run]) -> go.Figure:
 
 def loss_rate(runs: Sequence[Run]) -> go.Figure:
     """The rate at which old memories were lost in training, with 95% intervals, over the steps of the phase."""
-    figure = _figure()
+    figure, traces = _figure(), list[go.Scatter]()
     for number, run in enumerate(runs):
         if rows := run.losses:
-            figure.add_scatter(
-                **_identity(run, number),
-                x=[row["step"] for row in rows],
-                y=[row["rate"] for row in rows],
-                error_y={
-                    "array": [_short(row["rate_high"] - row["rate"]) for row in rows],
-                    "arrayminus": [_short(row["rate"] - row["rate_low"]) for row in rows],
-                    "thickness": 1.2,
-                    "width": 3,
-                },
-                mode="lines+markers",
-                line={"width": 1.8, "color": style(number).color, "dash": style(number).dash},
-                marker={"size": 6, "symbol": style(number).symbol},
-                customdata=[[row["rate_low"], row["rate_high"]] for row in rows],
-                hovertemplate="step %{x:,}<br>%{y:.2%} a segment (%{customdata[0]:.2%} – %{customdata[1]:.2%})",
+            traces.append(
+                go.Scatter(
+                    **_identity(run, number),
+                    x=[row["step"] for row in rows],
+                    y=[row["rate"] for row in rows],
+                    error_y={
+                        "array": [_short(row["rate_high"] - row["rate"]) for row in rows],
+                        "arrayminus": [_short(row["rate"] - row["rate_low"]) for row in rows],
+                        "thickness": 1.2,
+                        "width": 3,
+                    },
+                    mode="lines+markers",
+                    line={"width": 1.8, "color": style(number).color, "dash": style(number).dash},
+                    marker={"size": 6, "symbol": style(number).symbol},
+                    customdata=[[row["rate_low"], row["rate_high"]] for row in rows],
+                    hovertemplate="step %{x:,}<br>%{y:.2%} a segment (%{customdata[0]:.2%} – %{customdata[1]:.2%})",
+                )
             )
+    figure.add_traces(traces)
     figure.update_xaxes(title_text="optimizer steps", tickformat=",")
     figure.update_yaxes(title_text="memories lost per segment", rangemode="tozero", tickformat="~%")
     return figure
@@ -233,21 +239,24 @@ def loss_rate(runs: Sequence[Run]) -> go.Figure:
 
 def retention(runs: Sequence[Run]) -> go.Figure:
     """Which share of memories still answers, by the number of segments they have read."""
-    figure = _figure()
+    figure, traces = _figure(), list[go.Scatter]()
     for number, run in enumerate(runs):
         for place, test in enumerate(run.evaluations):
             # A line for each way in which memories were followed; earlier versions had one.
             ways = groupby(test.followed, key=lambda row: (row.get("follow"), row.get("every"), row["streams"]))
             for rows in (list(lines) for _, lines in ways):
-                figure.add_scatter(
-                    **_identity(run, number),
-                    x=[row["age"] for row in rows],
-                    y=[row["right"] / row["streams"] for row in rows],
-                    customdata=[row["streams"] for row in rows],
-                    mode="lines",
-                    line={"width": 1.8, "color": style(number).color, "dash": DASHES[place % len(DASHES)]},
-                    hovertemplate=f"{_text(test.label)}<br>%{{y:.1%}} of %{{customdata:,}} after %{{x:,}} segments",
+                traces.append(
+                    go.Scatter(
+                        **_identity(run, number),
+                        x=[row["age"] for row in rows],
+                        y=[row["right"] / row["streams"] for row in rows],
+                        customdata=[row["streams"] for row in rows],
+                        mode="lines",
+                        line={"width": 1.8, "color": style(number).color, "dash": DASHES[place % len(DASHES)]},
+                        hovertemplate=f"{_text(test.label)}<br>%{{y:.1%}} of %{{customdata:,}} after %{{x:,}} segments",
+                    )
                 )
+    figure.add_traces(traces)
     figure.update_xaxes(title_text="segments read since", rangemode="tozero", tickformat=",")
     figure.update_yaxes(title_text="memories that answer", range=[-0.03, 1.06], tickformat=".0%")
     return figure
@@ -268,7 +277,7 @@ def _memory(row: Row) -> float | None:
 
 
 def _by_length(runs: Sequence[Run], values: Callable[[Evaluation], dict[str, Any]]) -> go.Figure:
-    figure = _figure(hovermode="x unified", showlegend=True)
+    figure, traces = _figure(hovermode="x unified", showlegend=True), list[go.Scatter]()
     lengths: set[float] = set()
     for number, run in enumerate(runs):
         for place, evaluation in enumerate(run.evaluations):
@@ -281,16 +290,19 @@ def _by_length(runs: Sequence[Run], values: Callable[[Evaluation], dict[str, Any
             trained_to = evaluation.stage or run.reached
             symbols = [look.symbol if length <= trained_to else f"{look.symbol}-open" for length in segments]
             several = len(run.evaluations) > 1
-            figure.add_scatter(
-                **_identity(run, number) | ({"name": _text(f"{run.name}, {evaluation.label}")} if several else {}),
-                showlegend=several,
-                opacity=1 if evaluation.own else 0.6,
-                x=segments,
-                mode="lines+markers",
-                line={"width": 1.8, "color": look.color, "dash": DASHES[place % len(DASHES)]},
-                marker={"size": 10, "symbol": symbols, "line": {"width": 1.8, "color": look.color}},
-                **shown,
+            traces.append(
+                go.Scatter(
+                    **_identity(run, number) | ({"name": _text(f"{run.name}, {evaluation.label}")} if several else {}),
+                    showlegend=several,
+                    opacity=1 if evaluation.own else 0.6,
+                    x=segments,
+                    mode="lines+markers",
+                    line={"width": 1.8, "color": look.color, "dash": DASHES[place % len(DASHES)]},
+                    marker={"size": 10, "symbol": symbols, "line": {"width": 1.8, "color": look.color}},
+                    **shown,
+                )
             )
+    figure.add_traces(traces)
     figure.update_xaxes(title_text="segments of the input", type="log", **_powers_of_two(lengths))
     figure.update_xaxes(unifiedhovertitle_text="%{x:,} segments")
     return figure
