@@ -109,8 +109,8 @@ def _truncated(path: Path) -> None:
     [
         ("absent.txt", None, r"noise\.path=HERE: no \.txt"),
         ("x" * 300 + ".txt", None, r"noise\.path=HERE: no \.txt"),
-        ("notes.md", b"Hello.", r"noise\.path=HERE: no \.txt"),
-        ("stories.txt.gz", b"\x1f\x8b", r"noise\.path=HERE: no \.txt"),
+        ("notes.md", b"Hello.", r"noise\.path=HERE: is no \.txt"),
+        ("stories.txt.gz", b"\x1f\x8b", r"noise\.path=HERE: is no \.txt"),
         ("fifo.txt", os.mkfifo, r"noise\.path=HERE: is a link to nothing or no plain file"),
         ("empty.txt", b"", r"noise\.path=HERE: is empty"),
         ("empty.jsonl", b"", r"noise\.path=HERE: is empty"),
@@ -127,6 +127,7 @@ def _truncated(path: Path) -> None:
         ("half.jsonl", b'{"text": "\\ud83d"}', r"noise\.path=HERE: line 1 holds '\\ud83d'"),
         ("broken.jsonl", b"{not json", r"noise\.path=HERE: is not \.jsonl text \(line 1: Expecting"),
         ("cut.jsonl", b'{"text": "A."}\n{"text": "B', r"noise\.path=HERE: is not \.jsonl text \(line 2: Unterminated"),
+        ("array.jsonl", b'[{"text": "A."},\n\n{"text"}]', r"noise\.path=HERE: is not \.jsonl text \(line 3: Exp"),
         ("deep.jsonl", b"[" * 100_000, r"noise\.path=HERE: is not \.jsonl text \(.*recursion"),
         ("numbers.jsonl", b"1\n2\n", r"noise\.path=HERE: is not \.jsonl text \(line 1: holds int, and no object"),
         ("rows.jsonl", b'{"document": "A. B. C."}\n', r"noise\.field=text: HERE has no such column; it has document"),

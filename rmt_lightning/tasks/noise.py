@@ -62,6 +62,8 @@ _PASSAGES = 20
 # No sentence has as many characters: a longer piece of text has no stops.
 _PIECE = 1000
 _CHECKSUMS = "checksums.json"
+# Soft hyphens, joiners and marks of order.
+_UNSEEN = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff]")
 
 
 class Noise(Protocol):
@@ -117,6 +119,13 @@ class Files:
         yield from self._documents[split]
 
     def fingerprint(self) -> str:
+        return self._content
+
+    @cached_property
+    def _content(self) -> str:
+        return self._digest()
+
+    def _digest(self) -> str:
         name = hashlib.sha256(f"each text once, {self.field}".encode())
         for content in [*self._files.digests(), b"|", *(self._held_out.digests() if self._held_out else ())]:
             name.update(content)
@@ -124,7 +133,7 @@ class Files:
 
     @cached_property
     def _documents(self) -> dict[Split, list[list[str]]]:
-        before = self.fingerprint()
+        named = self.fingerprint()
         seen: set[bytes] = set()
         if self._held_out:
             held_out = cut(self._distinct(self._held_out, seen), needed=2)
@@ -135,7 +144,8 @@ class Files:
         else:
             everything = cut(self._distinct(self._files, seen), needed=len(SPLITS))
             documents = {split: share(everything, split) for split in SPLITS}
-        if self.fingerprint() != before:
+        # What is kept under that name has to be what it names.
+        if self._digest() != named:
             raise UserError(f"{self._files.setting}: has changed while it was read; start again")
         _warn_of_overlap(documents)
         return documents
@@ -179,10 +189,14 @@ class Hub:
         self.begins = begins
 
     def documents(self, split: Split) -> Iterator[list[str]]:
-        yield from share(cut(self._texts(), len(SPLITS)), split)
+        yield from share(self._documents, split)
 
     def fingerprint(self) -> str:
         return f"hub-{self.name}-{self.config}-{self.field}-{self.limit}-{self.begins}-each text once"
+
+    @cached_property
+    def _documents(self) -> list[list[str]]:
+        return cut(self._texts(), len(SPLITS))
 
     def _texts(self) -> list[str]:
         hint = "or use noise=prose, or noise=files noise.path=…"
@@ -198,9 +212,10 @@ class Hub:
             raise
         except Exception as error:  # the Hub's client raises a different class for each kind of trouble
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            local = isinstance(error, OSError) and error.filename
+            what = "give a folder that can be written in HF_HOME" if local else "check noise.name and noise.config"
             raise UserError(
-                f"{setting}: cannot be loaded from the Hugging Face Hub ({reason}); check noise.name and noise.config, "
-                f"{hint}"
+                f"{setting}: cannot be loaded from the Hugging Face Hub ({reason}); {what}, {hint}"
             ) from None
         return [text for text in texts if text and not text.isspace()]
 
@@ -222,7 +237,7 @@ def distinct(texts: Iterable[str], seen: set[bytes]) -> Iterator[str]:
         seen: stands for those that were seen before, which are left out too; grows by those that are yielded.
     """
     for text in texts:
-        plain = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+        plain = " ".join(_UNSEEN.sub("", unicodedata.normalize("NFKC", text)).casefold().split())
         key = hashlib.blake2b(plain.encode(), digest_size=16).digest()
         if key not in seen:
             seen.add(key)

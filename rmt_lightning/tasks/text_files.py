@@ -41,7 +41,8 @@ class TextFiles:
         names = sorted({Path(name) for name in self._names() if not os.path.isdir(name)})
         self.files = [name for name in names if _kind(name) in _READERS]
         if not self.files:
-            raise UserError(f"{self.setting}: no {_KINDS} file there; give a file, a folder or a pattern")
+            what = f"no {_KINDS} file there" if names != [Path(given)] else f"is no {_KINDS} file"
+            raise UserError(f"{self.setting}: {what}; give a file, a folder or a pattern")
         if absent := [file for file in self.files if not os.path.isfile(file)]:
             raise UserError(f"{self._at(absent[0])} is a link to nothing or no plain file; give another, or remove it")
         if len({_kind(file) for file in self.files}) > 1:
@@ -155,8 +156,8 @@ def _jsonl(file: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
             try:
                 # An array may hold the rows, over several lines.
                 content = json.loads(line + lines.read() if number == 1 and line[0] == "[" else line)
-            except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from None
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number + error.lineno - 1}: {error.msg}") from None
             for row in content if isinstance(content, list) else [content]:
                 if not isinstance(row, dict):
                     raise ValueError(f"line {number}: holds {type(row).__name__}, and no object")
