@@ -1,8 +1,8 @@
 """Front door: `python -m rmt_lightning.train task=detect curriculum.max_segments=7`.
 
-A run folder holds config.yaml, overrides.yaml, hardware.json, train.log, tokenizer/, backbone/, metrics/, checkpoints/,
-phases.json, stages.csv and, at the end, evaluation.csv and curriculum.png; for a language model evaluation.csv,
-documents.csv and perplexity.png.
+A run folder holds config.yaml, overrides.yaml, hardware.json, text.json, train.log, tokenizer/, backbone/, metrics/,
+checkpoints/, phases.json, stages.csv and, at the end, evaluation.csv and curriculum.png; for a language model
+evaluation.csv, documents.csv and perplexity.png.
 """
 
 from __future__ import annotations

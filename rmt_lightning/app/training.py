@@ -77,7 +77,7 @@ def _train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pa
         phases.load(saved)
         _refuse_what_comes_too_late(config, source, recipe, saved)
     text = text_digest(recipe.corpora)
-    if source:
+    if source and saved:
         text = begun_with(source, text)
     logger: Logger | None = construct(config.logger, save_dir=folder) if "_target_" in config.logger else None
     if logger and logger.log_dir and not Path(logger.log_dir).resolve().is_relative_to(folder.resolve()):
