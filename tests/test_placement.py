@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from rmt_lightning.tasks.facts import (
     Split,
     Task,
 )  # fmt: skip
-from rmt_lightning.tasks.noise import Corpus
+from rmt_lightning.tasks.noise import Corpus, Files, tokenize
 from rmt_lightning.tasks.placement import Key, Placement
 
 Corpora = dict[Split, Corpus]
@@ -226,3 +227,36 @@ def test_a_fragment_tells_nothing(corpora: Corpora, tokenizer: PreTrainedTokeniz
             words = re.findall(r"\w+", tokenizer.decode(ids[ids >= 0]))
             named.append(len(names & set(words)))
         assert set(named) == {0, 1}
+
+
+@pytest.mark.fault("noise in which no sentence ends", "facts stand between its words, and one line says so")
+@pytest.mark.parametrize("kind", ["words", "characters", "one word", "sentences almost of a segment"])
+def test_facts_in_text_without_stops(
+    kind: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("rmt_lightning.tasks.placement.log.info", lambda text, *values: said.append(text % values))
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("абвгд"), size=rng.integers(1, 3))) for _ in range(9000)]
+    text = {"characters": "".join(map(chr, rng.integers(0x4E00, 0x9000, size=4000))), "one word": "абв" * 4000}.get(
+        kind
+    )
+    if kind.startswith("sentences"):
+        words = [word.capitalize() + "," * (n % 11 > 0) + "." * (n % 11 == 10) for n, word in enumerate(words)]
+    (tmp_path / "book.txt").write_text(text or " ".join(words))
+    corpora = tokenize(Files(str(tmp_path / "book.txt")), tokenizer, tmp_path)
+    placement = Placement(Detect(), corpora, tokenizer, text_length=50, seed=7)
+    assert len(said) == 1 and re.match(r"noise: in [\d,]+ of [\d,]+ training segments no sentence ends", said[0])
+    first = 0
+    for number in range(100):
+        (pieces,) = placement.sample("train", Key(1, number)).pieces
+        before, fact, after, question = pieces
+        assert (fact.source, question.source) == (0, "question")
+        assert len(before.ids) + len(after.ids) == 50 - len(fact.ids) - len(question.ids)
+        if kind == "words":
+            # The token of a word in running text holds the space before it.
+            assert len(after.ids) == 0 or tokenizer.decode(after.ids).startswith(" ")
+        elif kind == "characters":
+            assert len(before.ids) < 3 or len(tokenizer.decode(before.ids[-3:])) == 1
+        first += len(before.ids) == 0
+    assert first <= 15

@@ -59,7 +59,7 @@ _UNSPACED = regex.compile(rf"{_EAST_ASIAN}[.!?…]*{_CLOSE}*$")
 _WORD = regex.compile(r"(?w)\b(?=\w)")
 # A text with fewer documents than there are splits is cut into this many passages, which then count as documents.
 _PASSAGES = 20
-# No sentence has as many characters: a longer piece of text has no stops.
+# No sentence has as many characters or tokens: a longer piece of text has no stops.
 _PIECE = 1000
 _CHECKSUMS = "checksums.json"
 # Soft hyphens, joiners and marks of order.
@@ -606,7 +606,10 @@ class Reader:
         self._to_come: list[int] = []
         sentence = int(rng.integers(len(corpus.sentence_starts) - 1))
         self._document = int(np.searchsorted(corpus.document_starts, sentence, side="right")) - 1
-        self._position = int(corpus.sentence_starts[sentence])
+        self._position, end = map(int, corpus.sentence_starts[sentence : sentence + 2])
+        if end - self._position > _PIECE:
+            # Text without stops: start anywhere in it.
+            self._position = int(rng.integers(self._position, end))
         self._end = self._start_of(self._document + 1)
 
     def _start_of(self, document: int) -> int:
@@ -623,11 +626,11 @@ class Reader:
         """Where in the corpus the next `length` tokens stand, and the offsets in them at which something may be set in.
 
         That is where a sentence begins or ends. A passage that lies inside a sentence is left out, with the rest of it,
-        for the one that begins after it; but a sentence that is long may be broken between any two of its words: one of
-        more than two segments, or of more than one, where sentences are as long as that on average.
+        for the one that begins after it. But one of more than two segments may be broken between any two of its words,
+        and so may all that are longer than the passage, where sentences have almost the length of a segment on average.
         """
         average = len(self._corpus.tokens) / (len(self._corpus.sentence_starts) - 1)
-        longest = segment if average > segment else 2 * segment
+        longest = length if average > 0.9 * segment else 2 * segment
         spans = self.spans(length)
         gaps = self._gaps(spans)
         if len(gaps) == 0 and self._sentence_length(spans) <= longest:
@@ -637,7 +640,7 @@ class Reader:
             gaps = self._gaps(spans)
         if not gaps.any() and length and self._sentence_length(spans) > longest:
             words = np.flatnonzero(np.concatenate([self._corpus.words[span] for span in spans]))
-            gaps = words if len(words) else np.arange(length)
+            gaps = words if words.any() else np.arange(length)
         return spans, gaps
 
     def spans(self, length: int) -> list[slice]:
