@@ -463,6 +463,43 @@ def test_a_full_disk_leaves_the_previous_checkpoint(uninterrupted: Path, train: 
     assert_identical(final(uninterrupted), final(tmp_path / "run"))
 
 
+MEANWHILE = """
+import os, shutil
+from pathlib import Path
+from rmt_lightning.train import run
+from rmt_lightning.training import answering
+
+original, calls = answering.FactClassifier.training_step, 0
+
+def step(*args):
+    global calls
+    calls += 1
+    if calls == 4:
+        {what}
+    return original(*args)
+
+answering.FactClassifier.training_step = step
+run()
+"""
+
+
+@pytest.mark.fault("the run folder is removed or renamed, or its text shortened, while it runs", "one line says so")
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("shutil.rmtree('run')", "run: was removed or renamed"),
+        ("os.rename('run', 'moved')", "run: was removed or renamed"),
+        ("os.truncate(next(Path('own').rglob('train/tokens.npy')), 200)", "train/tokens.npy: was damaged while"),
+    ],
+)
+def test_what_a_run_stands_on_goes_away(what: str, told: str, train: Run, tmp_path: Path) -> None:
+    workers = ("cache_dir=own", "data.num_workers=1") if "own" in what else ()
+    result = train(*RUN, *workers, driver=MEANWHILE.format(what=what))
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("error: ") and told in result.stderr and result.stderr.count("\n") == 1
+    assert (tmp_path / "run").exists() == (workers != ())
+
+
 def test_checkpoints_hold_plain_values_only(uninterrupted: Path) -> None:
     saved = torch.load(uninterrupted / "checkpoints" / "stage-2.ckpt", weights_only=True)
     assert saved["phases"]["consumed"] == 12 and saved["phases"]["curriculum"]["num_segments"] == 3

@@ -37,6 +37,7 @@ from rmt_lightning.training.callbacks.checkpoints import (
     MetricsTable,
     RunCheckpoints,
     check_fits,
+    gone,
     read_newest,
     write_phases,
 )
@@ -54,11 +55,16 @@ def train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pat
     """Train, or go on training from a checkpoint of the run in `source`; then test. Returns the exit code.
 
     Raises:
-        UserError: if something cannot be built, or does not go together; nothing has been written then.
+        UserError: if something cannot be built, or does not go together; nothing has been written then. Later on, if
+            the run folder is gone or the text is damaged.
     """
     code = 1
     try:
         code = _train(config, folder, source, checkpoint)
+    except OSError:
+        if folder.is_dir():
+            raise
+        raise gone(folder) from None
     finally:
         if "wandb" in sys.modules:
             # Another run of this process would go on in it otherwise.

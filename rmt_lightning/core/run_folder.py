@@ -96,7 +96,7 @@ def claimed(folder: Path) -> Iterator[None]:
             yield
         finally:
             file.truncate(0)
-            if list(folder.iterdir()) == [lock]:
+            if folder.is_dir() and list(folder.iterdir()) == [lock]:
                 # Nothing has come of it.
                 lock.unlink()
                 folder.rmdir()

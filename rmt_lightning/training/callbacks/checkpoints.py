@@ -272,6 +272,8 @@ class RunCheckpoints(Callback):
 
     def _save(self, trainer: L.Trainer) -> None:
         last = self.folder / CHECKPOINTS / LAST
+        if not self.folder.is_dir():
+            raise gone(self.folder)
         for logger in trainer.loggers:
             logger.save()
         if trainer.is_global_zero:
@@ -281,6 +283,12 @@ class RunCheckpoints(Callback):
         trainer.save_checkpoint(last)
         self._last_is_whole = True
         self.saved_step = trainer.global_step
+
+
+def gone(folder: Path) -> UserError:
+    """What is told of a run folder that is no longer where it was; nothing is written there anew."""
+    shown = os.path.relpath(folder)
+    return UserError(f"{shown}: was removed or renamed while the run went on; resume it where it is, or start it again")
 
 
 def write_phases(folder: Path, phases: Phases, step: int) -> None:
