@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import subprocess
 import sys
@@ -96,7 +97,12 @@ def test_who_cannot_write(tokenizer: PreTrainedTokenizerBase) -> None:
     encoder = RMTEncoder(TinyBert(**SIZE).encoder(tokenizer), 24, memory_size=3)
     with pytest.raises(UserError, match=r"answer=generate: RMTEncoder cannot write; choose model=rmt_decoder"):
         FactGenerator(encoder, ANSWERS)
-    endless = RMTDecoder(TinyGPT(**SIZE).decoder(tokenizer), 24, memory_size=3)
+    # [SEP] ends an answer where there is no other token to.
+    decoder = TinyGPT(**SIZE).decoder(tokenizer)
+    assert FactGenerator(RMTDecoder(decoder, 24, memory_size=3), ANSWERS).end == tokenizer.sep_token_id
+    decoder.tokenizer = copy.deepcopy(tokenizer)
+    decoder.tokenizer.sep_token = None
+    endless = RMTDecoder(decoder, 24, memory_size=3)
     with pytest.raises(UserError, match=r"tokenizer has no end token; choose answer=classify"):
         FactGenerator(endless, ANSWERS)
 

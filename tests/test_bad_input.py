@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import SMALL, Run
 from hydra.core.global_hydra import GlobalHydra
-from transformers import PreTrainedTokenizerBase
+from transformers import BertConfig, BertModel, PreTrainedTokenizerBase
 
 from rmt_lightning import train as front_door
 from rmt_lightning.core.run_folder import claimed
@@ -111,6 +111,13 @@ TABLE = [
     ("backbone=minilm", r"backbone.name=sentence-transformers/all-MiniLM-L6-v2: cannot be loaded"),
     ("backbone=minilm backbone.name=notes", r"backbone.name=notes: cannot be loaded"),
     ("backbone=minilm backbone.name=code", r"backbone.name=code: brings code of its own, which is not executed; give"),
+    ("backbone=minilm backbone.name=bare", r"backbone.name=bare: its tokenizer knows 0 words, and the model 40; put"),
+    ("backbone=minilm backbone.name=greek", r"noise: 100% of the text for train is unknown to the backbone's"),
+    (
+        "backbone.name=bert",
+        "backbone.name: no such setting; allowed: width, layers, heads, max_positions, vocabulary_size, dropout, "
+        "initializer_range; it comes with backbone=bert_base_cased or ",
+    ),
     ("model=rmt_decoder", r"backbone: RMTDecoder needs a causal language model; choose backbone=tiny_gpt or gpt2"),
     ("backbone=tiny_gpt", r"backbone: RMTEncoder needs an encoder; choose backbone=tiny_bert, minilm or bert_base_cas"),
     ("backbone=minilm backbone.name=bert model=rmt_decoder", r"backbone.name=bert: bert is an encoder; choose"),
@@ -153,6 +160,12 @@ def backbones(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempP
     TinyGPT(**size).decoder(gpt_tokenizer).model.save_pretrained(folder / "gpt")
     tokenizer.save_pretrained(folder / "bert")
     TinyBert(**size).encoder(tokenizer).model.save_pretrained(folder / "bert")
+    # Without its tokenizer; and one that knows no word of English.
+    model = BertModel(BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+    model.save_pretrained(folder / "bare")
+    model.save_pretrained(folder / "greek")
+    words = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(chr, range(945, 970)))
+    (folder / "greek" / "vocab.txt").write_text("\n".join(words))
     # A model that would have to be executed.
     tokenizer.save_pretrained(folder / "code")
     auto = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}
@@ -174,7 +187,7 @@ def here(
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 10)
     (tmp_path / "short.txt").write_text("One sentence. Another one. A third one.")
     (tmp_path / "notes").mkdir()
-    for name in ("bert", "code", "gpt"):
+    for name in ("bert", "bare", "greek", "code", "gpt"):
         (tmp_path / name).symlink_to(backbones / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RMT_LIGHTNING_CACHE", environment["RMT_LIGHTNING_CACHE"])

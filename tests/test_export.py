@@ -29,6 +29,7 @@ from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.rmt import RMTDecoder, RMTEncoder
 from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.models.tiny import TinyBert, TinyGPT
+from rmt_lightning.training.answering import FactClassifier
 
 SIZE = {"width": 16, "layers": 1, "heads": 2, "max_positions": 64}
 
@@ -104,6 +105,17 @@ def test_questions(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     assert torch.equal(opened.scores(texts), answerer.scores(texts))
     assert opened(texts) == [answerer([text])[0] for text in texts]
     assert set(opened(texts)) <= {"here", "there", "nowhere"}
+    # A single text has a single answer, and is no list of letters.
+    assert opened(texts[0]) == opened(texts)[0] and torch.equal(opened.scores(texts[0]), opened.scores(texts[:1]))
+    assert opened([]) == [] and opened(tuple(texts)) == opened(texts)
+    for wrong in ([1], [None], [texts], b"text", {"text": 1}.values()):
+        with pytest.raises(UserError, match=r"^texts: give a text, or a list of texts$"):
+            opened(wrong)
+    for answers in ("yes", ["here", "there"]):
+        with pytest.raises(UserError, match=r"^answers: the head gives 3 scores; give a list of so many texts$"):
+            Answerer(model, nn.Linear(16, 3), answers)
+    with pytest.raises(UserError, match=r"^answers=garden: is a single text"):
+        FactClassifier(model, "garden")
     assert type(RMTEncoder.from_pretrained(tmp_path / "folder")) is RMTEncoder
 
 

@@ -25,6 +25,7 @@ from rmt_lightning.app.build import load
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.models import state as tree
 from rmt_lightning.models.recurrence import Segment
+from rmt_lightning.models.tiny import TinyGPT
 from rmt_lightning.models.transformer_xl import TransformerXL
 from rmt_lightning.tasks.facts import Split
 from rmt_lightning.tasks.language import IGNORED, DocumentDataModule, RunningText, TextScore
@@ -115,6 +116,18 @@ def short(tokenizer: PreTrainedTokenizerBase) -> RunningText:
     lengths = torch.tensor([0, *map(len, documents)]).cumsum(0).numpy()
     tokens = torch.tensor([token for document in documents for token in document]).numpy()
     return RunningText(Corpus(tokens, tokens * 0, lengths, torch.arange(4).numpy(), lengths[1:]), tokenizer, 4, seed=0)
+
+
+@pytest.mark.parametrize("kind", ["bos", "cls", "eos", "sep"])
+def test_what_a_document_begins_with(kind: str, corpora: dict[Split, Corpus]) -> None:
+    """A tokenizer such as Qwen's has an end token alone."""
+    tokenizer = TinyGPT().tokenizer("Mary went to the garden.")
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match=r"tokenizer has no token that begins or ends a text \(bos, cls, eos, sep\)"):
+        RunningText(corpora["train"], tokenizer, LENGTH, seed=3)
+    tokenizer.add_special_tokens({f"{kind}_token": "[EOS]"})
+    text = RunningText(corpora["train"], tokenizer, LENGTH, seed=3)
+    assert text.document(0)["input_ids"][0, 0] == tokenizer.convert_tokens_to_ids("[EOS]")
 
 
 @pytest.fixture

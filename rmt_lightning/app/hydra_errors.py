@@ -150,7 +150,15 @@ def _suggest_key(key: str, config_name: str) -> str:
             options = [path.stem for path in sorted((CONF / parent).glob("*.yaml")) if "_target_" in path.read_text()]
             return f"it comes with {parent}={' or '.join(options)}" if options else suggest(parent, _keys(node))
         node = node[parent] if not OmegaConf.is_missing(node, parent) else DictConfig({})
-    return suggest(name, _keys(node))
+    return suggest(name, _keys(node)) + _owners(".".join(parents), name)
+
+
+def _owners(group: str, name: str) -> str:
+    """Which other choices of a group have a setting of that name."""
+    has_it = re.compile(rf"^{re.escape(name)}:", re.MULTILINE)
+    choices = sorted((CONF / group).glob("*.yaml")) if group else []
+    owners = [path.stem for path in choices if has_it.search(path.read_text(encoding="utf-8"))]
+    return f"; it comes with {group}={' or '.join(owners)}" if owners else ""
 
 
 def _keys(node: Any) -> list[str]:

@@ -33,23 +33,38 @@ class Answerer(nn.Module, ModelHubMixin, library_name="rmt_lightning"):
         model: the recurrent model.
         head: from what the model reads off its last segment to scores.
         answers: the C answers that scores stand for.
+
+    Raises:
+        UserError: if there are not as many answers as scores.
     """
 
     def __init__(self, model: SegmentModel[Any], head: nn.Linear, answers: Sequence[str]) -> None:
         super().__init__()
+        if isinstance(answers, str) or len(answers) != head.out_features:
+            raise UserError(f"answers: the head gives {head.out_features} scores; give a list of so many texts")
         self.model = model
         self.head = head
         self.answers = tuple(answers)
 
-    def forward(self, texts: Sequence[str]) -> list[str]:
-        """The answers to questions, each at the end of a text of any length."""
-        return [self.answers[best] for best in self.scores(texts).argmax(dim=1).tolist()]
+    def forward(self, texts: str | Sequence[str]) -> str | list[str]:
+        """The answers to questions, each at the end of a text of any length; of a single text, its answer.
+
+        Raises:
+            UserError: if that is not what is given.
+        """
+        answers = [self.answers[best] for best in self.scores(texts).argmax(dim=1).tolist()]
+        return answers[0] if isinstance(texts, str) else answers
 
     @torch.no_grad()
-    def scores(self, texts: Sequence[str]) -> Tensor:
-        """(B, C), larger for likelier answers."""
+    def scores(self, texts: str | Sequence[str]) -> Tensor:
+        """(B, C), larger for likelier answers; a single text is a batch of one."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError("texts: give a text, or a list of texts")
+        if not texts:
+            return self.head.weight.new_zeros(0, len(self.answers))
         assert self.model.tokenizer is not None
-        rows = self.model.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        rows = self.model.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         ids = [torch.tensor(row, dtype=torch.long, device=self.head.weight.device) for row in rows]
         mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
         return self.head(self.model.encode(pad_sequence(ids, batch_first=True), mask))

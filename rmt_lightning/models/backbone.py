@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
@@ -716,28 +716,25 @@ class Pretrained:
                 "a folder whose weights belong to its config.json"
             )
 
-    @cached_property
-    def _out_of_reach(self) -> str:
-        """Why the Hub cannot be asked, so that only what it sent before can be read; nothing if there is no need."""
-        return "" if Path(self.name).is_dir() else out_of_reach(f"backbone.name={self.name}")
-
     def _load(self, auto_class: Any, **options: Any) -> Any:
-        setting = f"backbone.name={self.name}"
         if os.sep in self.name and self.name.count("/") != 1 and not Path(self.name).is_dir():
-            raise UserError(f"{setting}: no such folder; give a folder or a Hugging Face Hub id")
+            raise UserError(f"backbone.name={self.name}: no such folder; give a folder or a Hugging Face Hub id")
         hf_logging.disable_progress_bar()
-        options["local_files_only"] = bool(self._out_of_reach)
+        if not Path(self.name).is_dir() and out_of_reach(f"backbone.name={self.name}"):
+            # What was loaded before is in the Hub's cache.
+            options["local_files_only"] = True
         try:
             return auto_class.from_pretrained(self.name, trust_remote_code=False, **options)
         except Exception as error:  # each library raises classes of its own
             if "custom code" in str(error):
                 raise UserError(
-                    f"{setting}: brings code of its own, which is not executed; give a model that transformers knows"
+                    f"backbone.name={self.name}: brings code of its own, which is not executed; give a model that "
+                    "transformers knows"
                 ) from None
             # The Hub's checks of a config tell what is wrong in their last line.
             reason = str(error).splitlines()[-1].strip() if isinstance(error, StrictDataclassError) else _told(error)
             raise UserError(
-                f"{setting}: cannot be loaded ({self._out_of_reach or reason}); give a folder that holds a model, or a "
+                f"backbone.name={self.name}: cannot be loaded ({reason}); give a folder that holds a model, or a "
                 "Hugging Face Hub id while the network is there, or use backbone=tiny_bert or tiny_gpt"
             ) from None
 

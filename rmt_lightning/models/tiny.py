@@ -74,8 +74,9 @@ class Tiny:
             special_tokens=list(special.values()),
             show_progress=False,
         )
+        whole = [texts] if isinstance(texts, str) else texts
         # The time it takes grows with the square of the longest word.
-        tokenizer.train_from_iterator((_LONG_WORD.sub(r"\g<0> ", text) for text in texts), trainer)
+        tokenizer.train_from_iterator((_LONG_WORD.sub(r"\g<0> ", text) for text in whole), trainer)
         return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 

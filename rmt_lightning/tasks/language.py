@@ -91,9 +91,14 @@ class RunningText:
     """
 
     def __init__(self, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, text_length: int, seed: int) -> None:
-        start = tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        # Models that have seen nothing but an end between documents, as Qwen's have, have seen them begin after it.
+        tokens = (tokenizer.bos_token_id, tokenizer.cls_token_id, tokenizer.eos_token_id, tokenizer.sep_token_id)
+        start = next((token for token in tokens if token is not None), None)
         if start is None:
-            raise UserError("backbone: its tokenizer has no bos or cls token to begin a document with; choose another")
+            raise UserError(
+                "backbone: its tokenizer has no token that begins or ends a text (bos, cls, eos, sep), to begin a "
+                "document with; choose another"
+            )
         self.corpus = corpus
         self.start_token = int(start)
         self.text_length = text_length

@@ -50,7 +50,7 @@ class FactModule(SegmentModule, ABC):
 
     Raises:
         UserError: if the model's bptt_depth is 0: one loss after the last segment teaches it nothing about memory; or
-            if the tokenizer cannot tell two answers apart.
+            if the tokenizer cannot tell two answers apart, or there is but one text instead of several.
     """
 
     DECISIVE = "accuracy"
@@ -67,6 +67,8 @@ class FactModule(SegmentModule, ABC):
     ) -> None:
         if model.bptt_depth == 0:
             raise UserError("model.bptt_depth=0: memory would never learn; give 1 or more, or -1 for all segments")
+        if isinstance(answers, str):
+            raise UserError(f"answers={answers}: is a single text; give a list of those that are chosen from")
         super().__init__(model, phases, metrics or {})
         self.answers = tuple(answers)
         self.all_questions = all_questions

@@ -43,10 +43,11 @@ class FactGenerator(FactModule):
         tokenizer = model.tokenizer
         if tokenizer is None or type(model).logits is SegmentModel.logits:
             raise UserError(f"answer=generate: {type(model).__name__} cannot write; choose model=rmt_decoder")
-        if tokenizer.eos_token_id is None:
+        end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        if end is None:
             raise UserError("answer=generate: the backbone's tokenizer has no end token; choose answer=classify")
         super().__init__(model, answers, phases, metrics, all_questions)
-        self.end = int(tokenizer.eos_token_id)
+        self.end = int(end)
         self.register_buffer("words", self._ended(self.answer_ids)[0], persistent=False)
 
     @property
