@@ -18,7 +18,6 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from transformers import PreTrainedTokenizerBase
 
-from rmt_lightning import train as front_door
 from rmt_lightning.core.files import write_csv
 from rmt_lightning.models.rmt import RMTEncoder
 from rmt_lightning.models.tiny import TinyBert
@@ -192,6 +191,9 @@ def refused(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[..., str]]:
     """What the command says to settings that it refuses, without the seconds that a new process takes to start."""
+    # Imported here: processes that run the module read this file before they do.
+    from rmt_lightning import train as front_door
+
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RMT_LIGHTNING_CACHE", str(cache))
 

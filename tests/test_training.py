@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torchmetrics.retrieval import RetrievalMAP
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.analysis.extrapolation import LengthResult, LengthTest
+from rmt_lightning.app.build import save_architecture
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.statistics import Proportion
 from rmt_lightning.models.baselines.full_attention import FullAttention
@@ -175,6 +178,32 @@ def test_curriculum_state_is_plain_and_complete() -> None:
     assert not other.finished
     other.when_stuck = "continue"
     assert other.finished
+
+
+def test_lessons_that_are_asked_for_on_resuming_begin(placement: Placement) -> None:
+    begun, resumed = (SegmentCurriculum(max_segments=2, steps=10, lessons=lessons) for lessons in (False, True))
+    for curriculum in (begun, resumed):
+        curriculum.placement = placement
+    begun.begin(0)
+    resumed.load_state_dict(begun.state_dict())
+    assert resumed.begins
+    resumed.begin(3)
+    assert (resumed.lesson, resumed.first_step, resumed.schedule_step) == (1, 0, 3) and not resumed.begins
+    begun.load_state_dict(resumed.state_dict())
+    assert begun.lesson is None and not begun.begins
+
+
+@pytest.mark.fault(
+    "the disk is full while a tokenizer is written, which is told by Rust", "one line that names the file"
+)
+def test_an_error_of_the_system_told_by_rust(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        raise Exception("File too large (os error 27)")
+
+    model = SimpleNamespace(tokenizer=SimpleNamespace(save_pretrained=fail), architecture=None)
+    with pytest.raises(OSError, match="File too large") as caught:
+        save_architecture(model, tmp_path)
+    assert caught.value.errno == errno.EFBIG and caught.value.filename.endswith(".tokenizer.partial")
 
 
 def test_a_failed_write_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -206,6 +207,7 @@ def save_architecture(model: SegmentModel[Any], folder: Path) -> None:
 
     Raises:
         UserError: if they would not do.
+        OSError: if they cannot be written.
     """
     check_reopens(model)
     for name, part in ((TOKENIZER, model.tokenizer), (BACKBONE, model.architecture)):
@@ -213,5 +215,12 @@ def save_architecture(model: SegmentModel[Any], folder: Path) -> None:
             if part is None or (folder / name).exists():
                 continue
             partial = removed(folder / f".{name}.partial")
-            part.save_pretrained(partial)
+            try:
+                part.save_pretrained(partial)
+            except OSError:
+                raise
+            except Exception as error:  # fast tokenizers are written by Rust, which has the system's error in its words
+                if (number := re.search(r"\(os error (\d+)\)", str(error))) is None:
+                    raise
+                raise OSError(int(number[1]), os.strerror(int(number[1])), str(partial)) from None
             os.rename(partial, folder / name)

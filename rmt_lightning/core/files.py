@@ -45,6 +45,9 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write a file beside its place and move it there once it is on the disk.
 
     So nobody ever reads half a file, and what stood there before survives a kill or a full disk.
+
+    Raises:
+        OSError: that names the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = own_file(path.with_name(path.name + ".partial"))
@@ -56,6 +59,10 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         os.replace(partial, path)
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder, where a file belongs; remove it") from None
+    except OSError as error:
+        # A write that fails does not say where.
+        error.filename = error.filename or str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -84,8 +91,9 @@ def append_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[
             file.write(text.getvalue().encode())
             file.flush()
             os.fsync(file.fileno())
-        except OSError:
+        except OSError as error:
             os.truncate(path, end)
+            error.filename = error.filename or str(path)
             raise
 
 

@@ -110,8 +110,10 @@ class SegmentCurriculum(Phase):
 
     @property
     def begins(self) -> bool:
-        # A run that had reached its last stage may have been resumed with a later one.
-        return self.first_step is None or (self._passed(self.num_segments) and not self._within_lessons)
+        # A run that had reached its last stage may have been resumed with a later one; and one in a stage with lessons.
+        over = self._passed(self.num_segments) and not self._within_lessons
+        untaught = self.lesson is None and self.lessons and lessons_of(self.placement, self.num_segments) > 0
+        return self.first_step is None or over or untaught
 
     def begin(self, step: int) -> None:
         self.first_step = step if self.first_step is None else self.first_step
