@@ -248,14 +248,17 @@ def test_another_number_of_processes(
 
 
 def test_a_budget_of_time(train: Run, tmp_path: Path) -> None:
-    short = train("trainer.max_time=00:00:00:00", "curriculum.max_segments=1", "hydra.run.dir=run")
+    one = ("curriculum.max_segments=1", "curriculum.steps=4", "data.steps_per_epoch=3")
+    short = train("trainer.max_time=00:00:00:00", *one, "hydra.run.dir=run")
     assert short.returncode == 0, short.stderr
     assert "stopped by trainer.max_time=00:00:00:00; go on with resume=run" in short.stdout
     assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 1
     assert (tmp_path / "run/evaluation.csv").exists()
     resumed = train("resume=run", "trainer.max_time=null", small=False)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert json.loads((tmp_path / "run/phases.json").read_text())[0]["finished"]
+    phase = json.loads((tmp_path / "run/phases.json").read_text())[0]
+    # Not with the epoch, two steps later.
+    assert phase["finished"] and phase["steps"] == 4
 
 
 def test_a_budget_of_steps_within_an_epoch(train: Run, tmp_path: Path) -> None:

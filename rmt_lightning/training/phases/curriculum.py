@@ -109,6 +109,13 @@ class SegmentCurriculum(Phase):
         return self.max_segments
 
     @property
+    def last_step(self) -> int | None:
+        # Whatever is found there: nothing comes after the budget of the last stage.
+        if self.num_segments < self.max_segments or self._within_lessons:
+            return None
+        return self.schedule_step + at_stage(self.steps, self.num_segments)
+
+    @property
     def begins(self) -> bool:
         # A run that had reached its last stage may have been resumed with a later one; and one in a stage with lessons.
         over = self._passed(self.num_segments) and not self._within_lessons
