@@ -32,6 +32,7 @@ class Root:
     streams: Annotated[int, Ge(1)]
     stream_segments: Annotated[int, Ge(1)]
     device: Literal["auto", "cpu", "cuda"]
+    output: str | None
     cache_dir: str
     trust: Trust
 

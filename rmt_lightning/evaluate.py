@@ -35,6 +35,7 @@ class Root:
     every: Annotated[int, Ge(1)]
     batch_size: Annotated[int, Ge(1)] | Literal["auto"]
     device: Literal["auto", "cpu", "cuda"]
+    output: str | None
     cache_dir: str
     trust: Trust
 

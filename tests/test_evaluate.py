@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from rmt_lightning import evaluate as front_door
+from rmt_lightning.app import evaluation
 from rmt_lightning.tasks.facts import Babi
 
 
@@ -101,6 +105,67 @@ run()
     evaluate(monkeypatch, "segments=[1,2,3]")
     after = rows(only(here) / "evaluation.csv")
     assert after[:2] == before and after[2]["segments"] == "3"
+
+
+@pytest.mark.fault("two evaluations of a checkpoint at once", "both end, and all that either has found is kept")
+def test_evaluations_side_by_side(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    test, found = evaluation._test, []
+
+    def beside(*arguments: Any) -> dict[str, Any]:
+        row = test(*arguments)
+        found.append(row["segments"])
+        # Another one comes to 3 first, and to 5.
+        for other in (3, 5):
+            evaluation._Found(only(here), {}).add("lengths", str(other), row | {"segments": other})
+        return row
+
+    monkeypatch.setattr(evaluation, "_test", beside)
+    evaluate(monkeypatch, "segments=[1,3]")
+    assert found == [1]
+    for table in ("evaluation.csv", "distances.csv"):
+        assert list(dict.fromkeys(row["segments"] for row in rows(only(here) / table))) == ["1", "3", "5"]
+    assert json.loads((only(here) / "evaluation.json").read_text())["settings"]["samples"] == 12
+
+
+@pytest.mark.fault("an evaluation is killed before it writes its tables", "the same command writes them")
+def test_tables_follow_what_was_found(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as killed, pytest.raises(SystemExit):
+        killed.setattr(evaluation, "write_csv", Mock(side_effect=KeyboardInterrupt))
+        evaluate(monkeypatch, "segments=[2]")
+    assert [path.name for path in only(here).iterdir() if path.suffix] == ["evaluation.json"]
+    monkeypatch.setattr(evaluation, "_test", None)
+    evaluate(monkeypatch, "segments=[2]")
+    assert [row["segments"] for row in rows(only(here) / "evaluation.csv")] == ["2"]
+
+
+@pytest.mark.fault("the run folder cannot be written to", "one line at the start; output= puts results elsewhere")
+@pytest.mark.parametrize("door", ["evaluate", "attend"])
+def test_a_run_of_somebody_else(
+    door: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = here / "run" / {"evaluate": "evaluations", "attend": "attention"}[door]
+    # Even the superuser makes no folder in a file.
+    place.touch()
+    words = {"evaluate": ["segments=[1]", "samples=8", "follow=0"], "attend": ["segments=1", "stream_segments=2"]}[door]
+    run = importlib.import_module(f"rmt_lightning.{door}").run
+    monkeypatch.setattr(sys, "argv", [door, "checkpoint=run", *words])
+    with pytest.raises(SystemExit) as refused:
+        run()
+    told = capsys.readouterr().err
+    assert refused.value.code == 2 and told.count("\n") == 1 and "give output=<another folder>" in told
+    sys.argv.append("output=mine")
+    run()
+    assert list((here / "mine" / place.name).glob("last-detect-*/*.csv"))
+
+
+def test_damaged_results_are_named(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate(monkeypatch, "segments=[1]")
+    (only(here) / "evaluation.json").write_text("")
+    with pytest.raises(SystemExit):
+        evaluate(monkeypatch, "segments=[1]")
+    assert "evaluation.json: is damaged; remove it" in capsys.readouterr().err
 
 
 def test_memory_does_not_grow_with_the_input(here: Path, environment: dict[str, str]) -> None:
@@ -257,7 +322,11 @@ def test_all_stages_side_by_side(
     assert f"{together.relative_to(here)} holds them all" in capsys.readouterr().out
     found = rows(together / "results.csv")
     assert [(row["stage"], row["segments"]) for row in found] == [(s, n) for s in "123" for n in "13"]
-    assert {path.name for path in together.iterdir()} == {"results.csv", "figure.png", "figure.pdf"}
+    assert {path.name for path in together.iterdir() if path.suffix} == {"results.csv", "figure.png", "figure.pdf"}
+    # What was found before stays in it.
+    evaluate(monkeypatch, "stages=true", "segments=[2]")
+    found = rows(together / "results.csv")
+    assert [(row["stage"], row["segments"]) for row in found] == [(s, n) for s in "123" for n in "123"]
     # Each row is what the stage's own evaluation says.
     own = rows(next((here / "run" / "evaluations").glob("stage-2-detect-*")) / "evaluation.csv")
     assert [row["right"] for row in own] == [row["right"] for row in found if row["stage"] == "2"]

@@ -23,7 +23,7 @@ from rmt_lightning.app.results import watch_clearest
 from rmt_lightning.app.resume import other_text, provenance
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import read_csv, write_atomically, write_csv
-from rmt_lightning.core.run_folder import findings
+from rmt_lightning.core.run_folder import alone_in, findings
 from rmt_lightning.models.memory import MemoryTokens
 from rmt_lightning.reporting import figures
 from rmt_lightning.tasks.noise import text_digest
@@ -46,11 +46,12 @@ def attend(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: Pa
     asked = {key: config[key] for key in ("segments", "streams", "stream_segments")}
     text = other_text(run, text_digest(placement.corpora), own="noise" not in config)
     settings = provenance(run_config, checkpoint, sha256) | text | asked | {"device": hardware}
-    folder = findings(run, "attention", f"{checkpoint.stem}-{placement.task.name}", settings)
-    _draw_maps(placement, module, model, config, device, folder)
-    write_atomically(folder / "settings.json", json.dumps(settings, indent=2).encode())
-    _draw_curve(placement, model, config, device, folder)
-    files = ", ".join(sorted(path.name for path in folder.iterdir()))
+    folder = findings(config.output or run, "attention", f"{checkpoint.stem}-{placement.task.name}", settings)
+    with alone_in(folder):
+        _draw_maps(placement, module, model, config, device, folder)
+        write_atomically(folder / "settings.json", json.dumps(settings, indent=2).encode())
+        _draw_curve(placement, model, config, device, folder)
+    files = ", ".join(sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")))
     get_console().print(f"[bold]{os.path.relpath(folder)}[/] holds {files}", highlight=False, soft_wrap=True)
 
 

@@ -7,9 +7,8 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from hydra.utils import instantiate
@@ -25,7 +24,7 @@ from rmt_lightning.app.results import length_table
 from rmt_lightning.app.resume import other_text, provenance
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import write_atomically, write_csv
-from rmt_lightning.core.run_folder import CHECKPOINTS, findings
+from rmt_lightning.core.run_folder import CHECKPOINTS, alone_in, findings
 from rmt_lightning.reporting import figures
 from rmt_lightning.tasks.facts import Task
 from rmt_lightning.tasks.noise import text_digest
@@ -46,23 +45,25 @@ def evaluate_stages(config: DictConfig, run_config: DictConfig, run: Path) -> No
     if not checkpoints:
         raise UserError(f"checkpoint={config.checkpoint}: the run has passed no stage yet; train it further")
     config.follow = 0
-    rows = []
+    found = {}
     for stage in sorted(checkpoints):
         get_console().print(f"stage {stage}", highlight=False)
-        folder, results = evaluate(config, run_config, run, checkpoints[stage])
-        rows += [{"stage": stage, "segments": result.segments, **result.row()} for result in results]
+        found[stage] = evaluate(config, run_config, run, checkpoints[stage])
     # The last folder's name tells the task and the settings.
-    folder = folder.with_name(folder.name.replace(checkpoints[stage].stem, "stages", 1))
-    write_csv(folder / "results.csv", rows)
+    last = found[stage].path.parent
+    folder = last.with_name(last.name.replace(checkpoints[stage].stem, "stages", 1))
     task: Task = instantiate(run_config.task, _convert_="all")
-    figures.save(figures.generalization(rows, chance=1 / len(task.answers)), folder / "figure")
+    with alone_in(folder):
+        # Read again, for others may have found more in the meantime.
+        results = [(stage, result) for stage, one in found.items() for result in one.read().results()]
+        rows = [{"stage": stage, "segments": result.segments, **result.row()} for stage, result in results]
+        write_csv(folder / "results.csv", rows)
+        figures.save(figures.generalization(rows, chance=1 / len(task.answers)), folder / "figure")
     get_console().print(f"[bold]{os.path.relpath(folder)}[/] holds them all", highlight=False, soft_wrap=True)
 
 
-def evaluate(
-    config: DictConfig, run_config: DictConfig, run: Path, checkpoint: Path
-) -> tuple[Path, list[LengthResult]]:
-    """Test each length that has not been tested yet; print what has been found, and return it and where it stands.
+def evaluate(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: Path) -> _Found:
+    """Test each length that has not been tested yet; print and return what has been found.
 
     Raises:
         UserError: if a checkpoint cannot be opened, a length not be read, or the device is missing or too small.
@@ -75,74 +76,97 @@ def evaluate(
     fitting = module.model.fitting("segments", config.segments)
     text = other_text(run, text_digest(placement.corpora), own="noise" not in config)
     settings = provenance(run_config, checkpoint, sha256) | text | {"samples": config.samples, "device": hardware}
-    folder = findings(run, "evaluations", f"{checkpoint.stem}-{placement.task.name}", settings)
-    done = _Done.read(folder, settings)
+    folder = findings(config.output or run, "evaluations", f"{checkpoint.stem}-{placement.task.name}", settings)
+    found = _Found(folder, settings)
     streams = 64 if config.batch_size == "auto" else config.batch_size
     followed = f"{config.follow} every {config.every} of {streams}"
     # Only a head can be asked on the way, and a model that keeps the whole text has nothing to lose.
     classifier = module if isinstance(module, FactClassifier) else None
     follows = config.follow > 0 and classifier is not None and classifier.model.max_segments is None
-    if follows and classifier and followed not in done.retention:
-        done.retention[followed] = _follow(classifier, placement, config, streams, device)
-        done.write()
+    if follows and classifier and followed not in found.retention:
+        found.add("retention", followed, _follow(classifier, placement, config, streams, device))
     for num_segments in fitting:
-        if str(num_segments) not in done.lengths:
-            done.lengths[str(num_segments)] = _test(module, placement, num_segments, config, device)
-            done.write()
+        # Another evaluation may have come to it first.
+        if str(num_segments) not in found.read().lengths:
+            found.add("lengths", str(num_segments), _test(module, placement, num_segments, config, device))
     console = get_console()
     if follows:
-        console.print(_rate_in_words(done.retention[followed]), highlight=False)
-    found = [_result(done.lengths[str(num_segments)]) for num_segments in fitting]
-    console.print(length_table(found, config.segments, module.model))
-    console.print(f"[bold]{os.path.relpath(folder)}[/] holds {', '.join(_FILES)}", highlight=False, soft_wrap=True)
-    return folder, found
+        console.print(_rate_in_words(found.retention[followed]), highlight=False)
+    console.print(length_table(found.results(), config.segments, module.model))
+    files = ", ".join(name for name in _FILES if (folder / name).exists())
+    console.print(f"[bold]{os.path.relpath(folder)}[/] holds {files}", highlight=False, soft_wrap=True)
+    return found
 
 
-@dataclass(frozen=True)
-class _Done:
-    """What has been found with the same settings, now and before an interruption.
+class _Found:
+    """What has been found with the same settings, by this evaluation and by those before it and beside it.
 
-    Attributes:
+    evaluation.json holds all of it, and each table is made of that.
+
+    Args:
         folder: where it is written.
         settings: all that it depends on and that is in no key.
-        lengths: a row for each number of segments.
+
+    Attributes:
+        lengths: a row for each number of segments, in their order.
         retention: a row for each way in which memories were followed: "<segments> every <segments> of <memories>".
+
+    Raises:
+        UserError: if the folder cannot be written to, or what stands there is damaged.
     """
 
-    folder: Path
-    settings: dict[str, Any]
-    lengths: dict[str, dict[str, Any]]
-    retention: dict[str, dict[str, Any]]
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self.path = folder / "evaluation.json"
+        self.settings = settings
+        self.lengths: dict[str, dict[str, Any]] = {}
+        self.retention: dict[str, dict[str, Any]] = {}
+        # An evaluation that was killed may have left the file without its tables.
+        with alone_in(folder):
+            if self.read().lengths or self.retention:
+                self._write()
 
-    @classmethod
-    def read(cls, folder: Path, settings: dict[str, Any]) -> _Done:
-        path = folder / "evaluation.json"
-        found = json.loads(path.read_text()) if path.exists() else {}
-        # Earlier versions left the memories out of the key.
-        retention = {
-            f"{key.partition(' of ')[0]} of {row['streams']}": row for key, row in found.get("retention", {}).items()
-        }
-        return cls(folder, settings, found.get("lengths", {}), retention)
+    def add(self, kind: Literal["lengths", "retention"], key: str, row: dict[str, Any]) -> None:
+        """Add a row to what others may have found in the meantime."""
+        with alone_in(self.path.parent):
+            getattr(self.read(), kind)[key] = row
+            self._write()
 
-    def write(self) -> None:
+    def read(self) -> _Found:
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+            # Earlier versions left the memories out of the key.
+            self.retention = {
+                f"{key.partition(' of ')[0]} of {row['streams']}": row
+                for key, row in found.get("retention", {}).items()
+            }
+            self.lengths = found.get("lengths", {})
+        except (ValueError, AttributeError, TypeError, KeyError):
+            raise UserError(f"{self.path}: is damaged; remove it, and it is found out again") from None
+        return self
+
+    def results(self) -> list[LengthResult]:
+        """Those at all lengths."""
+        return [LengthResult(row["right"], row["samples"], row["segments"]) for row in self.lengths.values()]
+
+    def _write(self) -> None:
+        folder = self.path.parent
+        self.lengths = dict(sorted(self.lengths.items(), key=lambda item: int(item[0])))
         content = {"settings": self.settings, "lengths": self.lengths, "retention": self.retention}
-        write_atomically(self.folder / "evaluation.json", json.dumps(content, indent=2).encode())
+        write_atomically(self.path, json.dumps(content, indent=2).encode())
         asked = [
             dict(zip(("follow", "every", "streams"), key.split()[::2], strict=True)) | {"age": age, "right": right}
             for key, row in self.retention.items()
             for age, right in row["right"].items()
         ]
-        write_csv(self.folder / "retention.csv", asked)
+        write_csv(folder / "retention.csv", asked)
         lengths = self.lengths.values()
-        write_csv(
-            self.folder / "evaluation.csv", [{k: v for k, v in row.items() if k != "distances"} for row in lengths]
-        )
+        write_csv(folder / "evaluation.csv", [{k: v for k, v in row.items() if k != "distances"} for row in lengths])
         distances = [
             {"segments": row["segments"], "from": 2 ** int(key) // 2, "to": 2 ** int(key) - 1, **part}
             for row in lengths
             for key, part in row["distances"].items()
         ]
-        write_csv(self.folder / "distances.csv", distances)
+        write_csv(folder / "distances.csv", distances)
 
 
 def _test(
@@ -213,7 +237,3 @@ def _bar(description: str, total: int, streams: int) -> Iterator[Callable[[], No
     task = bar.add_task(description, total=total, speed=0.0)
     with bar:
         yield lambda: bar.update(task, advance=1, speed=(bar.tasks[0].speed or 0.0) * streams)
-
-
-def _result(row: dict[str, Any]) -> LengthResult:
-    return LengthResult(row["right"], row["samples"], row["segments"])

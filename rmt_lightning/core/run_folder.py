@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import own_file
 
@@ -119,13 +121,37 @@ def refuse_ways_out(run: Path, part: str = "") -> None:
             raise UserError(f"{shown}: is a link that leads out of the run folder; put there what it leads to")
 
 
-def findings(run: Path, kind: str, name: str, settings: dict[str, Any]) -> Path:
-    """Where results that were found with these settings belong: <run>/<kind>/<name>-<key of the settings>.
+def findings(place: str | Path, kind: str, name: str, settings: dict[str, Any]) -> Path:
+    """Where results that were found with these settings belong: <place>/<kind>/<name>-<key of the settings>.
 
     Raises:
-        UserError: if that would be outside of the run folder.
+        UserError: if a link leads out of the place.
     """
-    refuse_ways_out(run, kind)
+    refuse_ways_out(Path(place), kind)
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     # A task may be called anything.
-    return run / kind / f"{name.replace('/', '_')}-{key}"
+    return Path(place) / kind / f"{name.replace('/', '_')}-{key}"
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Make a folder of results, and keep it to this process for a while; another one that wants it waits.
+
+    Raises:
+        UserError: if it cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(own_file(folder / ".lock"))
+        try:
+            lock.acquire(timeout=5)
+        except Timeout:
+            log.info("%s: another process writes there; waiting for it", os.path.relpath(folder))
+            lock.acquire()
+    except OSError as error:
+        shown = os.path.relpath(folder)
+        raise UserError(f"{shown}: cannot be written to ({error.strerror}); give output=<another folder>") from None
+    try:
+        yield
+    finally:
+        lock.release()
