@@ -32,7 +32,7 @@ class Root:
 def main(config: DictConfig) -> None:
     check(config, Root)
     folder = Path(config.folder)
-    if folder.exists():
+    if os.path.lexists(folder):
         raise UserError(f"folder={config.folder}: is there already; choose another")
     run, checkpoint = locate_checkpoint(config.checkpoint)
     export(run, checkpoint, folder, config.trust)
@@ -47,9 +47,11 @@ def export(run: Path, checkpoint: Path, folder: Path, trust: Trust) -> None:
     try:
         trained.save_pretrained(partial)
         os.rename(partial, folder)
+    except OSError as error:
+        raise UserError(f"folder={folder}: cannot be written to ({error.strerror}); choose another") from None
     finally:
         removed(partial)
-    print(f'written; open it with rmt_lightning.{type(trained).__name__}.from_pretrained("{folder}")')
+    print(f"written; open it with rmt_lightning.{type(trained).__name__}.from_pretrained({str(folder)!r})")
 
 
 run = front_door(main, "export")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rmt_lightning.app.console import Parser, command
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.quoting import one_line, shown
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -44,14 +45,14 @@ def report(places: list[str], output: Path) -> None:
     from rmt_lightning.reporting.runs import read_runs
     from rmt_lightning.reporting.sweeps import find_sweeps, read_sweep, show, write
 
-    if output.suffix != ".html" or output.is_dir():
+    if output.suffix != ".html" or os.path.isdir(output):
         raise UserError(f"--output={output}: is not the name of a page; give one that ends in .html")
     runs, skipped = read_runs(places)
     if not runs:
         raise UserError(f"no run could be read: {'; '.join(skipped)}")
     sweeps = {folder: read_sweep(folder) for folder in find_sweeps(places)}
     try:
-        write_atomically(output, page(runs, skipped, list(sweeps.values())).encode())
+        write_atomically(output, page(runs, skipped, list(sweeps.values())).encode(errors="replace"))
     except OSError as error:
         raise UserError(f"--output={output}: cannot be written: {error.strerror}; give another place") from None
     for folder, sweep in sweeps.items():
@@ -59,10 +60,10 @@ def report(places: list[str], output: Path) -> None:
         try:
             write(sweep, folder)
         except OSError as error:
-            skipped.append(f"{os.path.relpath(folder)}/sweep.csv: cannot be written: {error.strerror}")
+            skipped.append(f"{shown(folder)}/sweep.csv: cannot be written: {error.strerror}")
     for line in (*skipped, *(f"{run.name}/{problem}" for run in runs for problem in run.problems)):
-        print(f"skipped {line}", file=sys.stderr)
-    print(f"{os.path.relpath(output)} shows {len(runs)} run{'s' * (len(runs) > 1)}")
+        print(f"skipped {one_line(line)}", file=sys.stderr)
+    print(f"{shown(output)} shows {len(runs)} run{'s' * (len(runs) > 1)}")
 
 
 run = command(main)

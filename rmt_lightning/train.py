@@ -19,9 +19,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from rmt_lightning.app.console import start_logging
-from rmt_lightning.app.hydra_errors import front_door, told_in_one_line
+from rmt_lightning.app.hydra_errors import front_door
 from rmt_lightning.app.processes import is_first_process
-from rmt_lightning.app.resume import check_folder, composed_again, run_folder
+from rmt_lightning.app.resume import check_folder, composed_again, overrides, run_folder
 from rmt_lightning.app.schema import check
 from rmt_lightning.app.sweep import run_job
 from rmt_lightning.app.trust import Trust
@@ -48,7 +48,7 @@ def main(config: DictConfig) -> float | None:
     with claimed(folder) if first else nullcontext():
         check(config, Root)
         if first:
-            check_folder(config, folder, source, hydra.overrides.task)
+            check_folder(config, folder, source, overrides(hydra))
         # It takes seconds to import; spelling mistakes should not have to wait for it.
         from rmt_lightning.app.training import train
 
@@ -57,13 +57,10 @@ def main(config: DictConfig) -> float | None:
     return None
 
 
-def run() -> None:
-    with told_in_one_line("train"):
-        sys.argv[1:] = composed_again(sys.argv[1:])
-    front_door(main, "train")()
+run = front_door(main, "train", composed_again)
 
-
-OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
+# Once for each run, for it makes a folder.
+OmegaConf.register_new_resolver("run_folder", run_folder, replace=True, use_cache=True)
 
 if __name__ == "__main__":
     # By its name, so that the launchers of sweeps can pickle it.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from rich.table import Table
 from rmt_lightning.analysis.attention import curve_from_rows, maps_to_rows, rewriting_curve
 from rmt_lightning.app.build import find_device, load
 from rmt_lightning.app.console import start_logging
-from rmt_lightning.app.results import watch_clearest
+from rmt_lightning.app.results import tell_folder, watch_clearest
 from rmt_lightning.app.resume import other_text, provenance
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import read_csv, write_atomically, write_csv
@@ -51,8 +50,7 @@ def attend(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: Pa
         _draw_maps(placement, module, model, config, device, folder)
         write_atomically(folder / "settings.json", json.dumps(settings, indent=2).encode())
         _draw_curve(placement, model, config, device, folder)
-    files = ", ".join(sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")))
-    get_console().print(f"[bold]{os.path.relpath(folder)}[/] holds {files}", highlight=False, soft_wrap=True)
+    tell_folder(folder)
 
 
 def _draw_maps(

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import logging
+import os
+import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO
 
 from rich import get_console
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import own_file
+from rmt_lightning.core.quoting import one_line
 
 # What Lightning says at every start, and what does not apply to short epochs of samples that are pure functions.
 _NOT_FOR_US = (
@@ -27,11 +33,17 @@ _NOT_FOR_US = (
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells what is wrong with the arguments in one line.
+    """Tells what is wrong with the arguments in one line, and expands home folders in them.
 
     Raises:
         UserError: by `parse_args`.
     """
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        words = sys.argv[1:] if args is None else args
+        # In --output=~/page.html, a shell does not.
+        home = re.compile(r"(?:^|(?<==))~\w*(?=/|$)")
+        return super().parse_args([home.sub(lambda found: os.path.expanduser(found[0]), word) for word in words])
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
@@ -41,15 +53,101 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
     """Make a command of a function that reads its own arguments. What the user did wrong is told in one line."""
 
     def run() -> None:
-        try:
-            main()
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
-        except KeyboardInterrupt:
-            sys.exit(130)
+        with steady_screen(lambda: True):
+            try:
+                main()
+            except UserError as error:
+                print(f"error: {one_line(str(error))}", file=sys.stderr)
+                sys.exit(2)
+            except OSError as error:
+                print(f"error: {one_line(trouble(error))}", file=sys.stderr)
+                sys.exit(1)
+            except KeyboardInterrupt:
+                sys.exit(130)
 
     return run
+
+
+def trouble(error: OSError) -> str:
+    """What the system says about a file. An error that is about none goes on as it is."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left while writing {error.filename or 'the run folder'}: free some and resume the run"
+    if error.filename is None or error.strerror is None:
+        raise error
+    return f"{os.fsdecode(error.filename)}: {error.strerror}"
+
+
+class _Screen(io.RawIOBase):
+    """A standard stream that may be full or gone: what cannot be written to it is dropped.
+
+    Attributes:
+        lost: why that happened first.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.lost: OSError | None = None
+
+    def fileno(self) -> int:
+        return self.descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self.descriptor)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: Any) -> int:
+        try:
+            return os.write(self.descriptor, content)
+        except OSError as error:
+            self.lost = self.lost or error
+            return len(content)
+
+
+@contextmanager
+def steady_screen(needed: Callable[[], bool]) -> Iterator[None]:
+    """Let the command within work whatever becomes of its standard streams, and whatever they can encode.
+
+    Args:
+        needed: asked at the end, whether it has failed if nobody could see what it printed. Who closes a pipe has
+            seen enough.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            # The next file that is opened would take its place, and be written to.
+            os.open(os.devnull, os.O_RDWR)
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        given = getattr(sys, name)
+        # Not those that somebody has put in their place, such as a test.
+        if given is getattr(sys, f"__{name}__"):
+            setattr(sys, name, _steady(given, descriptor))
+    left = None
+    try:
+        yield
+    except SystemExit as error:
+        if error.code:
+            raise
+        left = error
+    sys.stdout.flush()
+    screen = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    if isinstance(screen, _Screen) and screen.lost and screen.lost.errno != errno.EPIPE and needed():
+        print("error: the screen, or the file in its place, takes no more; what was printed is lost", file=sys.stderr)
+        sys.exit(1)
+    if left:
+        raise left
+
+
+def _steady(given: TextIO | None, descriptor: int) -> TextIO:
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Screen(descriptor)),
+        encoding=getattr(given, "encoding", "utf-8"),
+        errors="backslashreplace",
+        line_buffering=descriptor == 2 or os.isatty(descriptor),
+        write_through=getattr(given, "write_through", False),
+    )
 
 
 class ConsoleHandler(logging.Handler):
@@ -59,7 +157,7 @@ class ConsoleHandler(logging.Handler):
     """
 
     def emit(self, record: logging.LogRecord) -> None:
-        get_console().print(self.format(record), soft_wrap=True, markup=False, highlight=False)
+        get_console().print(self.format(record), soft_wrap=True, markup=False, emoji=False, highlight=False)
 
 
 def start_logging(file: Path | None, first_process: bool) -> None:
@@ -75,7 +173,7 @@ def start_logging(file: Path | None, first_process: bool) -> None:
 
     handlers: list[logging.Handler] = [ConsoleHandler(logging.INFO if first_process else logging.WARNING)]
     if file:
-        handlers.append(logging.FileHandler(own_file(file), delay=True))
+        handlers.append(logging.FileHandler(own_file(file), delay=True, encoding="utf-8", errors="backslashreplace"))
         handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for name in ("rmt_lightning", "lightning", "py.warnings"):
         logging.getLogger(name).handlers = handlers

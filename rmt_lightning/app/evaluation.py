@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -20,10 +19,11 @@ from rmt_lightning.analysis.extrapolation import LengthResult, evaluate_length
 from rmt_lightning.analysis.retention import follow
 from rmt_lightning.app.build import find_device, load
 from rmt_lightning.app.console import start_logging
-from rmt_lightning.app.results import length_table
+from rmt_lightning.app.results import length_table, tell_folder
 from rmt_lightning.app.resume import other_text, provenance
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import write_atomically, write_csv
+from rmt_lightning.core.quoting import shown
 from rmt_lightning.core.run_folder import CHECKPOINTS, alone_in, findings
 from rmt_lightning.reporting import figures
 from rmt_lightning.tasks.facts import Task
@@ -59,7 +59,7 @@ def evaluate_stages(config: DictConfig, run_config: DictConfig, run: Path) -> No
         rows = [{"stage": stage, "segments": result.segments, **result.row()} for stage, result in results]
         write_csv(folder / "results.csv", rows)
         figures.save(figures.generalization(rows, chance=1 / len(task.answers)), folder / "figure")
-    get_console().print(f"[bold]{os.path.relpath(folder)}[/] holds them all", highlight=False, soft_wrap=True)
+    tell_folder(folder, "them all")
 
 
 def evaluate(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: Path) -> _Found:
@@ -94,7 +94,7 @@ def evaluate(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: 
         console.print(_rate_in_words(found.retention[followed]), highlight=False)
     console.print(length_table(found.results(), config.segments, module.model))
     files = ", ".join(name for name in _FILES if (folder / name).exists())
-    console.print(f"[bold]{os.path.relpath(folder)}[/] holds {files}", highlight=False, soft_wrap=True)
+    tell_folder(folder, files)
     return found
 
 
@@ -141,7 +141,7 @@ class _Found:
             }
             self.lengths = found.get("lengths", {})
         except (ValueError, AttributeError, TypeError, KeyError):
-            raise UserError(f"{self.path}: is damaged; remove it, and it is found out again") from None
+            raise UserError(f"{shown(self.path)}: is damaged; remove it, and it is found out again") from None
         return self
 
     def results(self) -> list[LengthResult]:

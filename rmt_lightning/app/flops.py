@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from rich import get_console
 from rich.table import Table
 
 from rmt_lightning.analysis.flops import OPT, compare, read_shape
+from rmt_lightning.app.results import tell_folder
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import write_csv
 from rmt_lightning.reporting import figures
@@ -29,8 +29,7 @@ def flops(config: DictConfig) -> None:
     _write(Path(config.folder), rows)
     console = get_console()
     console.print(_table(rows, config.segment_length))
-    holds = f"[bold]{os.path.relpath(config.folder)}[/] holds flops.csv, flops.pdf, flops.png"
-    console.print(holds, highlight=False, soft_wrap=True)
+    tell_folder(Path(config.folder), "flops.csv, flops.pdf, flops.png")
 
 
 def _write(folder: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
+from rmt_lightning.app.console import steady_screen, trouble
 from rmt_lightning.app.processes import forget_leftovers
 from rmt_lightning.app.schema import CONF, suggest
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.quoting import for_shell, literal, one_line, quoted, setting
 
 # What Hydra tells in words alone; tests/test_hydra_errors.py holds them against the version that is installed.
 NO_DEFAULT = re.compile(r"To append to your default list use \+(\S+)")
 NO_SETTING = re.compile(r"Could not override '([^']+)'")
 NO_CHOICE = re.compile(r"Config group override must be a string or a list\. Got (\w+)")
+SEVERAL = re.compile(r"Ambiguous value for argument '(.*)'$", flags=re.MULTILINE)
 PLACE = re.compile(r"^full_key: (\S+)", flags=re.MULTILINE)
 # NumPy, torch and CUDA.
 NO_MEMORY = re.compile(r"(MemoryError|can't allocate memory|out of memory|Storage size calculation overflowed)")
@@ -31,25 +37,101 @@ NO_MEMORY = re.compile(r"(MemoryError|can't allocate memory|out of memory|Storag
 ARGUMENTS = re.compile(r"missing \d+ required \S+ arguments?: (.+)|unexpected keyword argument '(\w+)'")
 
 
-def front_door(main: Callable[[DictConfig], Any], config_name: str) -> Callable[[], None]:
-    """Make a command of a function that takes the composed config. What the user did wrong is told in one line."""
+def front_door(
+    main: Callable[[DictConfig], Any], config_name: str, words: Callable[[list[str]], list[str]] = list
+) -> Callable[[], None]:
+    """Make a command of a function that takes the composed config. What the user did wrong is told in one line.
+
+    Args:
+        main: what the command does.
+        config_name: its settings in conf/, which is its name too.
+        words: what becomes of the command line before Hydra reads it.
+    """
+    begun = []
 
     def job(config: DictConfig) -> Any:
+        begun.append(config_name)
         # Caught here as well: Hydra puts a line of its own before an exception that leaves the job.
         with told_in_one_line(config_name):
+            _keep_places()
+            _expand(config)
             return main(config)
 
     def run() -> None:
         # Hydra then raises its own errors instead of printing them over many lines.
         os.environ["HYDRA_FULL_ERROR"] = "1"
-        with told_in_one_line(config_name):
+        # A run has succeeded whoever watches it; of what only tells something, that is all.
+        with steady_screen(lambda: config_name != "train" or not begun), told_in_one_line(config_name):
             forget_leftovers(sys.argv)
             if not sys.flags.safe_path and os.getcwd() not in sys.path:
                 # As with `python -m`: where classes of the user's own stand.
                 sys.path.insert(0, os.getcwd())
-            hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+            _check_options(sys.argv[1:])
+            for word in sys.argv[1:]:
+                _check_encoding(word)
+            sys.argv[1:] = words([_as_meant(word) for word in sys.argv[1:]])
+            try:
+                hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+            except OSError as error:
+                if begun or not error.filename:
+                    raise
+                raise UserError(f"hydra.run.dir={error.filename}: {error.strerror}; choose another folder") from None
 
     return run
+
+
+def _check_options(words: list[str]) -> None:
+    """Raise UserError if there is an option that Hydra does not know, which it would tell over many lines."""
+    parser = get_args_parser()
+
+    def error(message: str) -> NoReturn:
+        raise UserError(f"{message}; see --hydra-help")
+
+    parser.error = error  # type: ignore[method-assign]
+    parser.parse_args(words)
+
+
+def _check_encoding(name: str) -> None:
+    """Raise UserError if a name is no UTF-8, which the libraries that write models and tokenizers insist on."""
+    if not name.isascii() and name.encode(errors="ignore").decode() != name:
+        encoding = sys.getfilesystemencoding()
+        raise UserError(
+            f"{name}: is no {encoding}; choose another name{', or set PYTHONUTF8=1' * (encoding != 'utf-8')}"
+        )
+
+
+def _as_meant(word: str) -> str:
+    """A word of the command line with home folders expanded, and a name that is there taken as it stands."""
+    key, _, text = word.partition("=")
+    if ("${" in text or "\\" in text or text != text.strip()) and os.path.lexists(text):
+        return setting(key, text)
+    if word.startswith("-"):
+        return f"{key}={os.path.expanduser(text)}" if text else word
+    # Unquoted, Hydra would not read it.
+    return re.sub(r"(?<=[\"'])~\w*(?=[/\"'])", lambda home: quoted(os.path.expanduser(home[0]))[1:-1], word)
+
+
+def _expand(config: DictConfig) -> None:
+    """Expand home folders in what a yaml says."""
+    for key, node in config.items_ex(resolve=False):
+        if isinstance(node, DictConfig):
+            _expand(node)
+        elif isinstance(node, str) and re.match(r"~\w*(/|$)", node):
+            config[key] = literal(os.path.expanduser(node))
+
+
+def _keep_places() -> None:
+    """Set the paths that Hydra has put into its own config as they are, so that no ${…} in them is looked up."""
+    settings: Any = HydraConfig.get()
+    folder = settings.run.dir
+    if settings.mode == RunMode.MULTIRUN:
+        folder = os.path.join(settings.sweep.dir, settings.sweep.subdir)
+    _check_encoding(os.path.abspath(folder))
+    with read_write(settings):
+        settings.runtime.cwd = literal(os.getcwd())
+        settings.runtime.output_dir = literal(os.path.abspath(folder))
+        # Lightning sets it in double quotes for the processes that it starts.
+        settings.run.dir = literal(quoted(folder)[1:-1])
 
 
 @contextmanager
@@ -72,13 +154,11 @@ def told_in_one_line(config_name: str) -> Iterator[None]:
     except KeyboardInterrupt:
         _fail("interrupted; a run that has begun goes on with resume=<its folder>", code=130)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        _fail(f"no space left while writing {error.filename or 'the run folder'}: free some and resume the run", code=1)
+        _fail(trouble(error), code=1)
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -92,6 +172,8 @@ def _one_line(error: BaseException, config_name: str) -> str:
             return str(cause)
         if NO_MEMORY.search(repr(cause)):
             return _no_memory(cause)
+        if isinstance(cause, OSError) and not isinstance(cause, HydraException):
+            return trouble(cause)
     if isinstance(error, InstantiationException):
         of_the_user = isinstance(causes[1], ValueError) or type(causes[1]).__name__ == "MisconfigurationException"
         if not of_the_user and not ARGUMENTS.search(str(causes[1])):
@@ -102,19 +184,40 @@ def _one_line(error: BaseException, config_name: str) -> str:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={name}: no such choice; {suggest(name, list(error.options))}" if name else _no_choice()
     if isinstance(error, OverrideParseException):
-        return f"'{error.override}': settings are given as key=value; quote what is special to Hydra"
+        return _unread(str(error.override))
     said = next((cause for cause in causes if str(cause)), error)
+    if several := SEVERAL.search(str(said)):
+        key, _, text = several[1].partition("=")
+        return (
+            f"{several[1]}: a comma separates the values of a sweep (--multirun) or of a list ({key}=[{text}]); "
+            f"for one text, type {for_shell(setting(key, text))}"
+        )
     if default := NO_DEFAULT.search(str(said)):
         # A part of a part, such as model.update, comes with some choices of the whole alone.
         group = default[1].partition("=")[0]
+        if not group:
+            return _unread(default[1])
         whole = group.rpartition(".")[0]
-        if owners := [path.stem for path in sorted((CONF / whole).glob("*.yaml")) if f"/{group}@" in path.read_text()]:
+        choices = sorted((CONF / whole).glob("*.yaml"))
+        if owners := [path.stem for path in choices if f"/{group}@" in path.read_text(encoding="utf-8")]:
             return f"{group}: no such setting; it comes with {whole}={' or '.join(owners)}"
         return f"{default[1]}: is not among the defaults; write +{default[1]}"
-    if setting := NO_SETTING.search(str(said)):
-        return f"{setting[1]}: no such setting; {_suggest_key(setting[1], config_name)}"
+    if unknown := NO_SETTING.search(str(said)):
+        return f"{unknown[1]}: no such setting; {_suggest_key(unknown[1], config_name)}"
     key = getattr(said, "full_key", None)
-    return f"{key + ': ' if key else ''}{(str(said).strip() or type(said).__name__).splitlines()[0]}"
+    lines = [line.strip() for line in str(said).splitlines() if line.strip()]
+    told = f"{key + ': ' if key else ''}{lines[0] if lines else type(said).__name__}"
+    if looked_up := [word for word in sys.argv[1:] if "${" in word and word.lstrip("+").startswith(key or "")]:
+        return f"{told}; for a text as it stands, type {for_shell(setting(*looked_up[0].split('=', 1)))}"
+    return told
+
+
+def _unread(word: str) -> str:
+    """What to type instead of a word that Hydra cannot read."""
+    key, equals, text = word.partition("=")
+    if not equals or not re.fullmatch(r"[+~]*[\w./@:$-]+", key, flags=re.ASCII):
+        return f"'{word}': settings are given as key=value, such as seed=2"
+    return f"{word}: cannot be read; a text with such characters needs quotes: type {for_shell(setting(key, text))}"
 
 
 def _no_memory(error: BaseException) -> str:
@@ -128,26 +231,40 @@ def _no_choice() -> str:
         group, _, choice = word.removeprefix("+").partition("=")
         options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
         if (CONF / group).is_dir() and choice not in options and "," not in choice:
-            break
-    return f"{word}: no such choice; allowed: {', '.join(options)}; or leave {group}= out"
+            return f"{word}: no such choice; allowed: {', '.join(options)}; or leave {group}= out"
+    return "a group has been given no choice; leave it out"
 
 
 def _suggest_key(key: str, config_name: str) -> str:
     """Which keys stand where `key` was looked for."""
+    words = sys.argv[1:]
+    # A folder of the user's own choices.
+    given = [
+        option.partition("=")[2] or value
+        for option, value in zip(words, [*words[1:], ""], strict=True)
+        if option.partition("=")[0] in ("--config-dir", "-cd")
+    ]
+    groups = [CONF, *map(Path, given)]
     # What is allowed depends on the choices that were made; those of a sweep (a,b) are left aside.
-    choices = [word for word in sys.argv[1:] if (CONF / word.split("=")[0]).is_dir() and "," not in word]
-    given = re.search(r"(?:--config-dir|-cd)[= \n]([^\n]+)", "\n".join(sys.argv[1:]))
-    if given:
-        choices.append(f"hydra.searchpath=[file://{os.path.abspath(given[1])}]")
+    choices = [
+        word
+        for word in words
+        if "," not in word and any((place / word.lstrip("+").partition("=")[0]).is_dir() for place in groups)
+    ]
+    searched = quoted([f"file://{os.path.abspath(folder)}" for folder in given])
     GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        config = hydra.compose(config_name, choices)
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            config = hydra.compose(config_name, [*choices, f"hydra.searchpath={searched}"])
+    except (HydraException, OmegaConfBaseException, ValueError):
+        return "--cfg job shows those that there are"
     *parents, name = key.split(".")
     node: Any = config
     for parent in parents:
         if not isinstance(node, DictConfig) or parent not in node:
             # Presets, which have no _target_, bring no settings of their own.
-            options = [path.stem for path in sorted((CONF / parent).glob("*.yaml")) if "_target_" in path.read_text()]
+            choices_there = sorted((CONF / parent).glob("*.yaml"))
+            options = [path.stem for path in choices_there if "_target_" in path.read_text(encoding="utf-8")]
             return f"it comes with {parent}={' or '.join(options)}" if options else suggest(parent, _keys(node))
         node = node[parent] if not OmegaConf.is_missing(node, parent) else DictConfig({})
     return suggest(name, _keys(node)) + _owners(".".join(parents), name)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich import get_console
 from rich.table import Table
+from rich.text import Text
 
 from rmt_lightning.analysis.attention import AttentionMap, choose_sample, watch
 from rmt_lightning.analysis.extrapolation import LengthResult
 from rmt_lightning.core.files import write_atomically
+from rmt_lightning.core.quoting import shown
 from rmt_lightning.models.backbone import SPARSE
 from rmt_lightning.models.memory import MemoryTokens
 from rmt_lightning.models.segment_model import SegmentModel
@@ -105,7 +107,9 @@ def length_table(lengths: Sequence[LengthResult], asked: Sequence[int], model: S
     return table
 
 
-def told_folder(folder: Path) -> str:
-    """Where everything is."""
+def tell_folder(folder: Path, files: str | None = None) -> None:
+    """Say where everything is: some files of a folder, or all that it holds."""
     names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith("."))
-    return f"[bold]{os.path.relpath(folder)}[/] holds {', '.join(names)}"
+    # No markup, which the folder's name may look like.
+    told = Text.assemble((shown(folder), "bold"), f" holds {files or ', '.join(names)}")
+    get_console().print(told, soft_wrap=True)

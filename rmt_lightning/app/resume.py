@@ -19,6 +19,7 @@ import hydra
 import yaml
 from hydra.conf import HydraConf
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -27,6 +28,7 @@ from rmt_lightning.app.trust import Trust, check_saved, check_words, given_trust
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import write_atomically
 from rmt_lightning.core.names import public_name
+from rmt_lightning.core.quoting import for_shell, literal, quoted, setting, shown, to_type
 from rmt_lightning.core.run_folder import CHECKPOINTS, CONFIG, LAST, TEXT, TYPED, locate
 
 log = logging.getLogger(__name__)
@@ -78,7 +80,7 @@ def trained_config(run: Path, asked: DictConfig) -> DictConfig:
     for group in ("task", "noise"):
         if group in asked:
             config[group] = asked[group]
-    config.cache_dir = asked.cache_dir
+    config.cache_dir = literal(asked.cache_dir)
     return config
 
 
@@ -87,8 +89,8 @@ def provenance(config: DictConfig, checkpoint: Path, sha256: str) -> dict[str, A
     return {
         "checkpoint": checkpoint.name,
         "sha256": sha256,
-        "task": OmegaConf.to_container(config.task),
-        "noise": OmegaConf.to_container(config.noise),
+        "task": OmegaConf.to_container(config.task, resolve=True),
+        "noise": OmegaConf.to_container(config.noise, resolve=True),
     }
 
 
@@ -101,9 +103,24 @@ def save_config(folder: Path, config: DictConfig, typed: Sequence[str], presets:
     """
     words = ([f"--config-dir={os.path.abspath(presets)}"] if presets else []) + _kept(typed)
     write_atomically(folder / TYPED, yaml.safe_dump(words, allow_unicode=True, width=10_000).encode())
-    resolved = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    resolved = OmegaConf.create(_literal(OmegaConf.to_container(config, resolve=True)))
     resolved.resume = resolved.trust = None
     write_atomically(folder / CONFIG, OmegaConf.to_yaml(resolved).encode())
+
+
+def _literal(value: Any) -> Any:
+    """Resolved values, so that nothing in them is interpolated once more."""
+    if isinstance(value, dict):
+        return {key: _literal(part) for key, part in value.items()}
+    return (
+        list(map(_literal, value)) if isinstance(value, list) else literal(value) if isinstance(value, str) else value
+    )
+
+
+def overrides(settings: HydraConf) -> list[str]:
+    """What was typed, in the very words; `settings` are those of Hydra, which would interpolate them."""
+    words: Any = OmegaConf.to_container(OmegaConf.create({"words": settings.overrides.task}), resolve=False)
+    return words["words"]
 
 
 def save_text(folder: Path, text: str) -> None:
@@ -145,7 +162,7 @@ def other_text(run: Path, text: str, own: bool) -> dict[str, str]:
 
 def _saved_text(run: Path) -> str | None:
     try:
-        return str(json.loads((run / TEXT).read_text())["sha256"])
+        return str(json.loads((run / TEXT).read_text(encoding="utf-8"))["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         return None  # An earlier version did not write it.
 
@@ -165,10 +182,10 @@ def composed_again(words: Sequence[str]) -> list[str]:
     Raises:
         UserError: if there is no such run, or it names what it may not (see trust.py).
     """
-    resume = [word.partition("=")[2] for word in words if _key(word) == "resume"]
-    if not resume or resume[-1] in ("", "null"):
+    resume = _text([word for word in words if _key(word) == "resume"])
+    if not resume:
         return list(words)
-    run, _ = locate(resume[-1].strip("'\""), "resume")
+    run, _ = locate(resume, "resume")
     trust = given_trust([word for word in words if _key(word) == "trust"])
     with suppress(DamagedConfig):
         saved_config(run, trust)
@@ -217,6 +234,22 @@ def _kept(typed: Iterable[str]) -> list[str]:
     return [word for word in typed if _key(word) not in ("resume", "sweep", "trust")]
 
 
+def _text(words: Sequence[str]) -> str | None:
+    """The text, or nothing, that the last of some words sets.
+
+    Raises:
+        UserError: if it is neither.
+    """
+    if not words:
+        return None
+    (override,) = OverridesParser.create().parse_overrides([words[-1]])
+    value = OmegaConf.create({"value": override.value()})["value"] if not override.is_sweep_override() else ()
+    if not isinstance(value, str | None):
+        hint = for_shell(setting(*words[-1].split("=", 1)))
+        raise UserError(f"{words[-1]}: must be a valid string; for a text, type {hint}")
+    return value
+
+
 def _key(word: str) -> str:
     """What a word of the command line sets: a key, a group or an option."""
     return word.partition("=")[0].lstrip("+~").partition("@")[0]
@@ -224,7 +257,7 @@ def _key(word: str) -> str:
 
 def _typed(run: Path, trust: Trust) -> list[str]:
     try:
-        words = yaml.safe_load((run / TYPED).read_text())
+        words = yaml.safe_load((run / TYPED).read_text(encoding="utf-8"))
     except FileNotFoundError:
         try:
             return _derived(saved_config(run, trust))
@@ -275,7 +308,7 @@ def _nearest(group: str, part: DictConfig) -> str | None:
     own = dict(flat(part))
 
     def common(path: Path) -> int:
-        content = yaml.safe_load(path.read_text()) or {}
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         content = content.get(group, content)
         if public_name(content.get("_target_", "")) != own.get("_target_", ""):
             return -1
@@ -300,25 +333,16 @@ def flat(config: DictConfig, above: str = "") -> Iterator[tuple[str, Any]]:
             yield key, OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 
 
-def quoted(value: Any) -> str:
-    """A value as Hydra reads it on a command line."""
-    if isinstance(value, str):
-        return "'" + value.replace("\\'", "\\\\'").replace("'", "\\'") + "'"
-    if isinstance(value, list):
-        return f"[{','.join(map(quoted, value))}]"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def check_folder(config: DictConfig, folder: Path, source: Path | None, typed: Iterable[str]) -> None:
     """Whether a run can begin in a folder, or go on from the run in `source`, if there is one.
 
     Raises:
         UserError: if the folder holds another run, or naming a setting that may not change.
     """
-    shown = os.path.relpath(folder)
     if source != folder.resolve() and (folder / CONFIG).exists():
+        again = to_type("resume", os.path.relpath(folder))
         raise UserError(
-            f"hydra.run.dir={shown}: already holds a run; choose another folder, or go on with resume={shown}"
+            f"hydra.run.dir={shown(folder)}: already holds a run; choose another folder, or go on with {again}"
         )
     if source != folder.resolve() and any((folder / CHECKPOINTS).glob("*.ckpt")):
         raise UserError(
@@ -365,10 +389,31 @@ def _is_kept(key: str) -> bool:
 
 
 def run_folder(resume: str | None, fresh: str) -> str:
-    """Where a run goes: a resumed run stays where it is; one that goes on from an earlier stage gets a new folder."""
+    """Where a run goes: a resumed run stays where it is; one that goes on from an earlier stage gets a new folder.
+
+    A new folder is made at once, for others may begin in the same second; `fresh` is its name if that is still free.
+    """
     if resume is None:
-        return fresh
-    run, checkpoint = locate(resume, "resume")
+        return _made(fresh)
+    run, checkpoint = locate(str(resume), "resume")
     if checkpoint is None or checkpoint.name == LAST:
         return os.path.relpath(run)
-    return f"{fresh}-{checkpoint.stem}-of-{run.name}"
+    return _made(f"{fresh}-{checkpoint.stem}-of-{run.name}")
+
+
+def _made(name: str) -> str:
+    try:
+        os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}; choose another folder with hydra.run.dir=…") from None
+    if any(os.environ.get(several, "1") not in ("", "1") for several in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")):
+        # Processes that belong together must come to the same folder.
+        return name
+    folder, number = name, 1
+    while True:
+        try:
+            os.mkdir(folder)
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = f"{name}-{number}"

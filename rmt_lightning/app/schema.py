@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast, get_type_hints
@@ -17,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import ConfigDict, ValidationError, create_model
 
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.quoting import for_shell, setting
 
 # In a wheel conf/ is inside the package, in a checkout beside it.
 _PACKAGE = Path(__file__).parents[1]
@@ -34,8 +36,8 @@ def check(config: DictConfig, root: type) -> None:
         UserError: naming the key, the value and what is allowed.
     """
     _check_nodes(config, "")
-    plain = {str(name): node for name, node in config.items() if not isinstance(node, DictConfig)}
-    _check_settings(root, cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(plain), resolve=True)), "")
+    given = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    _check_settings(root, {str(name): value for name, value in given.items() if not isinstance(value, dict)}, "")
 
 
 def _check_nodes(config: DictConfig, path: str) -> None:
@@ -69,7 +71,9 @@ def _check_settings(target: Callable[..., Any], given: dict[str, Any], path: str
         key = str(error.errors()[0]["loc"][0])
         # A setting that may be of several kinds fails in several ways.
         ways = [_say(way) for way in error.errors() if way["loc"][0] == key]
-        raise UserError(f"{path}{key}={given[key]}: {' or '.join(dict.fromkeys(ways))}") from None
+        needs_text = any(way["type"] == "string_type" for way in error.errors())
+        hint = _as_text(f"{path}{key}") if needs_text else ""
+        raise UserError(f"{path}{key}={given[key]}: {' or '.join(dict.fromkeys(ways))}{hint}") from None
 
 
 def _hints(constructor: Callable[..., Any]) -> dict[str, Any]:
@@ -83,6 +87,12 @@ def _hints(constructor: Callable[..., Any]) -> dict[str, Any]:
 def _say(error: Any) -> str:
     message = str(error["msg"]).replace("Input should be", "must be")
     return message[0].lower() + message[1:]
+
+
+def _as_text(key: str) -> str:
+    """How to type what Hydra has read as a number, a list or nothing, so that it stays a text."""
+    typed = [text for word, _, text in (word.lstrip("+").partition("=") for word in sys.argv[1:]) if word == key]
+    return f"; for a text, type {for_shell(setting(key, typed[-1]))}" if typed else ""
 
 
 def suggest(name: str, allowed: list[str]) -> str:

@@ -33,10 +33,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from rmt_lightning.app.hydra_errors import told_in_one_line
 from rmt_lightning.app.processes import RANK
-from rmt_lightning.app.resume import DamagedConfig, presets, save_config, saved_config
+from rmt_lightning.app.resume import DamagedConfig, overrides, presets, save_config, saved_config
 from rmt_lightning.app.trust import foreign_modules
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import own_file, write_atomically
+from rmt_lightning.core.quoting import setting
 from rmt_lightning.core.run_folder import JOB
 
 # While this file is in a sweep folder, running jobs save and stop, and no other begins: all processes of a sweep, on
@@ -61,9 +62,9 @@ class Sweep(Callback):
         with told_in_one_line("train"):
             for job in (config, *_jobs(config)):
                 _refuse_what_goes_wrong(job)
-        # Resolved here, for a job's config does not know the sweep's command line; Hydra hands the result on to it.
-        self.folder = Path(config.hydra.sweep.dir)
-        (self.folder / STOP).unlink(missing_ok=True)
+            # Resolved here, for a job's config does not know the sweep's command line; Hydra hands the result on to it.
+            self.folder = Path(config.hydra.sweep.dir)
+            (self.folder / STOP).unlink(missing_ok=True)
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self._stop)
         print(f"{self.folder}: Ctrl-C stops this sweep, the same command goes on with it", flush=True)
@@ -122,7 +123,7 @@ def run_job(config: DictConfig) -> float:
     record: dict[str, Any] = {"number": hydra.job.num, "settings": values, "failed": None}
     write_atomically(folder / JOB, json.dumps(record, indent=2).encode())
     if not known:
-        save_config(folder, config, hydra.overrides.task, presets(hydra))
+        save_config(folder, config, overrides(hydra), presets(hydra))
     print(f"{folder.name}: started", flush=True)
     began = time.monotonic()
     choices = presets(hydra)
@@ -148,7 +149,7 @@ def _train(folder: Path, stop: Path, options: Sequence[str]) -> tuple[int, str]:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A job starts its own ranks.
     environment = {name: value for name, value in os.environ.items() if not RANK.fullmatch(name)}
-    command = [sys.executable, "-m", "rmt_lightning.train", f"resume={folder}", *options]
+    command = [sys.executable, "-m", "rmt_lightning.train", setting("resume", folder), *options]
     with open(own_file(folder / OUTPUT), "ab") as output:
         begin = output.tell()
         # In a session of its own, so that a signal reaches it once, and all of its ranks.

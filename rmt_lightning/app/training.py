@@ -17,18 +17,20 @@ from torch.distributed import DistNetworkError
 
 from rmt_lightning.app.build import construct, save_architecture
 from rmt_lightning.app.recipes import Recipe, build_phases, build_recipe, check_memory, phase_groups
-from rmt_lightning.app.results import phase_table, told_folder
+from rmt_lightning.app.results import phase_table, tell_folder
 from rmt_lightning.app.resume import (
     DamagedConfig,
     as_typed,
     begun_with,
     changes,
+    overrides,
     presets,
     save_config,
     save_text,
     saved_config,
 )
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.quoting import shown, to_type
 from rmt_lightning.core.run_folder import CHECKPOINTS, LAST, PREVIOUS
 from rmt_lightning.reporting.redaction import public
 from rmt_lightning.tasks.noise import text_digest
@@ -102,14 +104,14 @@ def _train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pa
     # Nothing has been written so far, and all that can be wrong with the settings has been found.
     hydra = HydraConfig.get()
     if trainer.is_global_zero:
-        save_config(folder, config, hydra.overrides.task, presets(hydra))
+        save_config(folder, config, overrides(hydra), presets(hydra))
         save_text(folder, text)
     save_architecture(recipe.model, folder)
     if logger:
         settings = public(OmegaConf.to_container(config, resolve=True))
         logger.log_hyperparams(settings | {"hardware": describe(trainer)})
     if saved and phases.finished:
-        log.info("%s has finished training; testing it again", os.path.relpath(folder))
+        log.info("%s has finished training; testing it again", shown(folder))
         recipe.module.load_state_dict(saved["state_dict"])
     elif code := _fit(trainer, recipe, checkpoint, folder, checkpoints):
         return code
@@ -119,12 +121,12 @@ def _train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pa
     write_phases(folder, phases, step)
     _tell(recipe, folder, trainer, logger)
     wait_for_others(trainer)
-    return _end(recipe, trainer, os.path.relpath(folder))
+    return _end(recipe, trainer, to_type("resume", os.path.relpath(folder)))
 
 
 def _refuse_what_comes_too_late(config: DictConfig, source: Path | None, recipe: Recipe, saved: dict[str, Any]) -> None:
     """Raise UserError if settings were changed for a part of the run that is over."""
-    typed = HydraConfig.get().overrides.task
+    typed = overrides(HydraConfig.get())
     if 0 <= config.trainer.max_steps < saved["global_step"]:
         word, _ = as_typed(["trainer.max_steps"], config, typed)
         raise UserError(f"{word}: the run has taken {saved['global_step']} steps already; give more, or -1 for any")
@@ -156,26 +158,24 @@ def _changed(config: DictConfig, source: Path) -> list[str]:
 
 def _fit(trainer: L.Trainer, recipe: Recipe, checkpoint: Path | None, folder: Path, checkpoints: RunCheckpoints) -> int:
     """Run the trainer to its end (0), or until a signal or a loss that is no number stops it."""
-    shown = os.path.relpath(folder)
+    again = to_type("resume", os.path.relpath(folder))
     try:
-        with together(trainer, shown):
+        with together(trainer, again):
             trainer.fit(recipe.module, recipe.data, ckpt_path=checkpoint, weights_only=True)
     except Interrupted as interrupted:
-        log.info("stopped by %s and saved; go on with resume=%s", interrupted, shown)
+        log.info("stopped by %s and saved; go on with %s", interrupted, again)
         # The other ranks have done what they were asked; another code of theirs would be taken for a death.
         return 128 + interrupted.signum if trainer.is_global_zero else 0
     except DistNetworkError as error:
         port, said = os.environ.get("MASTER_PORT"), str(error).splitlines()[0]
         raise UserError(
             f"MASTER_PORT={port}: the processes cannot meet there ({said:.150}); unset it or give another one, and go "
-            f"on with resume={shown}"
+            f"on with {again}"
         ) from None
     except Diverged as error:
         # Weights that failed in the very next step are not good.
         good = folder / CHECKPOINTS / (PREVIOUS if checkpoints.saved_step == trainer.global_step else LAST)
-        kept = (
-            f"the last good checkpoint is {os.path.relpath(good)}" if good.exists() else "there is no good checkpoint"
-        )
+        kept = f"the last good checkpoint is {shown(good)}" if good.exists() else "there is no good checkpoint"
         print(f"error: {error}; {kept}", file=sys.stderr)
         return 1
     return 0
@@ -190,23 +190,23 @@ def _tell(recipe: Recipe, folder: Path, trainer: L.Trainer, logger: Logger | Non
     if isinstance(logger, WandbRun):
         recipe.draw(folder, trainer)
     recipe.test(folder, trainer)
-    console.print(told_folder(folder), highlight=False, soft_wrap=True)
+    tell_folder(folder)
     if isinstance(logger, WandbRun):
         logger.log_results()
 
 
-def _end(recipe: Recipe, trainer: RunTrainer, shown: str) -> int:
-    """Say why the run has ended. Returns the exit code."""
+def _end(recipe: Recipe, trainer: RunTrainer, again: str) -> int:
+    """Say why the run has ended; `again` is what goes on with it. Returns the exit code."""
     if recipe.phases.finished:
         return 0
     if trainer.budget and trainer.budget.over:
-        log.info("stopped by trainer.max_time=%s; go on with resume=%s", trainer.budget.limit, shown)
+        log.info("stopped by trainer.max_time=%s; go on with %s", trainer.budget.limit, again)
         return 0
     if trainer.global_step == trainer.max_steps:
-        log.info("stopped by trainer.max_steps=%d; raise it and go on with resume=%s", trainer.max_steps, shown)
+        log.info("stopped by trainer.max_steps=%d; raise it and go on with %s", trainer.max_steps, again)
         return 0
     log.error(
-        "stage %d did not converge: raise curriculum.steps and go on with resume=%s, lower curriculum.threshold, "
-        "or set curriculum.when_stuck=continue", recipe.phases.current.num_segments, shown,
+        "stage %d did not converge: raise curriculum.steps and go on with %s, lower curriculum.threshold, "
+        "or set curriculum.when_stuck=continue", recipe.phases.current.num_segments, again,
     )  # fmt: skip
     return 1

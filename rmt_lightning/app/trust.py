@@ -100,7 +100,7 @@ def _check_choices(folder: Path, place: Path, trust: Trust) -> None:
     again = f"if these choices are yours, type --config-dir={folder}"
     for path in sorted(folder.rglob("*.yaml")):
         try:
-            text = path.read_text()
+            text = path.read_text(encoding="utf-8")
             content = yaml.safe_load(text)
         except (OSError, ValueError, yaml.YAMLError, RecursionError):
             raise UserError(f"{place}: {path}: cannot be read; {again}") from None
@@ -152,7 +152,7 @@ def _is_allowed(target: Any, key: str, trust: Trust) -> bool:
 
 
 def _named_by_conf() -> set[str]:
-    texts = (path.read_text() for path in CONF.rglob("*.yaml"))
+    texts = (path.read_text(encoding="utf-8") for path in CONF.rglob("*.yaml"))
     return {name for text in texts for name in re.findall(r"^\s*_target_: (\S+)", text, flags=re.MULTILINE)}
 
 

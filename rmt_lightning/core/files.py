@@ -99,7 +99,7 @@ def append_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[
 
 def read_csv(path: Path) -> list[dict[str, str]]:
     """The rows of a csv file."""
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 

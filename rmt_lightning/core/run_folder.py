@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import own_file
+from rmt_lightning.core.quoting import shown
 
 CONFIG = "config.yaml"
 TYPED = "overrides.yaml"
@@ -46,9 +47,10 @@ def locate(path: str, key: str) -> tuple[Path, Path | None]:
     Raises:
         UserError: naming the setting `key`, if there is no run.
     """
-    given = Path(path).resolve()
-    run = given if given.is_dir() else given.parent.parent
-    if not given.exists() or not (run / CONFIG).exists():
+    # A name of 300 characters is an error to pathlib, and to os.path no file.
+    given = Path(os.path.realpath(path))
+    run = given if os.path.isdir(given) else given.parent.parent
+    if not os.path.exists(given) or not os.path.exists(run / CONFIG):
         raise UserError(f"{key}={path}: no run there; give a run folder or one of its {CHECKPOINTS}/*.ckpt")
     if given.is_file():
         return run, given
@@ -79,18 +81,17 @@ def claimed(folder: Path) -> Iterator[None]:
     """
     refuse_ways_out(folder)
     lock = own_file(folder / ".lock")
-    with lock.open("a+") as file:
+    with lock.open("a+", encoding="utf-8") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            shown = os.path.relpath(folder)
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 file.seek(0)
                 raise UserError(
-                    f"{shown}: a run is going on there ({file.read() or 'just begun'}); let it end, stop it, or choose "
-                    "another folder"
+                    f"{shown(folder)}: a run is going on there ({file.read() or 'just begun'}); let it end, stop it, "
+                    "or choose another folder"
                 ) from None
-            log.warning("%s cannot be locked (%s): do not start a second run in it", shown, error.strerror)
+            log.warning("%s cannot be locked (%s): do not start a second run in it", shown(folder), error.strerror)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()
@@ -146,11 +147,12 @@ def alone_in(folder: Path) -> Iterator[None]:
         try:
             lock.acquire(timeout=5)
         except Timeout:
-            log.info("%s: another process writes there; waiting for it", os.path.relpath(folder))
+            log.info("%s: another process writes there; waiting for it", shown(folder))
             lock.acquire()
     except OSError as error:
-        shown = os.path.relpath(folder)
-        raise UserError(f"{shown}: cannot be written to ({error.strerror}); give output=<another folder>") from None
+        raise UserError(
+            f"{shown(folder)}: cannot be written to ({error.strerror}); give output=<another folder>"
+        ) from None
     try:
         yield
     finally:

@@ -90,7 +90,7 @@ class SavedModel(ModelHubMixin, library_name="rmt_lightning", model_card_templat
             UserError: if there is no such folder or id, or it holds another model than this class.
         """
         with opened(pretrained_model_name_or_path, **options) as folder:
-            settings = json.loads((folder / CONFIG).read_text())
+            settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
             named = _named(settings.pop("model"), cls, folder)
             for name, value in settings.items():
                 if isinstance(value, dict) and "class" in value:

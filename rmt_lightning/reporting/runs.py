@@ -273,7 +273,7 @@ def _read_run(folder: Path) -> Run:
 
 def _config(path: Path) -> dict[str, Any]:
     try:
-        config = yaml.safe_load(path.read_text())
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError, RecursionError):
         raise UserError(f"{CONFIG} is damaged") from None
     if not config:
@@ -304,7 +304,7 @@ def _limit(config: dict[str, Any], part: str, name: str) -> float:
 def _table(path: Path, problems: list[str]) -> pd.DataFrame:
     """The cells of a csv file as they stand; without a file, or if it is no table, there are none."""
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         # Its last line is half written, or still being written, if it does not end.
         whole = text[: text.rfind("\n") + 1]
         # A row with more cells than there are columns loses those.

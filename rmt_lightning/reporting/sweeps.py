@@ -14,8 +14,10 @@ from typing import Any, Literal
 
 import pandas as pd
 from rich.table import Table
+from rich.text import Text
 
 from rmt_lightning.core.files import write_atomically
+from rmt_lightning.core.quoting import shown
 from rmt_lightning.core.run_folder import JOB
 from rmt_lightning.reporting.redaction import public_text
 from rmt_lightning.reporting.runs import AT_THE_END, Run, matching, read_runs
@@ -270,7 +272,7 @@ def find_sweeps(places: Iterable[str]) -> list[Path]:
 def read_job(folder: Path) -> Job:
     """Read a job's folder."""
     try:
-        record = json.loads((folder / JOB).read_text())
+        record = json.loads((folder / JOB).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         record = {}
     runs, _ = read_runs([str(folder)])
@@ -311,7 +313,7 @@ def show(sweep: Sweep) -> None:
     console.print(sweep.table())
     for job in sweep.jobs:
         if job.reason:
-            console.print(f"{job.name}: {job.reason}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"{job.name}: {job.reason}", markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def write(sweep: Sweep, folder: Path) -> None:
@@ -330,4 +332,4 @@ def write(sweep: Sweep, folder: Path) -> None:
         write_atomically(folder / name, table.to_csv(index=False).encode())
     if sweep.drawable:
         figures.save(figures.sweep(sweep), folder / "sweep")
-    get_console().print(f"[bold]{os.path.relpath(folder)}[/] holds all of it", highlight=False, soft_wrap=True)
+    get_console().print(Text.assemble((shown(folder), "bold"), " holds all of it"), soft_wrap=True)

@@ -72,7 +72,7 @@ def _write(workspace: Workspace, output: Path) -> None:
 
 def _is_view(path: Path) -> bool:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and {"project", "name", "spec"} <= content.keys()

@@ -428,7 +428,7 @@ def _open(folder: Path, vocabulary_size: int) -> dict[Split, Corpus] | None:
         PermissionError: if it is somebody else's alone.
     """
     try:
-        if json.loads((folder / _CHECKSUMS).read_text()) != _checksums(folder):
+        if json.loads((folder / _CHECKSUMS).read_text(encoding="utf-8")) != _checksums(folder):
             return None
         if any(np.load(folder / split / "tokens.npy", mmap_mode="r").max() >= vocabulary_size for split in SPLITS):
             return None

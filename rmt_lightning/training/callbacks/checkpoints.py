@@ -26,6 +26,7 @@ from torch import nn
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import append_csv, read_csv, write_atomically, write_csv
+from rmt_lightning.core.quoting import shown
 from rmt_lightning.core.run_folder import CHECKPOINTS, LAST, METRICS, PHASES, PREVIOUS
 from rmt_lightning.training.callbacks.upgrade import upgraded
 from rmt_lightning.training.phases.phase import Phases
@@ -105,8 +106,7 @@ def read_newest(checkpoint: Path) -> tuple[Path, dict[str, Any]]:
             saved = read_checkpoint(earlier)
         except UserError:
             continue
-        shown = os.path.relpath(checkpoint)
-        log.info("%s is %s; going on from %s, step %d", shown, wrong, earlier.name, saved["global_step"])
+        log.info("%s is %s; going on from %s, step %d", shown(checkpoint), wrong, earlier.name, saved["global_step"])
         return earlier, saved
     raise UserError(f"{checkpoint}: is {wrong}, and so is every earlier one; start a new run")
 
@@ -179,7 +179,7 @@ class MetricsTable(Logger):
 
     def _cut(self, path: Path) -> None:
         """Take out what is about to be logged again, and a line that was not finished."""
-        text = path.read_text() if path.exists() else ""
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
         *lines, unfinished = text.split("\n")
         rows = list(csv.DictReader(lines))
         kept = [row for row in rows if (row.get("step") or "").isdecimal() and int(row["step"]) < self._done]

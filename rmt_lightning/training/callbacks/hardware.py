@@ -88,7 +88,7 @@ def keep_heap_flat() -> None:
 def _earlier(path: Path) -> list[Any]:
     """Entries of earlier starts. A file that was damaged by hand is no reason not to train."""
     try:
-        entries = json.loads(path.read_text())
+        entries = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
     return entries if isinstance(entries, list) else []
@@ -96,7 +96,11 @@ def _earlier(path: Path) -> list[Any]:
 
 def _cpu() -> str:
     try:
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line
+            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+            if line.startswith("model name")
+        ]
     except OSError:
         names = []
     return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()

@@ -18,7 +18,7 @@ _PARENT = "RMT_LIGHTNING_PARENT"
 
 
 @contextmanager
-def together(trainer: L.Trainer, folder: str) -> Iterator[None]:
+def together(trainer: L.Trainer, again: str) -> Iterator[None]:
     """Let no process of a run outlive another one while they train.
 
     When one dies, the others wait for it in a collective operation: with gloo until they notice, with NCCL for ten
@@ -27,10 +27,10 @@ def together(trainer: L.Trainer, folder: str) -> Iterator[None]:
 
     Args:
         trainer: about to start the other processes, or one of them.
-        folder: the run folder, to be named with the advice to resume.
+        again: what has to be typed to go on with the run.
     """
     # Only processes that Lightning has started find their parent's id in their environment.
-    watch = _Watch(trainer, folder, parent=int(os.environ.pop(_PARENT, 0)))
+    watch = _Watch(trainer, again, parent=int(os.environ.pop(_PARENT, 0)))
     os.environ[_PARENT] = str(os.getpid())
     watch.start()
     try:
@@ -70,10 +70,10 @@ class _Watch(threading.Thread):
 
     PERIOD = 0.5
 
-    def __init__(self, trainer: L.Trainer, folder: str, parent: int) -> None:
+    def __init__(self, trainer: L.Trainer, again: str, parent: int) -> None:
         super().__init__(name="watch", daemon=True)
         self.trainer = trainer
-        self.folder = folder
+        self.again = again
         self.parent = parent
         self.over = threading.Event()
 
@@ -93,7 +93,7 @@ class _Watch(threading.Thread):
                 child.kill()
             # It is said once: by rank 0 or, if that is dead, by rank 1. Who listened may have died too.
             if self.trainer.local_rank <= 1:
-                print(f"error: {why}; go on with resume={self.folder}", file=sys.stderr, flush=True)
+                print(f"error: {why}; go on with {self.again}", file=sys.stderr, flush=True)
         finally:
             os._exit(1)
 

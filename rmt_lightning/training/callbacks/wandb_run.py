@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import read_csv, write_atomically
+from rmt_lightning.core.quoting import for_shell
 from rmt_lightning.core.run_folder import CHECKPOINTS, EVALUATION
 from rmt_lightning.training.phases.phase import Phase, Phases
 
@@ -106,7 +107,7 @@ class WandbRun(WandbLogger):
             run = wandb.init(**self._wandb_init | self._place(), mode=mode, settings=settings)
         except (wandb.errors.CommError, wandb.errors.UsageError) as error:
             raise UserError(f"logger: W&B says: {' '.join(str(error).split())}; or give logger.mode=offline") from None
-        place = run.url or f"offline; wandb sync {os.path.relpath(self.folder)}/wandb uploads it"
+        place = run.url or f"offline; wandb sync {for_shell(os.path.relpath(self.folder / 'wandb'))} uploads it"
         log.info("W&B run %s: %s", run.id, place)
         run.define_metric(STEP)
         run.define_metric("*", step_metric=STEP)
@@ -144,7 +145,7 @@ class WandbRun(WandbLogger):
         """The run's id and the first step that is free, among others; made when it begins."""
         if not self._memory.exists():
             return {"id": secrets.token_hex(4), "step": 0}
-        remembered: dict[str, Any] = json.loads(self._memory.read_text())
+        remembered: dict[str, Any] = json.loads(self._memory.read_text(encoding="utf-8"))
         return remembered
 
     def _remember(self, step: int, **others: Any) -> None:
