@@ -6,6 +6,7 @@ was trained to choose between answers, head.safetensors.
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,8 @@ def export(run: Path, checkpoint: Path, folder: Path, trust: Trust) -> None:
         raise UserError(f"folder={folder}: cannot be written to ({error.strerror}); choose another") from None
     finally:
         removed(partial)
-    print(f"written; open it with rmt_lightning.{type(trained).__name__}.from_pretrained({str(folder)!r})")
+    place = json.dumps(str(folder), ensure_ascii=False)
+    print(f"written; open it with rmt_lightning.{type(trained).__name__}.from_pretrained({place})")
 
 
 run = front_door(main, "export")

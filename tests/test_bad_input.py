@@ -8,16 +8,24 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import SMALL, Run
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 from transformers import BertConfig, BertModel, PreTrainedTokenizerBase
 
 from rmt_lightning import train as front_door
+from rmt_lightning.app.resume import overrides, run_folder, save_config, saved_config
+from rmt_lightning.core.quoting import literal, setting
 from rmt_lightning.core.run_folder import claimed
 from rmt_lightning.models.tiny import TinyBert, TinyGPT
+
+UNREAD = "cannot be read; a text with such characters needs quotes: type"
+NO_TEXT = "must be a valid string; for a text, type"
 
 TABLE = [
     # unknown keys
@@ -106,6 +114,23 @@ TABLE = [
     ("noise=files noise.path=empty.txt", r"noise.path=empty.txt: is empty; give text"),
     ("noise=files noise.path=binary.txt", r"noise.path=binary.txt: is "),
     ("noise=files noise.path=short.txt", r"noise: "),
+    # what Hydra reads in its own way
+    ("noise=files noise.path=~/x", f"""noise.path=~/x: {UNREAD} 'noise.path="~/x"'"""),
+    ("noise=files noise.path=/книга.txt", f"""noise.path=/книга.txt: {UNREAD} 'noise.path="/книга.txt"'"""),
+    ("noise=files noise.path=/a&b", f"""noise.path=/a&b: {UNREAD} 'noise.path="/a&b"'"""),
+    ("noise=files noise.path=o'brien", f"""noise.path=o'brien: {UNREAD} 'noise.path="o'"'"'brien"'"""),
+    ("noise=files noise.path=book(1).txt", f"""noise.path=book(1).txt: {UNREAD} 'noise.path="book(1).txt"'"""),
+    ("noise=files noise.path=a,b.txt", "noise.path=a,b.txt: a comma separates the values of a sweep (--multirun) or"),
+    ("noise=files noise.path=a${b}", r"Interpolation key 'b' not found; for a text as it stands, type 'noise.path="),
+    ("noise=files noise.path=[a]", f"""noise.path=['a']: {NO_TEXT} 'noise.path="[a]"'"""),
+    ("noise=files noise.path=1e3", f"""noise.path=1000.0: {NO_TEXT} 'noise.path="1e3"'"""),
+    ("resume=2026", f"""resume=2026: {NO_TEXT} 'resume="2026"'"""),
+    ("ключ=1", "'ключ=1': settings are given as key=value, such as seed=2"),
+    ("=x", "'=x': settings are given as key=value, such as seed=2"),
+    ("--bogus", "unrecognized arguments: --bogus; see --hydra-help"),
+    ("hydra.run.dir=run/config.yaml/x", "hydra.run.dir=run/config.yaml/x: Not a directory; choose another folder"),
+    (f"hydra.run.dir={'x' * 300}", f"hydra.run.dir={'x' * 300}: File name too long; choose another folder"),
+    (f"resume={'x' * 300}", f"resume={'x' * 300}: no run there; give a run folder or one of its checkpoints/*.ckpt"),
     # models
     ("backbone=minilm backbone.name=/absent/model", r"backbone.name=/absent/model: no such folder"),
     ("backbone=minilm", r"backbone.name=sentence-transformers/all-MiniLM-L6-v2: cannot be loaded"),
@@ -202,7 +227,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".log"}
 
 
-@pytest.mark.parametrize(("typed", "message"), TABLE, ids=[typed for typed, _ in TABLE])
+@pytest.mark.parametrize(("typed", "message"), TABLE, ids=[ascii(typed)[:60] for typed, _ in TABLE])
 def test_one_line(
     typed: str, message: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,6 +245,46 @@ def test_one_line(
     assert errors.count("\n") == 1, errors
     assert contents(here) == before
     assert not (here / "outputs").exists() or not list((here / "outputs").glob("*/*")), "an empty run folder is left"
+
+
+def test_the_place_of_all_runs_is_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train", *SMALL])
+    for there in (Path.touch, lambda path: path.symlink_to("absent"), lambda path: path.symlink_to(path)):
+        there(tmp_path / "outputs")
+        with pytest.raises(SystemExit) as refused:
+            front_door.run()
+        GlobalHydra.instance().clear()
+        told = capsys.readouterr().err
+        assert refused.value.code == 2 and told.count("\n") == 1 and "choose another folder with hydra.run.dir=" in told
+        (tmp_path / "outputs").unlink()
+
+
+@pytest.mark.fault("runs are started in the same second", "each has a folder of its own")
+def test_new_runs_share_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: run_folder(None, "outputs/day/time-detect"), range(8)))
+    assert sorted(made) == ["outputs/day/time-detect", *(f"outputs/day/time-detect-{number}" for number in range(2, 9))]
+    # Those that torchrun has started are one run.
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert {run_folder(None, "outputs/day/time-reasoning") for _ in range(2)} == {"outputs/day/time-reasoning"}
+
+
+def test_what_is_saved_is_read_as_it_was(tmp_path: Path) -> None:
+    """Neither what was typed nor what came of it is looked up once more, and no backslash is doubled."""
+    name = "${oc.env:HOME}/a\\b\\${x}"
+    config = OmegaConf.create({"noise": {"path": literal(name), "list": [literal(name)]}, "resume": None})
+    words = [setting("noise.path", name), "+seed=${oc.env:HOME}"]
+    settings = OmegaConf.create({"overrides": {"task": words}})
+    assert overrides(settings) == words
+    save_config(tmp_path, config, overrides(settings), None)
+    assert saved_config(tmp_path).noise.path == saved_config(tmp_path).noise.list[0] == name
+    assert yaml.safe_load((tmp_path / "overrides.yaml").read_text()) == words
+    save_config(tmp_path, saved_config(tmp_path), words, None)
+    assert saved_config(tmp_path).noise.path == name
 
 
 CLAIM = "from rmt_lightning.core.run_folder import *\nwith claimed(Path('run')): print('claimed', flush=True), input()"

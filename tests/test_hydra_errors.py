@@ -15,6 +15,7 @@ from hydra.errors import (
     MissingConfigException,
     OverrideParseException,
 )
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from omegaconf.errors import InterpolationKeyError
@@ -34,6 +35,11 @@ def compose(override: str) -> DictConfig:
         return hydra.compose("train", [override])
 
 
+def compose_a_run(override: str) -> DictConfig:
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return GlobalHydra.instance().config_loader().load_configuration("train", [override], RunMode.RUN)
+
+
 def build_metric(override: str) -> object:
     return instantiate(compose(override).metrics)
 
@@ -47,6 +53,7 @@ SAID: dict[str, tuple[Callable[[str], object], str, type[Exception], str]] = {
     "NO_DEFAULT": (compose, "sweep=memory_size", ConfigCompositionException, "sweep=memory_size"),
     "NO_SETTING": (compose, "hold.steps=9", ConfigCompositionException, "hold.steps"),
     "NO_CHOICE": (compose, "hold=null", ValueError, "NoneType"),
+    "SEVERAL": (compose_a_run, "cache_dir=a,b", ConfigCompositionException, "cache_dir=a,b"),
     "ARGUMENTS": (
         build_metric,
         "+metrics.f1._target_=torchmetrics.classification.MulticlassF1Score",

@@ -26,6 +26,7 @@ from omegaconf import OmegaConf
 from rmt_lightning.app.resume import save_config
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import append_csv
+from rmt_lightning.core.quoting import setting
 from rmt_lightning.training.callbacks.checkpoints import MetricsTable, read_checkpoint
 
 # Dropout makes random numbers matter; three lengths make the curriculum matter.
@@ -626,3 +627,52 @@ def test_a_second_run_in_one_folder_refuses(
     (tmp_path / "go").touch()
     assert first.wait(120) == 0
     assert_identical(final(uninterrupted), final(tmp_path / "run"))
+
+
+@pytest.mark.soak
+@pytest.mark.fault("folders have names that a shell, Hydra or OmegaConf reads", "each is taken as it stands")
+@pytest.mark.parametrize("name", ["${oc.env:HOME}", 'o\'brien, "x" [1]=\\${x}\\', "[red]nl\n:dog:", "книга #1 ", "-~"])
+def test_names_are_taken_as_they_stand(name: str, train: Run, command: Run, tmp_path: Path) -> None:
+    """A run in a folder within a folder of that name goes on with the hint that it has printed, pasted into bash."""
+    first = train("trainer.max_steps=2", setting("hydra.run.dir", f"{name}/{name}"))
+    assert first.returncode == 0, first.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [path.name for path in (tmp_path / name).iterdir()] == [name]
+    hint = first.stdout.partition("go on with ")[2].splitlines()[0]
+    pasted = subprocess.run(["bash", "-c", f"printf %s {hint}"], check=True, capture_output=True).stdout.decode()
+    second = train(pasted, "trainer.max_steps=4", small=False)
+    assert second.returncode == 0, second.stderr
+    assert json.loads((tmp_path / name / name / "phases.json").read_text())[0]["steps"] == 4
+    checkpoint = pasted.replace("resume=", "checkpoint=", 1)
+    for door in ("evaluate segments=[1] samples=4 follow=0", "attend segments=1 stream_segments=2", "export"):
+        program, *words = door.split()
+        words += [setting("folder", f"{name}/exported")] if program == "export" else []
+        result = command(f"rmt_lightning.{program}", checkpoint, *words)
+        assert result.returncode == 0, result.stderr
+    assert command("rmt_lightning.report", f"./{name}").returncode == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "report.html"])
+
+
+@pytest.mark.soak
+@pytest.mark.fault("~ in a setting that is a path, typed or in a yaml", "it is the home folder everywhere")
+def test_home_folders_are_expanded(
+    finished_run: Path, command: Run, train: Run, environment: dict[str, str], tmp_path: Path
+) -> None:
+    environment["HOME"] = str(tmp_path / "home")
+    shutil.copytree(finished_run, tmp_path / "home" / "run")
+    (tmp_path / "home" / "book.txt").write_text("A quiet morning. Nobody spoke for a while. Then it rained! " * 200)
+    (tmp_path / "choices" / "noise").mkdir(parents=True)
+    (tmp_path / "choices" / "noise" / "mine.yaml").write_text("_target_: rmt_lightning.Files\npath: ~/book.txt\n")
+    small = [word for word in SMALL if not word.startswith("noise.")] + ["trainer.max_steps=1"]
+    for program, *words in (
+        ("train", *small, "noise=files", 'noise.path="~/book.txt"', 'hydra.run.dir="~/typed"'),
+        ("train", "--config-dir=choices", *small, "noise=mine", "hydra.run.dir='~/preset'"),
+        ("train", 'resume="~/run"'),
+        ("evaluate", 'checkpoint="~/run"', 'output="~/found"', "segments=[1]", "samples=4", "follow=0"),
+        ("export", 'checkpoint="~/run"', 'folder="~/exported"'),
+        ("report", "~/run", "--output=~/page.html"),
+    ):
+        result = command(f"rmt_lightning.{program}", *words)
+        assert result.returncode == 0, result.stderr
+    there = {path.name for path in (tmp_path / "home").iterdir() if not path.name.startswith(".")}
+    assert there == {"run", "book.txt", "typed", "preset", "found", "exported", "page.html"}
+    assert not (tmp_path / "~").exists()
