@@ -480,7 +480,8 @@ def step(*args):
     return original(*args)
 
 answering.FactClassifier.training_step = step
-run()
+if __name__ == "__main__":  # loader workers import it too
+    run()
 """
 
 

@@ -585,9 +585,13 @@ def _check_known(tokenizer: PreTrainedTokenizerBase, split: Split, known: float)
 
 def _save(path: Path, array: np.ndarray) -> None:
     # np.save does not tell that the disk is full.
-    with path.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-        file.write(array.data)
+    try:
+        with path.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+            file.write(array.data)
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 class Reader:
