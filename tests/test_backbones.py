@@ -309,6 +309,21 @@ def test_a_damaged_folder_is_refused(name: str, tokenizer: PreTrainedTokenizerBa
         backbone.encoder(backbone.tokenizer([]))
 
 
+@pytest.mark.fault("a run or saved model whose tokenizer or config is damaged", "one line says which")
+@pytest.mark.parametrize("name", ["tokenizer/tokenizer.json", "backbone/config.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"model": 3}', b"\xff\xfe", None])
+def test_a_damaged_run_is_refused(
+    name: str, content: bytes | None, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    CONFIGS["bert"][0].save_pretrained(tmp_path / "backbone")
+    saved = Restored(tmp_path / "tokenizer", tmp_path / "backbone")
+    assert saved.encoder(saved.tokenizer([])).width == 16
+    (tmp_path / name).unlink() if content is None else (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"^{tmp_path}: holds no whole model \({name.partition('/')[0]}: [^\n]*$"):
+        saved.encoder(saved.tokenizer([]))
+
+
 def test_heads_may_be_missing(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     """A pooler is not used, and a head that words are read off with is asked for when it is."""
     BertForMaskedLM(CONFIGS["bert"][0]).save_pretrained(tmp_path / "bert")

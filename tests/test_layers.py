@@ -8,17 +8,30 @@ import pytest
 import torch
 from test_backbones import CONFIGS as ENCODERS
 from test_decoder import CONFIGS as DECODERS
+from test_decoder import SMALL, WINDOWED
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, OPTConfig, PreTrainedTokenizerBase
+from transformers import (
+    AlbertConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    BioGptConfig,
+    OPTConfig,
+    PhiConfig,
+    PreTrainedTokenizerBase,
+)
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.models.backbone import SPARSE, Decoder, Encoder, Transformer
 from rmt_lightning.models.rmt import RMTDecoder, RMTEncoder
 
-# A final norm beside no projection.
-DECODERS = DECODERS | {"opt_125m": OPTConfig(
-    vocab_size=1000, max_position_embeddings=48, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, ffn_dim=32
-)}  # fmt: skip
+DECODERS = DECODERS | {
+    # A final norm beside no projection.
+    "opt_125m": OPTConfig(**SMALL, num_attention_heads=4, ffn_dim=32),
+    # Names of their own for what follows, and scales of embeddings.
+    "phi": PhiConfig(**SMALL, num_attention_heads=4, intermediate_size=32, partial_rotary_factor=0.5),
+    "biogpt": BioGptConfig(**SMALL, num_attention_heads=4, intermediate_size=32),
+    "gemma3_text": WINDOWED["gemma3_text"],
+}  # fmt: skip
 PRECISIONS = [torch.float64, torch.float32]
 
 
@@ -101,3 +114,12 @@ def test_sparse_attention_has_no_layers_to_show(name: str, tokenizer: PreTrained
     assert backbone.model.config.model_type in SPARSE
     with pytest.raises(UserError, match=r"^backbone: the layers of \w+ cannot be run one by one; choose an encoder"):
         backbone.apart(torch.zeros(1, 8, 16), None)
+
+
+def test_layers_that_are_shared_cannot_be_shown(tokenizer: PreTrainedTokenizerBase) -> None:
+    config = AlbertConfig(
+        vocab_size=1000, embedding_size=16, hidden_size=16, num_hidden_layers=3, num_attention_heads=2
+    )
+    backbone = Encoder(AutoModel.from_config(config), tokenizer)
+    with pytest.raises(UserError, match=r"^backbone: the layers of albert cannot be run one by one; choose an encoder"):
+        backbone.apart(torch.rand(1, 8, 16), None)
