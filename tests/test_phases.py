@@ -247,7 +247,7 @@ def test_what_comes_too_late_is_refused(train: Run, refused: Callable[..., str],
 def test_a_lower_learning_rate_helps(checkpoint: str, train: Run, tmp_path: Path) -> None:
     typed = ("optim.warmup=0", "hydra.run.dir=run", "curriculum.max_segments=2")
     assert train(*typed, "trainer.max_steps=7").returncode == 0
-    wild = train(f"resume={checkpoint}", "trainer.max_steps=-1", "optim.lr=1e36", "hydra.run.dir=wild", small=False)
+    wild = train(f"resume={checkpoint}", "trainer.max_steps=-1", "optim.lr=1e30", "hydra.run.dir=wild", small=False)
     assert wild.returncode == 1 and "lower optim.lr" in wild.stderr, wild.stderr
     again = "resume=wild" if (tmp_path / "wild/checkpoints").exists() else f"resume={checkpoint}"
     driven = train(again, "optim.lr=2e-3", "trainer.max_steps=-1", "hydra.run.dir=wild", small=False, driver=RATES)
@@ -273,6 +273,8 @@ def test_settings_are_checked_against_the_choices_of_the_run(
     for typed, message in (
         ("test.documnts=1", "test.documnts: no such setting; did you mean documents?"),
         ("data.segment_length=24", "data.segment_length=24: a resumed run keeps its data.segment_length"),
+        ("data.steps_per_epoch=3", "data.steps_per_epoch=3: a resumed run keeps its data.steps_per_epoch"),
+        ("data.num_segments=3", "data.num_segments=3: a resumed run keeps its data.num_segments"),
         (
             "model.width=16",
             "model.width=16: a resumed run keeps its model (model.width=8); start a new run to change it",
