@@ -206,3 +206,15 @@ def test_sigterm(everyone: bool, uninterrupted: Path, train: Run, tmp_path: Path
     assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 11
     assert train("resume=run", small=False).returncode == 0
     assert_identical(weights(uninterrupted), weights(tmp_path / "run"))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("steps", [4, 14])
+@pytest.mark.fault("trainer.max_steps ends a run of two ranks inside an epoch, in either of its phases", SAME)
+def test_max_steps_inside_an_epoch(steps: int, train: Run, tmp_path: Path) -> None:
+    held = ("hold=state_passing", "hold.steps=6", "hold.pool=8", "data.segment_length=48", "curriculum.max_segments=2")
+    assert train(*RUN, *held, "hydra.run.dir=whole").returncode == 0
+    assert train(*RUN, *held, f"trainer.max_steps={steps}").returncode == 0
+    resumed = train("resume=run", "trainer.max_steps=-1", small=False)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_identical(weights(tmp_path / "whole"), weights(tmp_path / "run"))
