@@ -570,6 +570,13 @@ def test_keys_and_home_folders_stay_here(here: Path, monkeypatch: pytest.MonkeyP
         ("outputs/home/run", "outputs/home/run"),
         ("https://example.org/home/page", "https://example.org/home/page"),
         ("/rooted/homes/x", "/rooted/homes/x"),
+        ("C:\\Users\\Jane Doe\\x", "~\\x"),
+        ("d:/users/jane/x or \\\\server\\Users\\jane", "~/x or ~"),
+        ("file:///home/jane/x", "file://~/x"),
+        ("host:/home/jane/x:/home/bob", "host:~/x:~"),
+        ("~jane/x", "~/x"),
+        ("/scratch/users/jane/x /homes/jane /home2/jane", "~/x ~ ~"),
+        ("s3://b/%2Fhome%2Fjane%2Fx", "s3://b/~%2Fx"),
     ],
 )
 def test_home_folders(text: str, shown: str) -> None:
@@ -581,6 +588,48 @@ def test_what_counts_as_a_key() -> None:
     assert shown == {
         "tokenizer": "a", "memory_tokens": "b", "hf_token": "(hidden)", "key": ["(hidden)"], "secret": "", "api_key": 5,
     }  # fmt: skip
+
+
+RANDOM = "q7Xw2Lp9Zt4Vb8Nc3Rk6Yd1Hf5Js0Gm"
+
+
+@pytest.mark.fault("a key stands in a setting, an address or a message", "the page of the report does not show it")
+@pytest.mark.parametrize(
+    "secret",
+    [
+        f"sk-proj-{RANDOM}", "AKIAIOSFODNN7EXAMPLE", "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY",
+        "AIzaSyD-9tSrke72PouQMnMX-a7eZSW0jkFMBWY", "glpat-Ab1_Cd2-Ef3Gh4Ij5Kl6", f"xoxb-1234-5678-{RANDOM}",
+        "0123456789abcdef0123456789abcdef01234567", RANDOM, f"eyJhbGciOiJIUzI1NiJ9.{RANDOM}", f"ghp_{RANDOM}",
+        "Bearer abcdefgh", "https://jane:pass@word@example.org", "jane:word@example.org", "s3://x?sig=abc",
+        "HF_TOKEN=abc", "password: 'abc'", "-----BEGIN PRIVATE KEY-----\nabc\n-----END PRIVATE KEY-----",
+    ],
+)  # fmt: skip
+def test_keys_are_known_by_how_they_look(secret: str) -> None:
+    shown = public_text(f"see {secret}, and go on")
+    assert "(hidden)" in shown and shown.endswith(" and go on")
+    assert not any(part in shown for part in (secret.removesuffix("@example.org")[-8:], "abc", "word"))
+
+
+def test_what_is_no_key_is_shown() -> None:
+    for text in (
+        "sentence-transformers/all-MiniLM-L6-v2-onnx-int8-quantized", "outputs/2026-01-31/12-00-00-detect",
+        "memory_size_2-seed_1-bptt_depth_3", "torchmetrics.classification.MulticlassF1Score", "tokens: 5000",
+        "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "last-detect-1a2b3c4d/attention", "tokenizer=bert",
+        "Intel(R) Xeon(R) Gold 6248R CPU @ 3.00GHz", "http://localhost:8080/x",
+    ):  # fmt: skip
+        assert public_text(text) == text
+
+
+def test_settings_are_known_by_their_names() -> None:
+    for name in (
+        "passwd", "auth", "access_token_file", "private_key_path", "secretKey", "apiKey", "WANDB_API_KEY", "sshKey",
+        "credentials", "db_password", "Authorization", "x-api-key", "passphrase",
+    ):  # fmt: skip
+        assert public({name: "abc"}) == {name: "(hidden)"}
+        assert public({name: {"of": ["abc"]}}) == {name: {"of": ["(hidden)"]}}
+    assert public({"passwd": 1234, "/home/jane/x": 1}) == {"passwd": "(hidden)", "~/x": 1}
+    kept = dict.fromkeys(("tokenizer", "text_tokens", "author", "keyword", "passes", "basis", "commit"), "a1" * 9)
+    assert public(kept) == kept
 
 
 def test_differences() -> None:

@@ -1,17 +1,61 @@
-"""What a page that is passed on must not tell: whose machine it was made on, and with which keys."""
+"""What a page that is passed on must not tell: whose machine it was made on, and with which keys.
+
+A secret is known by the name of its setting, by how its service writes keys, or by looking random.
+"""
 
 from __future__ import annotations
 
+import getpass
+import os
 import re
-from pathlib import Path
+from collections import Counter
+from functools import lru_cache
+from math import log2
 from typing import Any
 
 HIDDEN = "(hidden)"
 
-_HOME = re.compile(r"(?<![\w.:/~-])(?:(?:/[\w.-]+)*?/(?:home|Users)/[^/\s]+|/root(?=/|$))")
-_KEY_NAME = re.compile(r"(^|_)(key|apikey|token|secret|password|credentials?)$", re.IGNORECASE)
-# Tokens of Hugging Face, OpenAI and GitHub; user and password in an address.
-_KEY = re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_)\w{16,}|(?<=://)[^/\s@]+(?=@)")
+# Home folders, as Linux, macOS and Windows write them, in addresses, and of other users (~jane).
+_NAME = r"[^\\/\s:,;%&\"']+"
+_HOME = re.compile(
+    r"(?:[A-Za-z]:|\\\\[\w.$-]+)?(?:\\+[\w.$-]+)*?\\+(?:home|users)\\+(?:[^\\/:*?\"<>|\n]+(?=\\)|" + _NAME + ")"
+    r"|(?<![\w./~:-])//+(?:home|users)/+" + _NAME
+    + r"|(?<![\w./~-])[A-Za-z]:/+users/+" + _NAME
+    + r"|(?:%2f[\w.-]+)*?%2f(?:home|users)%2f" + _NAME
+    + r"|(?:(?<![\w./~-])|(?<=file://))(?:(?:/[\w.-]+)*?/(?:home\d*|users?)/+" + _NAME + r"|/(?:homes|people)/" + _NAME
+    + r"|/root(?![\w.-]))"
+    r"|(?<![\w./~-])~[A-Za-z_][\w.-]*(?=/|$)",
+    flags=re.IGNORECASE,
+)  # fmt: skip
+
+# Words of the names of settings that are hidden; glued together, they stand at the end or are unmistakable.
+_SECRET_WORDS = {
+    "key", "keys", "token", "secret", "secrets", "pass", "pwd", "passphrase", "passcode", "auth", "oauth",
+    "authorization", "authentication", "cookie", "bearer", "pat", "login", "signature", "sig", "sas", "jwt", "otp",
+    "pin",
+}  # fmt: skip
+_SECRET_PART = re.compile(r"passw|secret|credential|(?:key|token|pass)$|apikey|authtoken|accesskey|privatekey")
+_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+# Of these even a number is a secret.
+_PASSWORD = re.compile(r"passw|passphrase|passcode|pwd|secret|\b(?:pin|otp)\b", flags=re.IGNORECASE)
+
+_KEY = re.compile(
+    # user and password in an address, with a scheme and without
+    r"(?<=://)[^/\s]+(?=@)|\b[\w.+-]+:[^\s/@:]+(?=@[\w-]+\.)"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----(?:.*?-----END [A-Z ]*PRIVATE KEY-----|.*)"
+    # what follows the name of a secret
+    r"|(?i:(?<=bearer )|(?<=basic ))[\w.~+/=-]{8,}"
+    r"|(?i:\b[\w-]*(?:passw(?:or)?d|pwd|secret|token(?!s|iz)|api[_-]?key|access[_-]?key|private[_-]?key|signature)[\w-]*"
+    r"|(?<=[?&])(?:key|sig|auth|code))\s*[=:]\s*[\"']?[^\s\"',&]+"
+    # how services write their keys
+    r"|\b(?:sk|pk|rk)[-_](?=[\w-]*\d)[\w-]{16,}"
+    r"|\b(?:hf_|gh[opsur]_|github_pat_|gl[a-z]{2,5}-|xox[a-z]-|xapp-|AIza|ya29\.|GOCSPX-|A[KS]IA|npm_|pypi-|r8_|dop_v1_"
+    r"|SG\.|wandb_v1_|nvapi-|gsk_|xai-|pplx-|shpat_|lin_api_|ntn_|sntry[su]_|eyJ)[\w.=+/-]{16,}",
+    flags=re.DOTALL,
+)  # fmt: skip
+_LONG = re.compile(r"[A-Za-z0-9+/_=-]{20,}")
+# The commit of this project looks like a key of W&B.
+_COMMIT = re.compile(r"[0-9a-f]{40}(-dirty)?")
 
 
 def public(value: Any, name: str = "") -> Any:
@@ -22,17 +66,54 @@ def public(value: Any, name: str = "") -> Any:
         name: of the setting; those called token, api_key … are hidden whatever they hold.
     """
     if isinstance(value, dict):
-        return {str(key): public(inner, str(key)) for key, inner in value.items()}
+        # What is inside of a secret is one.
+        inherited = name if _is_secret(name) else ""
+        return {public_text(str(key)): public(inner, inherited or str(key)) for key, inner in value.items()}
     if isinstance(value, list):
         return [public(inner, name) for inner in value]
     if isinstance(value, str):
-        return HIDDEN if value and _KEY_NAME.search(name) else public_text(value)
-    return value
+        if name == "commit" and _COMMIT.fullmatch(value):
+            return value
+        return HIDDEN if value and _is_secret(name) else public_text(value)
+    return HIDDEN if type(value) in (int, float) and _PASSWORD.search(name) else value
 
 
 def public_text(text: str) -> str:
     """A text in which home folders are called ~ and keys are hidden."""
-    home = str(Path.home())
-    if home != "/":
-        text = re.sub(rf"(?<![\w.-]){re.escape(home)}(?![\w.-])", "~", text)
-    return _KEY.sub(HIDDEN, _HOME.sub("~", text))
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = ""
+    return _cleaned(text, os.path.expanduser("~"), user)
+
+
+# Runs have most of their settings in common.
+@lru_cache(maxsize=2**14)
+def _cleaned(text: str, home: str, user: str) -> str:
+    for folder in {home, os.path.realpath(home)} - {"/"}:
+        text = re.sub(rf"(?<![\w.-]){re.escape(folder)}(?![\w.-])", "~", text)
+    text = _KEY.sub(HIDDEN, _HOME.sub("~", text))
+    # Elsewhere than at home, a folder may be called by the user too: /scratch/jane.
+    if len(user) > 2 and user != "root":
+        text = re.sub(rf"(?<![\w./~-])(?:/[\w.-]+)*?/{re.escape(user)}(?![\w.-])", "~", text)
+    return _LONG.sub(lambda found: HIDDEN if _is_random(found[0]) else found[0], text)
+
+
+def _is_secret(name: str) -> bool:
+    words = {word.lower() for word in _WORDS.findall(name)}
+    return bool(words & _SECRET_WORDS) or _SECRET_PART.search(name.lower()) is not None
+
+
+def _is_random(text: str) -> bool:
+    """Whether letters and digits follow each other as nobody would write them."""
+    if "/" in text and any(_is_random(part) for part in text.split("/")):
+        return True
+    bare = re.sub(r"[^A-Za-z0-9]", "", text)
+    if len(bare) < 20 or bare.isdigit() or bare.isalpha():
+        return False
+    if re.fullmatch(r"[0-9a-f]{32,}", text, flags=re.IGNORECASE):
+        return True
+    changes = len(re.findall(r"(?=[a-z][A-Z]|[A-Za-z]\d|\d[A-Za-z])", bare)) / len(bare)
+    entropy = -sum(n / len(bare) * log2(n / len(bare)) for n in Counter(bare).values())
+    mixed = bare != bare.lower() and bare != bare.upper()
+    return ("/" not in text and changes >= 1 / 3) or (mixed and changes >= 1 / 5 and entropy >= 4.3)

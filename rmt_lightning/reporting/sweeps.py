@@ -19,7 +19,7 @@ from rich.text import Text
 from rmt_lightning.core.files import write_atomically
 from rmt_lightning.core.quoting import shown
 from rmt_lightning.core.run_folder import JOB
-from rmt_lightning.reporting.redaction import public_text
+from rmt_lightning.reporting.redaction import public, public_text
 from rmt_lightning.reporting.runs import AT_THE_END, Run, matching, read_runs
 
 SEED = "seed"
@@ -280,9 +280,9 @@ def read_job(folder: Path) -> Job:
     scores = _scores(run) if run and run.status in SETTLED else {}
     failed = record.get("failed")
     return Job(
-        name=folder.name,
+        name=public_text(folder.name),
         number=record.get("number", 0),
-        values=record.get("settings", {}),
+        values=public(record.get("settings", {})),
         status="failed" if failed else run.status if run and scores else "interrupted or running",
         reason=public_text(failed or ""),
         run=run,
