@@ -57,8 +57,6 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a folder, where a file belongs; remove it") from None
     except OSError as error:
         # A write that fails does not say where.
         error.filename = error.filename or str(path)

@@ -90,7 +90,7 @@ def _environment() -> Environment:
         "commit": _commit,
         "in_words": in_words,
         "cell": _cell,
-        "yaml": lambda config: yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
+        "yaml": lambda config: yaml.dump(config, Dumper=_DUMPER, sort_keys=False, allow_unicode=True),
         "data_uri": _data_uri,
     }
     environment.globals |= {
@@ -99,6 +99,10 @@ def _environment() -> Environment:
         "peak_memory": lambda run: [max(run.logged(name), default=None) for name in (HOST_MEMORY, DEVICE_MEMORY)],
     }
     return environment
+
+
+# The one written in C, where there is one, takes a tenth of the time.
+_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
 def _embedded(figure: go.Figure) -> Markup:

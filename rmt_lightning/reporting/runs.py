@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import glob
 import json
 import os
@@ -9,9 +10,12 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from io import StringIO
+from itertools import chain, repeat
+from math import isfinite, isnan, nan
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import pandas as pd
 import yaml
 from pydantic import TypeAdapter
@@ -273,16 +277,15 @@ def _read_run(folder: Path) -> Run:
 
 def _config(path: Path) -> dict[str, Any]:
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        config = public(yaml.load(text, Loader=_FAST if len(text) < 8192 else yaml.SafeLoader))
     except (ValueError, yaml.YAMLError, RecursionError):
         raise UserError(f"{CONFIG} is damaged") from None
     if not config:
         raise UserError(f"{CONFIG} is empty")
     if not isinstance(config, dict) or not all(isinstance(config.get(part), dict) for part in _PARTS):
         raise UserError(f"{CONFIG} is not that of a run")
-    cleaned = public(config)
-    assert isinstance(cleaned, dict)
-    return {name: _renamed(part) for name, part in cleaned.items()}
+    return {name: _renamed(part) for name, part in config.items()}
 
 
 def _renamed(part: Any) -> Any:
@@ -292,6 +295,8 @@ def _renamed(part: Any) -> Any:
     return part | {"_target_": public_name(str(part["_target_"]))}
 
 
+# Where there is one written in C, it takes a tenth of the time; but deep nesting, which takes more text, crashes it.
+_FAST = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _PARTS = ("task", "noise", "backbone", "model", "curriculum", "trainer")
 
 
@@ -301,63 +306,73 @@ def _limit(config: dict[str, Any], part: str, name: str) -> float:
     return limit if isinstance(limit, int) else float("inf")
 
 
-def _table(path: Path, problems: list[str]) -> pd.DataFrame:
-    """The cells of a csv file as they stand; without a file, or if it is no table, there are none."""
+def _table(path: Path, problems: list[str]) -> tuple[list[str], list[dict[str, str]]]:
+    """The columns and rows of a csv file; without a file, or if it is no table, there are none."""
     try:
         text = path.read_text(encoding="utf-8")
         # Its last line is half written, or still being written, if it does not end.
         whole = text[: text.rfind("\n") + 1]
-        # A row with more cells than there are columns loses those.
-        wanted: Any = {"dtype": str, "keep_default_na": False, "index_col": False, "usecols": lambda name: True}
-        table = pd.read_csv(StringIO(whole), **wanted)
+        reader = csv.reader(StringIO(whole))
+        columns = next(reader)
+        # A row with more cells than there are columns loses those; what a row lacks is empty.
+        rows = [dict(zip(columns, chain(row, repeat("")), strict=False)) for row in reader if row]
     except FileNotFoundError:
-        return pd.DataFrame()
-    except (OSError, ValueError) as error:
+        return [], []
+    except (OSError, ValueError, csv.Error, StopIteration) as error:
         problems.append(f"{path}: {_reason(error)}")
-        return pd.DataFrame()
+        return [], []
     if whole != text:
-        problems.append(f"{path}: is incomplete; {len(table)} rows could be read")
-    return table
+        problems.append(f"{path}: is incomplete; {len(rows)} rows could be read")
+    return columns, rows
 
 
 def _with_rows(phase: Phase, folder: Path, problems: list[str]) -> Phase:
     """A phase with the rows of its csv file, whatever its columns are, and nothing that a page must not tell."""
     # The name of the file stands in another, which may come from anybody.
-    table = _table(folder / Path(phase.table).name, problems) if phase.table else pd.DataFrame()
-    return replace(phase, title=public_text(phase.title), rows=public(table.to_dict("records")))
+    rows = _table(folder / Path(phase.table).name, problems)[1] if phase.table else []
+    return replace(phase, title=public_text(phase.title), rows=public(rows))
 
 
-def _numbers(path: Path, problems: list[str], *choices: Sequence[str]) -> pd.DataFrame:
-    """The rows of a csv file that hold a number in all columns of one of `choices`; no words, no infinities."""
-    table = _table(path, problems)
-    needed = next((columns for columns in choices if columns[0] in table), choices[0])
-    if missing := [name for name in needed if name not in table]:
-        if len(table.columns):
+def _numbers(path: Path, problems: list[str], *choices: Sequence[str]) -> list[Row]:
+    """The rows of a csv file that hold a number in all columns of one of `choices`; what is none elsewhere is NaN."""
+    columns, table = _table(path, problems)
+    needed = next((some for some in choices if some[0] in columns), choices[0])
+    if missing := [name for name in needed if name not in columns]:
+        if columns:
             problems.append(f"{path}: has no column {missing[0]}")
-        return pd.DataFrame(columns=list(needed), dtype=float)
-    # A loss that is no number has no place in a plot.
-    numbers = table.replace({"True": "1", "False": "0"}).apply(pd.to_numeric, errors="coerce").astype(float)
-    good = numbers.replace([float("inf"), -float("inf")], float("nan")).dropna(subset=list(needed))
-    if "segments" in good:
-        good = good[good["segments"] >= 1]
+        return []
+    numbers = [{name: _number(cell) for name, cell in row.items()} for row in table]
+    good = [row for row in numbers if not any(isnan(row[name]) for name in needed) and row.get("segments", 1) >= 1]
     if len(good) < len(table):
         problems.append(f"{path}: is incomplete; {len(good)} rows could be read")
     return good
 
 
+def _number(cell: str) -> float:
+    """A cell as a number, NaN if it is none; a loss that is infinite has no place in a plot."""
+    try:
+        number = _TRUTHS[cell] if cell in _TRUTHS else float(cell)
+    except ValueError:
+        return nan
+    return number if isfinite(number) else nan
+
+
+_TRUTHS = {"True": 1.0, "False": 0.0, "": nan}
+
+
 def _rows(path: Path, problems: list[str], *choices: Sequence[str]) -> list[Row]:
-    rows = _numbers(path, problems, *choices).to_dict("records")
-    return [{str(name): value for name, value in row.items() if not pd.isna(value)} for row in rows]
+    rows = _numbers(path, problems, *choices)
+    return [{name: value for name, value in row.items() if not isnan(value)} for row in rows]
 
 
 def _metrics(folder: Path, problems: list[str]) -> pd.DataFrame:
     """All that was logged. Each start of a run writes a new file; what it repeats of an earlier one replaces it."""
     versions = sorted(folder.glob("version_*/metrics.csv"), key=lambda path: (len(path.parent.name), path.parent.name))
-    logged = pd.DataFrame({"step": []}, dtype=float)
+    logged: list[Row] = []
     for path in versions:
-        if len(log := _numbers(path, problems, ("step",))):
-            logged = pd.concat([logged[logged["step"] < log["step"].iloc[0]], log], ignore_index=True)
-    return logged
+        if rows := _numbers(path, problems, ("step",)):
+            logged = [row for row in logged if row["step"] < rows[0]["step"]] + rows
+    return pd.DataFrame(logged or {"step": []}, dtype=float)
 
 
 def _phases_of_earlier_versions(config: dict[str, Any], stages: list[Stage], logged: pd.DataFrame) -> list[Phase]:
@@ -394,7 +409,8 @@ def _titles(logged: pd.DataFrame, phases: list[Phase]) -> pd.Series[str]:
 def _validations(logged: pd.DataFrame) -> pd.DataFrame:
     """Step, stage and accuracy of each; the stage is the number of segments of the longest inputs."""
     lengths = {name: int(found[1]) for name in logged if (found := _SEGMENTS.fullmatch(name))}
-    stage = (logged[list(lengths)].notna() * list(lengths.values())).max(axis=1)
+    measured = logged[list(lengths)].notna().to_numpy()
+    stage = (measured * np.array([*lengths.values()], dtype=float)).max(axis=1, initial=0)
     accuracy = logged[ACCURACY] if ACCURACY in logged else float("nan")
     found = pd.DataFrame({"step": logged["step"] + 1, "stage": stage, "accuracy": accuracy})
     return found[found["stage"] > 0].dropna().astype({"step": int, "stage": int})
@@ -445,7 +461,7 @@ def _curves(logged: pd.DataFrame, stages: list[Stage], phases: list[Phase]) -> d
         if validated or name in (LOSS, SPEED, HOST_MEMORY, DEVICE_MEMORY):
             values = logged.loc[~easier, name] if validated else logged[name]
             points = [Point(int(logged["step"][row]) + 1, places[row], value) for row, value in values.dropna().items()]
-            curves |= {name: points} if points else {}
+            curves |= {public_text(name): points} if points else {}
     return curves
 
 
