@@ -632,6 +632,19 @@ def test_settings_are_known_by_their_names() -> None:
     assert public(kept) == kept
 
 
+@pytest.mark.fault("a file of a run is a link to a private one, or a pipe", "the report skips the run and says so")
+@pytest.mark.parametrize("name", ["evaluation.csv", "attention", "metrics/version_0/metrics.csv"])
+def test_a_page_shows_nothing_from_elsewhere(name: str, here: Path) -> None:
+    copy(here, "other")
+    (here / "good" / name).rename(here / "private") if (here / "good" / name).exists() else (here / "private").mkdir()
+    (here / "good" / name).symlink_to(here / "private")
+    page = made("good", "other")
+    assert f"good: {name} is a link that leads out of the run folder (skipped)" in page.text
+    (here / "good" / name).unlink()
+    os.mkfifo(here / "good" / name)
+    assert f"good: {name} is no file (skipped)" in made("good", "other").text
+
+
 def test_differences() -> None:
     configs = [{"a": {"x": 1, "y": [1]}, "b": None}, {"a": {"x": 1.0, "y": [1]}, "b": None, "c": {}}]
     assert differences(configs) == {"a.x": ["1", "1.0"], "c": ["–", "{}"]}

@@ -93,6 +93,8 @@ CONFIGS = {
     "backbone._target_": "run.evil_task.Detect",
     "answer._target_": "rmt_lightning.core.files.write_atomically",
     "optim._target_": "rmt_lightning.generate",
+    "data._target_": "rmt_lightning.UserError",
+    "test._target_": {"of": "os.system"},
     "trainer.callbacks": [{"_target_": "lightning.pytorch.callbacks.LambdaCallback"}],
     "curriculum._target_": "${task.name}",
     "task.name": "${oc.env:SECRET}",

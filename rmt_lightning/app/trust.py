@@ -62,7 +62,7 @@ def check_saved(content: Any, place: Path, trust: Trust) -> None:
         if isinstance(value, str) and _LOOKUP.search(value):
             raise UserError(f"{place}: {key}={value}: a saved run may look nothing up; put the value itself there")
     if foreign := _foreign(leaves, trust):
-        modules = sorted({name.rpartition(".")[0] or name for name in foreign.values()})
+        modules = sorted({name.rpartition(".")[0] or "<its module>" for name in foreign.values()})
         named = ", ".join(f"{key}={name}" for key, name in foreign.items())
         raise UserError(
             f"{place}: {named}: no public class of rmt_lightning, and what was saved may execute nothing else unasked; "
@@ -123,7 +123,8 @@ def _foreign(leaves: Iterable[tuple[str, Any]], trust: Trust) -> dict[str, str]:
 
 def _leaves(content: Any, above: str = "") -> Iterator[tuple[str, Any]]:
     """All values by their dotted keys."""
-    if isinstance(content, dict):
+    # Whatever a _target_ is, it is looked at as a whole.
+    if isinstance(content, dict) and above.rpartition(".")[2] != "_target_":
         for key, value in content.items():
             yield from _leaves(value, f"{above}.{key}".lstrip("."))
     elif isinstance(content, list):
@@ -138,7 +139,7 @@ def _is_allowed(target: Any, key: str, trust: Trust) -> bool:
         return False
     module, _, name = public_name(target).rpartition(".")
     if module == rmt_lightning.__name__:
-        return name in dir(rmt_lightning) and name[0].isupper()
+        return name in dir(rmt_lightning) and name[0].isupper() and name != UserError.__name__
     if target in _named_by_conf():
         return True
     if module.partition(".")[0] == "torchmetrics":

@@ -193,6 +193,7 @@ def read_runs(places: Sequence[str]) -> tuple[list[Run], list[str]]:
     skipped += reasons
     for folder in folders:
         try:
+            _refuse_links_out(folder)
             runs.append((folder, _read_run(folder)))
         except (OSError, UserError) as error:
             skipped.append(f"{folder}: {_reason(error)}")
@@ -231,6 +232,20 @@ def _run_folders(place: Path, errors: list[OSError]) -> Iterator[Path]:
             inner.clear()
             yield Path(folder)
         inner[:] = sorted(name for name in inner if not name.startswith("."))
+
+
+def _refuse_links_out(run: Path) -> None:
+    """Make sure that a page shows nothing that a run folder from elsewhere only points to.
+
+    Raises:
+        UserError: naming what leads out of the folder, or would be waited for.
+    """
+    home = run.resolve()
+    for path in (Path(place, name) for place, *inner in os.walk(run) for name in chain(*inner)):
+        if path.is_symlink() and not path.resolve().is_relative_to(home):
+            raise UserError(f"{path.relative_to(run)} is a link that leads out of the run folder")
+        if path.is_fifo():
+            raise UserError(f"{path.relative_to(run)} is no file")
 
 
 def _names(folders: list[Path]) -> list[str]:
