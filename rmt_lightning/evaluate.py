@@ -30,7 +30,7 @@ class Root:
     checkpoint: str
     stages: bool
     segments: list[Annotated[int, Ge(1)]]
-    samples: Annotated[int, Ge(1)]
+    samples: Annotated[int, Ge(1)] | None
     follow: Annotated[int, Ge(0)]
     every: Annotated[int, Ge(1)]
     batch_size: Annotated[int, Ge(1)] | Literal["auto"]

@@ -19,7 +19,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from rmt_lightning import evaluate as front_door
 from rmt_lightning.app import evaluation
-from rmt_lightning.tasks.facts import Babi
+from rmt_lightning.core.statistics import Proportion
 
 
 @pytest.fixture
@@ -212,22 +212,71 @@ def test_text_that_has_changed(
     assert len(set(texts)) == len(texts) == 3
 
 
-def test_answers_in_another_order(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.fault("a file of fewer questions than samples", "each is asked once, and the interval counts it once")
+def test_answers_in_another_order(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A bAbI file lists its answers alphabetically; a score still stands for the word it was trained on."""
-    # Thirteen stories over and over, so that each tenth one is another one each time.
-    (here / "qa.txt").write_text("".join([*STORIES, STORIES[0]] * 20))
+    (here / "qa.txt").write_text("".join([*STORIES, *STORIES[:3]]))
     checkpoint = here / "run" / "checkpoints" / "last.ckpt"
     saved = torch.load(checkpoint, weights_only=True)
     saved["state_dict"]["head.weight"].zero_()
     saved["state_dict"]["head.bias"] = torch.tensor([float(answer == "kitchen") for answer in saved["answers"]])
     torch.save(saved, checkpoint)
-    evaluate(monkeypatch, "task=babi", "task.path=qa.txt", "segments=[1]", "samples=120")
+    evaluate(monkeypatch, "task=babi", "task.test_path=qa.txt", "segments=[1]", "samples=120", "follow=4", "every=4")
+    told = capsys.readouterr().out
+    assert "samples=120: there are 15 questions for test, and each is asked once" in told
     (row,) = rows(only(here) / "evaluation.csv")
-    task = Babi(str(here / "qa.txt"))
-    examples = task._examples["test"]
-    kitchens = sum(example.answer == "kitchen" for example in examples) / len(examples)
-    assert float(row["accuracy"]) == pytest.approx(kitchens, abs=0.15)
-    assert kitchens > 0
+    # Two in twelve, and the file is asked whole: what stands there twice counts once.
+    assert (row["right"], row["samples"], row["questions"], row["fits"]) == ("2", "15", "12", "1.0")
+    low, high = Proportion(2, 15, questions=12, finite=True).interval
+    assert (float(row["low"]), float(row["high"])) == pytest.approx((low, high))
+    (memories,) = rows(only(here) / "retention.csv")
+    assert 1 <= int(memories["questions"]) <= int(memories["streams"]) <= 15
+    # All of them are asked if no number is given.
+    evaluate(monkeypatch, "task=babi", "task.test_path=qa.txt", "segments=[1,2]", "samples=null")
+    assert "Test on unseen text, 15 samples each" in capsys.readouterr().out
+
+
+@pytest.mark.fault("questions do not fit into short inputs", "every table says which share of them does")
+def test_lengths_without_room_for_all_questions(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f"{number} John went to the {PLACES[number % 6]}.\n" for number in range(2, 12)]
+    crowd = [f"{story[:-2].replace('2 Where', '12 Where')}1\n" for story in STORIES]
+    crowd = [story.replace("12 Where", "".join(names) + "12 Where") for story in crowd]
+    (here / "qa.txt").write_text("".join([*STORIES, *crowd]))
+    evaluate(monkeypatch, "task=babi", "task.test_path=qa.txt", "segments=[1,8]")
+    evaluate(monkeypatch, "task=babi", "task.test_path=qa.txt", "segments=[1,8]", "samples=null")
+    told = capsys.readouterr().out
+    assert "Test on unseen text, 12 to 24 samples" in told and "50.0%" in told and "100.0%" in told
+    found = [rows(folder / "evaluation.csv") for folder in sorted((here / "run" / "evaluations").iterdir())]
+    wanted = [[("12", "12", "0.5"), ("12", "12", "1.0")], [("12", "12", "0.5"), ("24", "24", "1.0")]]
+    assert sorted([(r["samples"], r["questions"], r["fits"]) for r in of_folder] for of_folder in found) == wanted
+    # Lengths without any are named, and refused if there are no others.
+    (here / "qa.txt").write_text("".join(crowd))
+    evaluate(monkeypatch, "task=babi", "task.test_path=qa.txt", "segments=[1,8]", "follow=4", "every=4")
+    assert "0.0%" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        evaluate(monkeypatch, "task=babi", "task.test_path=qa.txt", "segments=[1]")
+    assert "task=babi: none of its questions fits into one segment" in capsys.readouterr().err
+
+
+def test_what_earlier_versions_did_not_count(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate(monkeypatch, "segments=[1]", "follow=4", "every=4", "batch_size=5")
+    path = only(here) / "evaluation.json"
+    content = json.loads(path.read_text())
+    assert content["lengths"]["1"]["questions"] <= 12
+    for row in (content["lengths"]["1"], content["retention"]["4 every 4 of 5"]):
+        del row["questions"]
+    del content["lengths"]["1"]["fits"], content["lengths"]["1"]["finite"]
+    path.write_text(json.dumps(content))
+    evaluate(monkeypatch, "segments=[1,2]", "follow=4", "every=4", "batch_size=5")
+    assert "–      │" in capsys.readouterr().out
+    assert [row["questions"] == "" for row in rows(only(here) / "evaluation.csv")] == [True, False]
+    assert [row["questions"] for row in rows(only(here) / "retention.csv")] == [""]
 
 
 @pytest.mark.parametrize(
@@ -327,6 +376,8 @@ def test_all_stages_side_by_side(
     evaluate(monkeypatch, "stages=true", "segments=[2]")
     found = rows(together / "results.csv")
     assert [(row["stage"], row["segments"]) for row in found] == [(s, n) for s in "123" for n in "123"]
+    stages = rows(here / "run" / "stages.csv")
+    assert all(1 <= int(row["questions"]) <= 16 and row["fits"] == "1.0" for row in stages)
     # Each row is what the stage's own evaluation says.
     own = rows(next((here / "run" / "evaluations").glob("stage-2-detect-*")) / "evaluation.csv")
     assert [row["right"] for row in own] == [row["right"] for row in found if row["stage"] == "2"]

@@ -109,6 +109,26 @@ def test_what_is_no_part_of_a_run_is_refused(refused: Callable[..., str]) -> Non
     assert refused(*SMALL, "+fases.steps=3").startswith("error: fases: is no part of a run")
 
 
+@pytest.mark.fault("next to no question fits into a segment", "training is refused before it begins")
+def test_a_stage_that_cannot_be_filled_is_refused(refused: Callable[..., str], tmp_path: Path) -> None:
+    places = ("office", "garden", "kitchen", "hallway")
+    crowd = "".join(f"{number} Mary went to the {places[number % 4]}.\n" for number in range(1, 31))
+    story = f"{crowd}31 Where is Mary? \t{{place}}\t{{number}}\n"
+    stories = [story.format(place=places[n % 4], number=n).replace("Mary", who) for n in range(1, 31) for who in "ABC"]
+    (tmp_path / "qa.txt").write_text("".join(stories))
+    easy = [f"1 {who} went to the {place}.\n2 Where is {who}? \t{place}\t1\n" for who in "ABC" for place in places]
+    (tmp_path / "easy.txt").write_text("".join(easy))
+    small = (*SMALL, "task=babi", "hydra.run.dir=run")
+    room = "error: data.segment_length: leaves room for 27 tokens of text, too small for the facts and the question of "
+    told = refused(*small, "task.path=qa.txt", "task.test_path=easy.txt", "data.num_workers=1")
+    assert told.startswith(f"{room}task=babi: 0.0% of its questions fit into one segment; raise it to ")
+    told = refused(*small, "task.path=easy.txt", "task.test_path=qa.txt", "test.segments=[1]")
+    assert told.startswith(f"{room}task=babi: none of its questions fits into one segment, for they take ")
+    told = refused(*small, "task.test_path=easy.txt")
+    assert told == "error: task.path: is missing; give task.path=…\n"
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_metric_is_a_setting(train: Run, refused: Callable[..., str], tmp_path: Path) -> None:
     f1 = ("+metrics.f1._target_=torchmetrics.classification.MulticlassF1Score", "+metrics.f1.num_classes=6")
     result = train(*f1, "hydra.run.dir=run", "curriculum.max_segments=1")

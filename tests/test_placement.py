@@ -11,6 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.tasks.datamodule import FactDataset
 from rmt_lightning.tasks.facts import (
     OBJECTS,
     PEOPLE,
@@ -260,3 +261,65 @@ def test_facts_in_text_without_stops(
             assert len(before.ids) < 3 or len(tokenizer.decode(before.ids[-3:])) == 1
         first += len(before.ids) == 0
     assert first <= 15
+
+
+def questions_of_sizes(tmp_path: Path, *sizes: int) -> Babi:
+    """A task whose questions, of 4 tokens, differ in the number of their facts, of 6 tokens each."""
+    stories = []
+    for number, size in enumerate(sizes):
+        facts = [f"{i + 1} Mary went to the {PLACES[(number + i) % 6]}." for i in range(size)]
+        stories.append("\n".join([*facts, f"{size + 1} Where is Mary ?\t{PLACES[number % 6]}\t{size}"]))
+    path = tmp_path / "qa.txt"
+    path.write_text("\n".join(stories))
+    return Babi(str(path), test_path=str(path))
+
+
+@pytest.mark.fault("more samples are wanted than there are questions", "each question is asked once, and counted")
+def test_questions_of_a_file_are_asked_once(
+    tmp_path: Path, corpora: Corpora, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    task = questions_of_sizes(tmp_path, *range(1, 13))
+    placement = Placement(task, corpora, tokenizer, text_length=30, seed=3)
+    fitting = 4
+    assert placement.fits("test", 1) == fitting / 12 and placement.fits("test", 9) == 1
+    for num_segments, count in ((1, fitting), (9, 12)):
+        for samples in (None, 1000, count):
+            assert placement.asked("test", samples, Key(num_segments, 0)) == count
+        examples = [placement.sample("test", Key(num_segments, number)).example for number in range(count)]
+        assert set(examples) <= set(task.questions("test")) and len(set(examples)) == count
+        assert placement.different("test", (Key(num_segments, number) for number in range(2 * count))) == count
+    assert placement.asked("test", 2, Key(9, 0)) == 2
+    # Fewer are not the first ones of the file, and longer inputs ask them in the same order.
+    order = [placement.example("test", Key(9, number)) for number in range(12)]
+    assert order != list(task.questions("test"))
+    short = [placement.example("test", Key(1, number)) for number in range(fitting)]
+    assert short == [example for example in order if len(example.facts) <= fitting]
+    # What has no end is drawn, and counted too.
+    worlds = Placement(Detect(), corpora, tokenizer, text_length=30, seed=3)
+    assert worlds.asked("test", None, Key(1, 0)) == 256 and worlds.asked("test", 1000, Key(1, 0)) == 1000
+    assert worlds.different("test", (Key(1, number) for number in range(1000))) == 24
+
+
+@pytest.mark.fault("next to no question fits", "one that fits is found, however seldom it is drawn")
+def test_a_question_that_fits_is_found(tmp_path: Path, corpora: Corpora, tokenizer: PreTrainedTokenizerBase) -> None:
+    sizes = [1, *[20] * 1500]
+    placement = Placement(questions_of_sizes(tmp_path, *sizes), corpora, tokenizer, text_length=30, seed=3)
+    samples = [placement.sample("train", Key(1, number)) for number in range(5)]
+    assert all(len(sample.example.facts) == 1 for sample in samples)
+    assert placement.room_for("train", 0.0) <= 30 < placement.room_for("train", 0.5) == placement.room_for("train", 1.0)
+
+
+def test_a_question_or_fact_longer_than_a_segment_is_left_out(
+    tmp_path: Path, corpora: Corpora, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    long = " and".join([" Mary went to the garden"] * 9)
+    stories = [f"1 Mary went to the {place}.\n2 Where is Mary ?\t{place}\t1\n" for place in PLACES] * 3
+    stories += [f"1 {long}.\n2 Where is Mary ?\tgarden\t1\n", f"1 Mary left.\n2 Where is it if {long} ?\tgarden\t1\n"]
+    path = tmp_path / "qa.txt"
+    path.write_text("".join(stories))
+    placement = Placement(Babi(str(path), test_path=str(path)), corpora, tokenizer, text_length=30, seed=3)
+    assert placement.fits("test", 50) == 18 / 20
+    samples = FactDataset(placement, "train")
+    for number in range(60):
+        assert samples[Key(2, number)].input_ids.shape == (2, 30)
+        assert samples[Key(2, number, facts=False, fragments=3.0)].answers.shape == (1, 1)

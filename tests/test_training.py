@@ -141,6 +141,9 @@ def test_wilson_interval() -> None:
     # Values of Newcombe 1998, table I: 81 of 263, 15 of 148, 0 of 20.
     for right, samples, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)):
         assert Proportion(right, samples).interval == pytest.approx((low, high), abs=6e-5)
+    # Of a finite set, each question counts once, however often it was asked.
+    assert Proportion(50, 100, questions=10, finite=True).interval == Proportion(5, 10).interval
+    assert Proportion(50, 100, questions=10).interval == Proportion(50, 100).interval
     low, high = Proportion(128, 128).interval
     assert low < 1.0 == high
 

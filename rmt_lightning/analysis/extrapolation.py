@@ -5,10 +5,11 @@ Shapes: B batch, T segments, S text tokens of a segment, C answers, A tokens of 
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Protocol
+from itertools import chain
+from typing import Annotated, Any, Protocol
 
 import torch
 from annotated_types import Ge
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.statistics import Proportion
-from rmt_lightning.tasks.placement import Placement
+from rmt_lightning.tasks.placement import Key, Placement
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,11 @@ class LengthTest:
 
     Attributes:
         segments: lengths of the inputs.
-        samples: how many of each.
+        samples: how many of each; None: all questions, or 256 where there is no end of them.
     """
 
     segments: list[Annotated[int, Ge(1)]]
-    samples: Annotated[int, Ge(1)]
+    samples: Annotated[int, Ge(1)] | None = None
 
     def __post_init__(self) -> None:
         if not self.segments:
@@ -43,10 +44,16 @@ class LengthResult(Proportion):
     Attributes:
         segments: their length.
         distances: accuracy by distance from fact to question; key k holds distances 2^(k-1) … 2^k - 1, key 0 holds 0.
+        fits: the share of all questions that inputs of this length have room for, with their facts; the others are not
+            asked. None if that is not known.
     """
 
     segments: int
     distances: dict[int, Proportion] = field(default_factory=dict)
+    fits: float | None = None
+
+    def row(self) -> dict[str, Any]:
+        return super().row() | {"fits": self.fits}
 
 
 class Answering(Protocol):
@@ -64,7 +71,7 @@ def evaluate_length(
     module: Answering,
     placement: Placement,
     num_segments: int,
-    samples: int,
+    samples: int | None,
     batch_size: int,
     device: torch.device,
     on_segment: Callable[[], object] = lambda: None,
@@ -75,15 +82,20 @@ def evaluate_length(
         module: what answers, on `device` and in evaluation mode.
         placement: where the samples come from.
         num_segments: T.
-        samples: how many.
+        samples: how many, as `Placement.asked` takes it.
         batch_size: B.
         device: where segments are wanted.
         on_segment: called after each segment of each batch.
+
+    Raises:
+        UserError: if there is no question that such inputs have room for.
     """
-    right: Counter[int] = Counter()
-    seen: Counter[int] = Counter()
-    for start in range(0, samples, batch_size):
-        numbers = range(start, min(start + batch_size, samples))
+    asked = placement.asked("test", samples, Key(num_segments, 0))
+    # Whether each answer was right, and what was asked, by distance.
+    seen: dict[int, list[bool]] = defaultdict(list)
+    told: dict[int, set[tuple[tuple[str, ...], str]]] = defaultdict(set)
+    for start in range(0, asked, batch_size):
+        numbers = range(start, min(start + batch_size, asked))
         segments, answers, distances = placement.stream("test", num_segments, numbers)
 
         def fed(segments: Iterator[Tensor] = segments) -> Iterator[Tensor]:
@@ -92,8 +104,15 @@ def evaluate_length(
                 on_segment()
 
         correct = module(fed()).argmax(dim=1) == module.classes(answers.to(device))
-        for distance, is_right in zip(distances.tolist(), correct.tolist(), strict=True):
-            seen[distance.bit_length()] += 1
-            right[distance.bit_length()] += is_right
-    by_distance = {key: Proportion(right[key], seen[key]) for key in sorted(seen)}
-    return LengthResult(right.total(), seen.total(), num_segments, by_distance)
+        for number, distance, is_right in zip(numbers, distances.tolist(), correct.tolist(), strict=True):
+            example = placement.example("test", Key(num_segments, number))
+            seen[distance.bit_length()].append(is_right)
+            told[distance.bit_length()].add((example.facts, example.question))
+
+    def proportion(answers: Sequence[bool], questions: Collection[object]) -> dict[str, Any]:
+        return {"right": sum(answers), "samples": len(answers), "questions": len(questions), "finite": placement.finite}
+
+    by_distance = {key: Proportion(**proportion(seen[key], told[key])) for key in sorted(seen)}
+    whole = proportion([*chain.from_iterable(seen.values())], set().union(*told.values()))
+    fits = placement.fits("test", num_segments)
+    return LengthResult(**whole, segments=num_segments, distances=by_distance, fits=fits)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import islice
 from typing import Any
 
 import torch
@@ -28,15 +28,19 @@ class Retention(LossRate):
         streams: how many were followed.
         written: how many of them gave the right answer at the start.
         right: right answers of all streams, by the number of segments read since.
+        questions: how many different questions the streams were asked.
     """
 
     streams: int
     written: int
     right: dict[int, int]
+    questions: int
 
 
 # Facts are told within this many segments, the last of which asks for the first time.
 _LEAD = 4
+# How many samples are looked at for each stream to find one that tells its facts before the last segment.
+_LOOKED_AT = 100
 
 
 @torch.inference_mode()
@@ -49,7 +53,7 @@ def follow(
     streams: int,
     device: torch.device,
     on_segment: Callable[[], object] = lambda: None,
-) -> Retention:
+) -> Retention | None:
     """Tell facts to many streams, let them read noise, and ask each of them again and again.
 
     A question is put at the end of a copy of the segment, so the stream itself never reads one. A memory counts as lost
@@ -61,11 +65,18 @@ def follow(
         placement: where facts and noise come from; its test split is used.
         num_segments: of noise.
         every: segments between two questions.
-        streams: B, side by side.
+        streams: B, side by side; fewer if there is an end of the task's questions, for each is asked once.
         device: where segments are wanted.
         on_segment: called after each segment.
+
+    Returns:
+        What became of them; None if no sample tells all its facts before it asks.
     """
-    told, questions, answers = _beginnings(placement, streams)
+    numbers = _early(placement, streams)
+    if not numbers:
+        return None
+    streams = len(numbers)
+    told, questions, answers = _beginnings(placement, numbers)
 
     def ask(ids: Tensor, state: Any) -> Tensor:
         segment = Segment(torch.where(questions >= 0, questions, ids).to(device))
@@ -88,12 +99,21 @@ def follow(
             alive &= answered
         _, state = model.step(Segment(ids.to(device)), state)
         on_segment()
-    return Retention(lost, exposure, streams, written, found)
+    different = placement.different("test", (Key(_LEAD, number) for number in numbers))
+    return Retention(lost, exposure, streams, written, found, different)
 
 
-def _beginnings(placement: Placement, streams: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Samples whose facts are all told before the last segment: ids (B, T, S), questions (B, S), answers (B, A)."""
+def _early(placement: Placement, streams: int) -> list[int]:
+    """The numbers of at most so many samples whose facts are all told before the last segment."""
+    if not placement.fits("test", _LEAD):
+        return []
+    numbers = range(placement.asked("test", _LOOKED_AT * streams, Key(_LEAD, 0)))
+    homes = ((number, placement.sample("test", Key(_LEAD, number)).homes) for number in numbers)
+    return list(islice((number for number, stand in homes if max(stand) < _LEAD - 1), streams))
+
+
+def _beginnings(placement: Placement, numbers: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """The samples of these numbers: ids (B, T, S), questions (B, S), answers (B, A)."""
     samples = FactDataset(placement, "test")
-    early = (sample for sample in (samples[Key(_LEAD, number)] for number in count()) if sample.last_told < _LEAD - 1)
-    told = FactBatch(*map(torch.stack, zip(*islice(early, streams), strict=True)))
+    told = FactBatch(*map(torch.stack, zip(*(samples[Key(_LEAD, number)] for number in numbers), strict=True)))
     return told.input_ids, told.questions[:, 0], told.answer

@@ -29,7 +29,7 @@ from rmt_lightning.models.backbone import Backbone, Restored, parts_for
 from rmt_lightning.models.pretrained import check_reopens
 from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.tasks.facts import Split, Task
-from rmt_lightning.tasks.noise import SPLITS, Corpus, Noise, tokenize
+from rmt_lightning.tasks.noise import Corpus, Noise, tokenize
 from rmt_lightning.tasks.placement import Key, Placement
 from rmt_lightning.training.answering import FactModule
 from rmt_lightning.training.callbacks.checkpoints import check_fits, read_checkpoint
@@ -111,19 +111,27 @@ def build_answering(
         phases: what the module is led through; None if it is not trained.
 
     Raises:
-        UserError: if something cannot be built, or an input of one segment has no room for the task.
+        UserError: if something cannot be built.
     """
     task: Task = instantiate(config.task, _convert_="all")
     base = build_foundation(config, run, trained, task.sentences())
     placement = Placement(task, base.corpora, base.tokenizer, base.model.text_length, config.seed)
-    for split in SPLITS:
-        placement.sample(split, Key(num_segments=1, number=0))
     # Earlier versions had no metrics in their configs, and what is not trained needs none.
     metrics = instantiate(config.metrics, _convert_="all") if phases else None
     module: FactModule = construct(
         config.answer, model=base.model, answers=answers or task.answers, phases=phases, metrics=metrics
     )
     return placement, module
+
+
+def testable(key: str, lengths: Sequence[int], model: SegmentModel[Any], placement: Placement) -> list[int]:
+    """Those of the lengths, in segments, that the model can read and that have room for questions.
+
+    Raises:
+        UserError: if there are none; naming the setting `key`, if the model can read none.
+    """
+    fitting = model.fitting(key, lengths)
+    return [n for n in fitting if placement.fits("test", n)] or [placement.asked("test", None, Key(max(fitting), 0))]
 
 
 class Trained(NamedTuple):

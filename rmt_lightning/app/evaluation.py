@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -17,18 +18,18 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from rmt_lightning.analysis.extrapolation import LengthResult, evaluate_length
 from rmt_lightning.analysis.retention import follow
-from rmt_lightning.app.build import find_device, load
+from rmt_lightning.app.build import find_device, load, testable
 from rmt_lightning.app.console import start_logging
-from rmt_lightning.app.results import length_table, tell_folder
+from rmt_lightning.app.results import length_table, tell_folder, tell_limit, tell_remarks
 from rmt_lightning.app.resume import other_text, provenance
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import write_atomically, write_csv
 from rmt_lightning.core.quoting import shown
 from rmt_lightning.core.run_folder import CHECKPOINTS, alone_in, findings
 from rmt_lightning.reporting import figures
-from rmt_lightning.tasks.facts import Task
+from rmt_lightning.tasks.facts import Finite, Task
 from rmt_lightning.tasks.noise import text_digest
-from rmt_lightning.tasks.placement import Placement
+from rmt_lightning.tasks.placement import Key, Placement
 from rmt_lightning.training.answering import FactClassifier, FactModule
 from rmt_lightning.training.callbacks.hardware import host_memory, keep_heap_flat
 
@@ -73,9 +74,15 @@ def evaluate(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: 
     device, hardware = find_device(config.device)
     placement, module, sha256 = load(run_config, run, checkpoint)
     module.to(device).eval()
-    fitting = module.model.fitting("segments", config.segments)
+    fitting = testable("segments", config.segments, module.model, placement)
+    tell_remarks(placement.task)
+    tell_limit(placement, "samples", "test", config.samples, max(fitting))
+    samples = config.samples if placement.finite else placement.asked("test", config.samples, Key(1, 0))
     text = other_text(run, text_digest(placement.corpora), own="noise" not in config)
-    settings = provenance(run_config, checkpoint, sha256) | text | {"samples": config.samples, "device": hardware}
+    settings = provenance(run_config, checkpoint, sha256) | text | {"samples": samples, "device": hardware}
+    if isinstance(placement.task, Finite):
+        questions = repr(placement.task.questions("test"))
+        settings["questions"] = hashlib.sha256(questions.encode()).hexdigest()
     folder = findings(config.output or run, "evaluations", f"{checkpoint.stem}-{placement.task.name}", settings)
     found = _Found(folder, settings)
     streams = 64 if config.batch_size == "auto" else config.batch_size
@@ -84,14 +91,16 @@ def evaluate(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: 
     classifier = module if isinstance(module, FactClassifier) else None
     follows = config.follow > 0 and classifier is not None and classifier.model.max_segments is None
     if follows and classifier and followed not in found.retention:
-        found.add("retention", followed, _follow(classifier, placement, config, streams, device))
+        row = _follow(classifier, placement, config, streams, device)
+        if row:
+            found.add("retention", followed, row)
     for num_segments in fitting:
         # Another evaluation may have come to it first.
         if str(num_segments) not in found.read().lengths:
             found.add("lengths", str(num_segments), _test(module, placement, num_segments, config, device))
     console = get_console()
     if follows:
-        console.print(_rate_in_words(found.retention[followed]), highlight=False)
+        console.print(_rate_in_words(found.retention.get(followed)), highlight=False)
     console.print(length_table(found.results(), config.segments, module.model))
     files = ", ".join(name for name in _FILES if (folder / name).exists())
     tell_folder(folder, files)
@@ -134,19 +143,24 @@ class _Found:
     def read(self) -> _Found:
         try:
             found = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
-            # Earlier versions left the memories out of the key.
+            # Earlier versions left the memories out of the key, and did not count different questions.
+            unknown = {"questions": None}
             self.retention = {
-                f"{key.partition(' of ')[0]} of {row['streams']}": row
+                key if " of " in key else f"{key} of {row['streams']}": unknown | row
                 for key, row in found.get("retention", {}).items()
             }
-            self.lengths = found.get("lengths", {})
+            self.lengths = {key: unknown | {"fits": None} | row for key, row in found.get("lengths", {}).items()}
         except (ValueError, AttributeError, TypeError, KeyError):
             raise UserError(f"{shown(self.path)}: is damaged; remove it, and it is found out again") from None
         return self
 
     def results(self) -> list[LengthResult]:
         """Those at all lengths."""
-        return [LengthResult(row["right"], row["samples"], row["segments"]) for row in self.lengths.values()]
+        counts = ("right", "samples", "segments", "questions", "fits")
+        return [
+            LengthResult(**{key: row[key] for key in counts}, finite=row.get("finite", False))
+            for row in self.lengths.values()
+        ]
 
     def _write(self) -> None:
         folder = self.path.parent
@@ -154,13 +168,15 @@ class _Found:
         content = {"settings": self.settings, "lengths": self.lengths, "retention": self.retention}
         write_atomically(self.path, json.dumps(content, indent=2).encode())
         asked = [
-            dict(zip(("follow", "every", "streams"), key.split()[::2], strict=True)) | {"age": age, "right": right}
+            dict(zip(("follow", "every"), key.split()[::2], strict=False))
+            | {"streams": row["streams"], "questions": row["questions"], "age": age, "right": right}
             for key, row in self.retention.items()
             for age, right in row["right"].items()
         ]
         write_csv(folder / "retention.csv", asked)
         lengths = self.lengths.values()
-        write_csv(folder / "evaluation.csv", [{k: v for k, v in row.items() if k != "distances"} for row in lengths])
+        columns = [{k: v for k, v in row.items() if k not in ("distances", "finite")} for row in lengths]
+        write_csv(folder / "evaluation.csv", columns)
         distances = [
             {"segments": row["segments"], "from": 2 ** int(key) // 2, "to": 2 ** int(key) - 1, **part}
             for row in lengths
@@ -174,15 +190,16 @@ def _test(
 ) -> dict[str, Any]:
     """Test one length, with smaller batches if they do not fit, and put what was found and measured into a row."""
     on_gpu = device.type == "cuda"
-    batch_size = min(config.samples, 256 if config.batch_size == "auto" else config.batch_size)
+    samples = placement.asked("test", config.samples, Key(num_segments, 0))
+    batch_size = min(samples, 256 if config.batch_size == "auto" else config.batch_size)
     while True:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
         began = time.perf_counter()
         try:
-            total = -(-config.samples // batch_size) * num_segments
+            total = -(-samples // batch_size) * num_segments
             with _bar(f"{num_segments} segments", total, batch_size) as advance, _autocast(device):
-                result = evaluate_length(module, placement, num_segments, config.samples, batch_size, device, advance)
+                result = evaluate_length(module, placement, num_segments, samples, batch_size, device, advance)
             break
         except torch.cuda.OutOfMemoryError:
             if config.batch_size != "auto" or batch_size == 1:
@@ -196,29 +213,36 @@ def _test(
         **result.row(),
         "batch_size": batch_size,
         "seconds": seconds,
-        "tokens_per_second": config.samples * text_tokens / seconds,
+        "tokens_per_second": samples * text_tokens / seconds,
         "host_memory_mb": host_memory(),
         "device_memory_mb": torch.cuda.max_memory_allocated(device) / 1e6 if on_gpu else 0.0,
+        "finite": result.finite,
         "distances": {distance: part.row() for distance, part in result.distances.items()},
     }
 
 
 def _follow(
     classifier: FactClassifier, placement: Placement, config: DictConfig, streams: int, device: torch.device
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Measure the rate at which memory is lost, and put what was found into a row."""
     with _bar(f"following {streams} memories", config.follow, streams) as advance, _autocast(device):
         found = follow(
             classifier.model, lambda end, answer: classifier.judge(end, answer).right, placement,
             config.follow, config.every, streams, device, advance,
         )  # fmt: skip
-    return {"streams": found.streams, "written": found.written, **found.row(), "right": found.right}
+    if found is None:
+        return None
+    counts = {"streams": found.streams, "questions": found.questions, "written": found.written}
+    return {**counts, **found.row(), "right": found.right}
 
 
-def _rate_in_words(row: dict[str, Any]) -> str:
+def _rate_in_words(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "No memories were followed: no question has all its facts told before it is asked"
     return (
         f"Memory lost per segment: {row['rate']:.2g}, 95% interval {row['rate_low']:.2g} – {row['rate_high']:.2g} "
-        f"({row['lost']} memories lost in {row['exposure']:,} segments)"
+        f"({row['lost']} memories lost in {row['exposure']:,} segments; {row['streams']} were followed"
+        + (f", {row['questions']} different questions)" if row["questions"] is not None else ")")
     )
 
 

@@ -5,6 +5,7 @@ A recipe is what a run is made of, and what is done with it at the end.
 
 from __future__ import annotations
 
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -21,8 +22,8 @@ from rich.table import Table
 
 from rmt_lightning.analysis.extrapolation import LengthTest, evaluate_length
 from rmt_lightning.analysis.perplexity import DocumentTest, evaluate_documents, total
-from rmt_lightning.app.build import build_answering, build_foundation, construct
-from rmt_lightning.app.results import draw_attention, length_table
+from rmt_lightning.app.build import build_answering, build_foundation, construct, testable
+from rmt_lightning.app.results import draw_attention, length_table, tell_limit, tell_remarks
 from rmt_lightning.app.schema import CONF
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import write_atomically, write_csv
@@ -41,7 +42,11 @@ from rmt_lightning.training.phases.curriculum import SegmentCurriculum
 from rmt_lightning.training.phases.fixed_steps import FixedSteps
 from rmt_lightning.training.phases.phase import Phase, Phases
 
+log = logging.getLogger(__name__)
+
 Kind = TypeVar("Kind", bound=Phase)
+# The share of all questions that one segment must have room for, so that there is something to learn from.
+_FEWEST = 0.05
 
 
 class Recipe(ABC):
@@ -69,6 +74,9 @@ class Recipe(ABC):
     def model(self) -> SegmentModel[Any]:
         return self.module.model
 
+    def tell(self) -> None:
+        """Say what people should know of its samples; nothing is wrong with them."""
+
     @abstractmethod
     def test(self, folder: Path, trainer: L.Trainer) -> None:
         """Test what has been trained, show what came of it, and write that into the run folder."""
@@ -95,15 +103,24 @@ class FactRecipe(Recipe):
         self.data = construct(config.data, placement=placement, keys=self.phases)
         self.lengths: LengthTest = instantiate(config.test, _convert_="all")
         self.model.fitting("curriculum.max_segments", [config.curriculum.max_segments])
-        self.model.fitting("test.segments", self.lengths.segments)
         _check_noise(placement, config.curriculum.max_segments)
+        _check_room(placement, config.data.segment_length)
+        self.tested = testable("test.segments", self.lengths.segments, self.model, placement)
+
+    def tell(self) -> None:
+        placement, longest = self.data.placement, self.phase(SegmentCurriculum).longest
+        tell_remarks(placement.task)
+        shares = {n: placement.fits("train", n) for n in range(1, longest + 1)}
+        if partial := ", ".join(f"{share:.1%} into {n}" for n, share in shares.items() if share < 1):
+            log.info("task=%s: of its questions fit %s segments; the others are left out", placement.task.name, partial)
+        tell_limit(placement, "data.validation_samples", "validation", self.data.validation_samples, longest)
+        tell_limit(placement, "test.samples", "test", self.lengths.samples, max(self.tested))
 
     def test(self, folder: Path, trainer: L.Trainer) -> None:
         device, console = trainer.strategy.root_device, get_console()
         self.module.to(device).eval()
         batch_size = 2 * self.data.batch_size
-        fitting = self.model.fitting("test.segments", self.lengths.segments)
-        shown = track(fitting, "testing", transient=True, console=console, disable=not console.is_terminal)
+        shown = track(self.tested, "testing", transient=True, console=console, disable=not console.is_terminal)
         with trainer.precision_plugin.forward_context():
             lengths = [
                 evaluate_length(self.module, self.data.placement, n, self.lengths.samples, batch_size, device)
@@ -214,6 +231,20 @@ def check_memory(recipe: Recipe) -> None:
             f"data.batch_size={data.batch_size}: a batch of {longest} segments takes at least {needed / 1e9:,.0f} GB, "
             f"and this machine has {there / 1e9:,.0f}; give less"
         )
+
+
+def _check_room(placement: Placement, segment_length: int) -> None:
+    """Refuse what has next to no questions to begin with, for a segment has no room for the others."""
+    text_length, task = placement.text_length, placement.task.name
+    for split in ("train", "validation"):
+        share = placement.fits(split, 1)
+        if share < _FEWEST:
+            needed = [segment_length - text_length + placement.room_for(split, part) for part in (_FEWEST, 0.5)]
+            raise UserError(
+                f"data.segment_length: leaves room for {text_length} tokens of text, too small for the facts and the "
+                f"question of task={task}: {share:.1%} of its questions fit into one segment; raise it to {needed[0]} "
+                f"or more; {needed[1]} has room for half of them"
+            )
 
 
 def _check_noise(placement: Placement, max_segments: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +20,12 @@ from rmt_lightning.models.backbone import SPARSE
 from rmt_lightning.models.memory import MemoryTokens
 from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.reporting import figures
+from rmt_lightning.tasks.facts import Split, Task
 from rmt_lightning.tasks.placement import Key, Placement, Sample
 from rmt_lightning.training.answering import FactModule
 from rmt_lightning.training.phases.phase import Phase
+
+log = logging.getLogger(__name__)
 
 # Of longer tables some rows are shown, evenly spread; the csv file has all of them.
 _SHOWN = 8
@@ -70,6 +74,8 @@ def draw_attention(placement: Placement, module: FactModule, device: torch.devic
         return
     if model.architecture is not None and model.architecture.model_type in SPARSE:
         return
+    if not placement.fits("test", 4):
+        return
     module.to(device).eval()
     _, title, maps = watch_clearest(placement, module, model, 4, device)
     write_atomically(folder / "attention" / "last.png", figures.rendered(figures.attention(maps, title)))
@@ -88,6 +94,8 @@ def phase_table(phase: Phase) -> Table | None:
 
 
 def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:#,.4g}" if isinstance(value, float) else str(value)
@@ -95,16 +103,37 @@ def _cell(value: Any) -> str:
 
 def length_table(lengths: Sequence[LengthResult], asked: Sequence[int], model: SegmentModel[Any]) -> Table:
     """Accuracy at each length that was asked for, for the screen."""
-    title = f"Test on unseen text, {lengths[0].samples} samples each"
-    table = Table("segments", "tokens of text", "accuracy", "95% interval", title=title, title_justify="left")
+    fewest, most = (choose(result.samples for result in lengths) for choose in (min, max))
+    samples = f"{most} samples each" if fewest == most else f"{fewest} to {most} samples"
+    title = f"Test on unseen text, {samples}"
+    headings = ("segments", "tokens of text", "accuracy", "95% interval", "questions", "fits")
+    table = Table(*headings, title=title, title_justify="left")
     results = {result.segments: result for result in lengths}
     for num_segments in asked:
-        found = ("too long for positions", f"{model.max_segments} segments fit")
         if result := results.get(num_segments):
             low, high = result.interval
-            found = (f"{result.accuracy:.4f}", f"{low:.3f} – {high:.3f}")
+            questions = "–" if result.questions is None else f"{result.questions:,}"
+            fits = "–" if result.fits is None else f"{result.fits:.1%}"
+            found = (f"{result.accuracy:.4f}", f"{low:.3f} – {high:.3f}", questions, fits)
+        elif num_segments in model.fitting("segments", asked):
+            found = ("too short", "no question fits", "0", "0.0%")
+        else:
+            found = ("too long for positions", f"{model.max_segments} segments fit", "–", "–")
         table.add_row(str(num_segments), f"{num_segments * model.text_length:,}", *found)
     return table
+
+
+def tell_remarks(task: Task) -> None:
+    """Say what people should know of a task's questions."""
+    for remark in getattr(task, "remarks", ()):
+        log.info("task=%s: %s", task.name, remark)
+
+
+def tell_limit(placement: Placement, key: str, split: Split, samples: int | None, num_segments: int) -> None:
+    """Say so if fewer samples are asked than the setting `key` wants, because there is an end of questions."""
+    there = placement.asked(split, samples, Key(num_segments, 0))
+    if samples is not None and there < samples:
+        log.info("%s=%d: there are %d questions for %s, and each is asked once", key, samples, there, split)
 
 
 def tell_folder(folder: Path, files: str | None = None) -> None:

@@ -107,6 +107,7 @@ def _train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pa
         save_config(folder, config, overrides(hydra), presets(hydra))
         save_text(folder, text)
     save_architecture(recipe.model, folder)
+    recipe.tell()
     if logger:
         settings = public(OmegaConf.to_container(config, resolve=True))
         logger.log_hyperparams(settings | {"hardware": describe(trainer)})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import NormalDist
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -13,10 +15,14 @@ class Proportion:
     Attributes:
         right: right answers.
         samples: answers in all, at least 1.
+        questions: how many different questions were asked; None if that is not known.
+        finite: whether these are a sample of all that could be asked, each of which counts once for the interval.
     """
 
     right: int
     samples: int
+    questions: int | None = field(default=None, kw_only=True)
+    finite: bool = field(default=False, kw_only=True)
 
     @property
     def accuracy(self) -> float:
@@ -25,16 +31,18 @@ class Proportion:
     @property
     def interval(self) -> tuple[float, float]:
         """95% Wilson score interval of the accuracy (Wilson 1927)."""
-        # Imported here, for it takes a second.
-        from scipy.stats import binomtest
+        trials = (self.finite and self.questions) or self.samples
+        share = NormalDist().inv_cdf(0.975) ** 2 / trials
+        middle = (self.accuracy + share / 2) / (1 + share)
+        half = math.sqrt(share * self.accuracy * (1 - self.accuracy) + share**2 / 4) / (1 + share)
+        # At both ends, rounding is kept out.
+        return middle - half if self.right else 0.0, middle + half if self.right < self.samples else 1.0
 
-        low, high = binomtest(self.right, self.samples).proportion_ci(0.95, method="wilson")
-        return float(low), float(high)
-
-    def row(self) -> dict[str, float]:
+    def row(self) -> dict[str, Any]:
         """The columns of a csv file."""
         low, high = self.interval
-        return {"right": self.right, "samples": self.samples, "accuracy": self.accuracy, "low": low, "high": high}
+        counts = {"right": self.right, "samples": self.samples, "questions": self.questions}
+        return counts | {"accuracy": self.accuracy, "low": low, "high": high}
 
 
 @dataclass(frozen=True)

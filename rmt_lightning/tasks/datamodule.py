@@ -146,8 +146,9 @@ class FactDataset(Dataset[FactBatch]):
         self.placement = placement
         self.split = split
         # Mere noise asks nothing, as often as the task could ask something.
-        nothing = placement.endings(placement.task.draw(np.random.default_rng(0), split))
-        self.nothing = tuple(np.full_like(part, -1) for part in nothing)
+        questions = 1 + len(placement.task.draw(np.random.default_rng(0), split).also)
+        sizes = (placement.text_length, placement.longest_answer)
+        self.nothing = tuple(np.full((questions, size), -1) for size in sizes)
 
     def __getitem__(self, key: Key) -> FactBatch:
         sample = self.placement.sample(self.split, key)
@@ -175,7 +176,8 @@ class FactDataModule(ShortEpochs):
         batch_size: B, on each device.
         num_workers: processes that make samples; 0 makes them in the main process.
         steps_per_epoch: training steps between two validations.
-        validation_samples: how many samples a validation asks about, at the full length.
+        validation_samples: how many samples a validation asks about at the full length, or all questions if those are
+            fewer.
     """
 
     def __init__(
@@ -197,11 +199,12 @@ class FactDataModule(ShortEpochs):
         start = (batch * self.world_size + self.rank) * self.batch_size
         return range(start, start + self.batch_size)
 
-    def validation_batches(self, samples: int) -> Iterator[range]:
-        """The numbers of this device's share of some validation samples, batch by batch."""
-        numbers = range(samples)[self.rank :: self.world_size]
+    def validation_keys(self, samples: int, like: Key) -> Iterator[list[Key]]:
+        """The keys of this device's share of some validation samples, all of one length, batch by batch."""
+        numbers = range(self.placement.asked("validation", samples, like))[self.rank :: self.world_size]
         size = 2 * self.batch_size
-        yield from (numbers[i : i + size] for i in range(0, len(numbers), size))
+        for start in range(0, len(numbers), size):
+            yield [like._replace(number=number) for number in numbers[start : start + size]]
 
     def train_dataloader(self) -> DataLoader[FactBatch]:
         return self.loader(FactDataset(self.placement, "train"), batch_sampler=TrainingKeys(self))

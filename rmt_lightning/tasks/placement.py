@@ -9,7 +9,8 @@ Shapes: T segments, S text tokens of a segment, Q questions about a sample, A to
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -21,13 +22,17 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.tasks.facts import Example, Split, Task
+from rmt_lightning.tasks.facts import Example, Finite, Split, Task
 from rmt_lightning.tasks.noise import SPLITS, Corpus, Reader, token_ids
 
 log = logging.getLogger(__name__)
 
-# How often an example that needs more room than the sample has is drawn anew before giving up.
+# How often an example that needs more room than the sample has is drawn anew before it is chosen among those that fit.
 _ATTEMPTS = 200
+# How many examples of a task that has no end of them tell which share of all fits.
+_DRAWS = 1000
+# How many samples of such a task are asked, unless a number is given.
+_SAMPLES = 256
 
 
 class Key(NamedTuple):
@@ -67,6 +72,20 @@ class Piece(NamedTuple):
         return np.full_like(self.ids, -1) if self.source == "noise" else self.ids
 
 
+class Examples(NamedTuple):
+    """Examples of a split, in the order in which they are asked if there is an end of them.
+
+    Attributes:
+        examples: all of them, or many.
+        segments: (E,) how many segments each needs at least; infinite where a sentence is longer than one.
+        tokens: (E,) of facts and question.
+    """
+
+    examples: tuple[Example, ...]
+    segments: np.ndarray
+    tokens: np.ndarray
+
+
 @dataclass(frozen=True)
 class Sample:
     """One input of T segments, not yet read.
@@ -101,6 +120,9 @@ class Placement:
         tokenizer: of the backbone.
         text_length: S.
         seed: two placements with the same seed give the same samples.
+
+    Attributes:
+        finite: whether there is an end of the task's questions.
     """
 
     def __init__(
@@ -116,7 +138,10 @@ class Placement:
         self.tokenizer = tokenizer
         self.text_length = text_length
         self.seed = seed
+        self.finite = isinstance(task, Finite)
         self._token_ids: dict[str, np.ndarray] = {}
+        self._examples: dict[tuple[Split, int | None, int], Examples] = {}
+        self._fitting_examples: dict[tuple[Split, int | None, int, int], tuple[Example, ...]] = {}
         without, segments = corpora["train"].segments_without_border(text_length)
         if without:
             log.info(
@@ -128,31 +153,105 @@ class Placement:
         """The sample of this name.
 
         Raises:
-            UserError: if a segment is too short for the question and the facts.
+            UserError: if there is no example that such a sample has room for.
         """
-        # The key of the generator names the stream, its counter's upper half the sample, its lower half counts.
-        counter = [0, 0, key.num_segments, key.number]
-        rng = np.random.Generator(np.random.Philox(key=[self.seed, SPLITS.index(split)], counter=counter))
+        rng = self._random(split, key)
         if not key.facts:
             noise = self._noise(Reader(self.corpora[split], rng), rng, split, key)
             return Sample(None, homes=(), distance=0, pieces=noise)
+        example = self._draw(rng, split, key)
+        facts, question = [self._ids(fact) for fact in example.facts], self._ids(example.question)
+        length = key.text_length or self.text_length
+        homes = self._choose_segments(rng, facts, len(question), key.num_segments, length)
+        pieces = self._fill(Reader(self.corpora[split], rng), rng, facts, homes, question, key.num_segments, length)
+        first_needed = min(homes[fact] for fact in example.support)
+        return Sample(example, tuple(homes), key.num_segments - 1 - first_needed, pieces)
+
+    def example(self, split: Split, key: Key) -> Example:
+        """What the sample of this name tells and asks."""
+        return self._draw(self._random(split, key), split, key)
+
+    def _random(self, split: Split, key: Key) -> np.random.Generator:
+        # The key of the generator names the stream, its counter's upper half the sample, its lower half counts.
+        counter = [0, 0, key.num_segments, key.number]
+        return np.random.Generator(np.random.Philox(key=[self.seed, SPLITS.index(split)], counter=counter))
+
+    def _draw(self, rng: np.random.Generator, split: Split, key: Key) -> Example:
+        """An example that the sample has room for; of a finite set that is not trained on, the next one."""
+        if self.finite and split != "train":
+            fitting = self._fitting(split, key)
+            return fitting[key.number % len(fitting)]
         task = self.task if key.easier is None else self.easier[key.easier]
         length = key.text_length or self.text_length
         for _ in range(_ATTEMPTS):
             example = task.draw(rng, split)
-            facts = [self._ids(fact) for fact in example.facts]
-            question = self._ids(example.question)
-            homes = self._choose_segments(rng, facts, len(question), key.num_segments, length)
-            if homes is not None:
-                break
-        else:
-            raise UserError(
-                f"data.segment_length: leaves room for {self.text_length} tokens of text, too small for the facts and "
-                f"the question of task={self.task.name} ({self._size(example)} tokens); raise it"
-            )
-        pieces = self._fill(Reader(self.corpora[split], rng), rng, facts, homes, question, key.num_segments, length)
-        first_needed = min(homes[fact] for fact in example.support)
-        return Sample(example, tuple(homes), key.num_segments - 1 - first_needed, pieces)
+            if self._segments_needed(example, length) <= key.num_segments:
+                return example
+        fitting = self._fitting(split, key)
+        return fitting[int(rng.integers(len(fitting)))]
+
+    def fits(self, split: Split, num_segments: int) -> float:
+        """Which share of all questions inputs of this length have room for, with their facts."""
+        return float(np.mean(self._all(split, None, self.text_length).segments <= num_segments))
+
+    def room_for(self, split: Split, share: float) -> int:
+        """The smallest S at which one segment has room for that share of all questions."""
+        return int(np.quantile(self._all(split, None, self.text_length).tokens, share, method="higher"))
+
+    def asked(self, split: Split, samples: int | None, key: Key) -> int:
+        """How many samples like this one a validation or a test asks: each question at most once.
+
+        Args:
+            split: which.
+            samples: how many are wanted; None: all questions, or 256 where there is no end of them.
+            key: their length; its number is of no meaning.
+        """
+        if not self.finite:
+            return _SAMPLES if samples is None else samples
+        there = len(self._fitting(split, key))
+        return there if samples is None else min(samples, there)
+
+    def different(self, split: Split, keys: Iterable[Key]) -> int:
+        """How many different questions, with their facts, the samples of these names ask."""
+        examples = (self.example(split, key) for key in keys)
+        return len({(example.facts, example.question) for example in examples})
+
+    def _fitting(self, split: Split, key: Key) -> tuple[Example, ...]:
+        """The examples that samples like this one have room for.
+
+        Raises:
+            UserError: if there are none.
+        """
+        length = key.text_length or self.text_length
+        name = (split, key.easier, length, key.num_segments)
+        if name not in self._fitting_examples:
+            there = self._all(split, key.easier, length)
+            fitting = tuple(there.examples[i] for i in np.flatnonzero(there.segments <= key.num_segments))
+            if not fitting:
+                inputs = "one segment" if key.num_segments == 1 else f"{key.num_segments} segments"
+                raise UserError(
+                    f"data.segment_length: leaves room for {length} tokens of text, too small for the facts and the "
+                    f"question of task={self.task.name}: none of its questions fits into {inputs}, for they take "
+                    f"{there.tokens.min()} tokens or more; raise it"
+                )
+            self._fitting_examples[name] = fitting
+        return self._fitting_examples[name]
+
+    def _all(self, split: Split, easier: int | None, text_length: int) -> Examples:
+        """All examples of a split, shuffled, or many where there is no end of them."""
+        name = (split, easier, text_length)
+        if name not in self._examples:
+            task = self.task if easier is None else self.easier[easier]
+            if isinstance(task, Finite):
+                rng = np.random.Generator(np.random.Philox(key=[self.seed, 2**34 + SPLITS.index(split)]))
+                questions = task.questions(split)
+                examples = tuple(questions[i] for i in rng.permutation(len(questions)))
+            else:
+                rng = np.random.default_rng(0)
+                examples = tuple(task.draw(rng, split) for _ in range(_DRAWS))
+            segments = np.array([self._segments_needed(example, text_length) for example in examples])
+            self._examples[name] = Examples(examples, segments, np.array([self._size(example) for example in examples]))
+        return self._examples[name]
 
     @property
     def easier(self) -> tuple[Task, ...]:
@@ -174,7 +273,7 @@ class Placement:
         told = np.full((len(questions), self.text_length), -1)
         for row, question in zip(told, questions, strict=True):
             ids = self._ids(question)
-            row[-len(ids) :] = ids
+            row[len(row) - len(ids) :] = ids
         return told, np.stack([self.answer_ids(answer) for answer in answers])
 
     def answer_ids(self, answer: str) -> np.ndarray:
@@ -186,10 +285,11 @@ class Placement:
         if answer not in self.task.answers:
             raise UserError(f"task={self.task.name}: answers {answer!r}, which is not among its answers; name it there")
         ids = self._ids(answer)
-        return np.pad(ids, (0, self._longest_answer - len(ids)), constant_values=-1)
+        return np.pad(ids, (0, self.longest_answer - len(ids)), constant_values=-1)
 
     @cached_property
-    def _longest_answer(self) -> int:
+    def longest_answer(self) -> int:
+        """A."""
         return max(len(self._ids(answer)) for answer in self.task.answers)
 
     def stream(self, split: Split, num_segments: int, numbers: range) -> tuple[Iterator[Tensor], Tensor, Tensor]:
@@ -227,6 +327,18 @@ class Placement:
     def _size(self, example: Example) -> int:
         return sum(len(self._ids(sentence)) for sentence in (*example.facts, example.question))
 
+    def _segments_needed(self, example: Example, text_length: int) -> float:
+        """How many segments have room for an example, filled from the last one on; infinite if none have."""
+        sizes = [len(self._ids(fact)) for fact in example.facts]
+        spare, segments = text_length - len(self._ids(example.question)), 1
+        if spare < 0 or max(sizes, default=0) > text_length:
+            return math.inf
+        for size in reversed(sizes):
+            if size > spare:
+                spare, segments = text_length, segments + 1
+            spare -= size
+        return segments
+
     def _choose_segments(
         self,
         rng: np.random.Generator,
@@ -234,8 +346,8 @@ class Placement:
         question_length: int,
         num_segments: int,
         text_length: int,
-    ) -> list[int] | None:
-        """The segment of each fact, in order; None if they do not fit.
+    ) -> list[int]:
+        """The segment of each fact, in order, if they fit.
 
         Segments are drawn uniformly and sorted. Where facts crowd, a fact moves on to the next segment with room, but
         never past the last one from which those that follow still find theirs.
@@ -245,10 +357,8 @@ class Placement:
         latest = [0] * len(facts)
         spare, segment = list(room), num_segments - 1
         for fact in reversed(range(len(facts))):
-            while segment >= 0 and spare[segment] < len(facts[fact]):
+            while spare[segment] < len(facts[fact]):
                 segment -= 1
-            if segment < 0:
-                return None
             spare[segment] -= len(facts[fact])
             latest[fact] = segment
         wanted = np.sort(rng.integers(num_segments, size=len(facts)))
@@ -276,7 +386,7 @@ class Placement:
             facts = self.task.draw(rng, split).facts
             fact = self._ids(facts[rng.integers(len(facts))])
             start, stop = np.sort(rng.choice(len(fact) + 1, size=2, replace=False))
-            piece = fact[start : min(stop, start + 2 * len(fact) // 3)]
+            piece = fact[start : min(stop, start + 2 * len(fact) // 3, start + len(ids) - 1)]
             place = rng.integers(len(ids) - len(piece))
             ids[place : place + len(piece)] = piece
         return ids

@@ -74,8 +74,8 @@ class FactModule(SegmentModule, ABC):
         self.all_questions = all_questions
         self.val_loss = MeanMetric()
         assert model.tokenizer is not None
-        rows = [torch.tensor(row) for row in token_ids(model.tokenizer, list(answers))]
-        if len({tuple(row.tolist()) for row in rows}) < len(rows):
+        rows = [torch.tensor(row, dtype=torch.long) for row in token_ids(model.tokenizer, list(answers))]
+        if len({tuple(row.tolist()) for row in rows} - {()}) < len(rows):
             raise UserError("backbone: its tokenizer cannot tell two of the answers apart; choose another backbone")
         # (C, A), with -1 after their ends, as the data has them.
         self.register_buffer("answer_ids", nn.utils.rnn.pad_sequence(rows, True, -1), persistent=False)

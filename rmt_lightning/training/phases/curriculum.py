@@ -37,6 +37,8 @@ class StageResult:
         seconds: wall-clock time it took, lessons included.
         accuracy: at the last validation, on inputs of `stage` segments.
         converged: whether it ended by converging rather than by running out of steps.
+        questions: how many different questions the last validation asked at this length; None in earlier versions.
+        fits: the share of all questions that inputs of this length have room for; the others are left out.
     """
 
     stage: int
@@ -44,6 +46,8 @@ class StageResult:
     seconds: float
     accuracy: float
     converged: bool
+    questions: int | None = None
+    fits: float | None = None
 
 
 class SegmentCurriculum(Phase):
@@ -103,6 +107,7 @@ class SegmentCurriculum(Phase):
 
     def prepare(self, module: L.LightningModule, data: FactDataModule, before: Phase | None) -> None:
         self.placement = data.placement
+        self.validation_samples = data.validation_samples
 
     @property
     def longest(self) -> int:
@@ -174,8 +179,7 @@ class SegmentCurriculum(Phase):
     def validation_keys(self, data: FactDataModule) -> Iterator[list[Key]]:
         easier, text_length = form_of(data.placement, self.num_segments, self.lesson)
         for num_segments, samples in validated(self.num_segments, self.lengths, data.validation_samples):
-            for numbers in data.validation_batches(samples):
-                yield [Key(num_segments, number, easier=easier, text_length=text_length) for number in numbers]
+            yield from data.validation_keys(samples, Key(num_segments, 0, easier=easier, text_length=text_length))
 
     def optimization(self, default: WarmupDecay) -> tuple[WarmupDecay, int]:
         return default, self.num_segments
@@ -215,7 +219,11 @@ class SegmentCurriculum(Phase):
                 self.lesson_steps += steps
                 self._begin_schedule(step)
                 return "restart"
-        return self._end_stage(StageResult(stage, self.lesson_steps + steps, self.seconds, accuracy, converged), step)
+        asked = range(self.placement.asked("validation", self.validation_samples, Key(stage, 0)))
+        questions = self.placement.different("validation", (Key(stage, number) for number in asked))
+        fits = self.placement.fits("validation", stage)
+        taken = self.lesson_steps + steps
+        return self._end_stage(StageResult(stage, taken, self.seconds, accuracy, converged, questions, fits), step)
 
     def _end_stage(self, result: StageResult, step: int) -> Verdict:
         self.results = [*self.results, result]

@@ -241,8 +241,7 @@ class StatePassing(Phase):
 
     def validation_keys(self, data: FactDataModule) -> Iterator[list[Key]]:
         for num_segments, samples in validated(self.num_segments, "uniform", data.validation_samples):
-            for numbers in data.validation_batches(samples):
-                yield [Key(num_segments, number) for number in numbers]
+            yield from data.validation_keys(samples, Key(num_segments, 0))
 
     def optimization(self, default: WarmupDecay) -> tuple[WarmupDecay, int]:
         return self.own, 1
