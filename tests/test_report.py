@@ -115,7 +115,9 @@ def test_the_numbers_are_those_of_the_run(here: Path) -> None:
     assert cells["task"] == "Detect" and cells["backbone"] == "TinyBert 1 × 16" and cells["memory tokens"] == "10"
     low, high = float(tests[-1]["low"]), float(tests[-1]["high"])
     accuracy = f"{float(tests[-1]['accuracy']):.1%}"
-    assert cells["test of the longest inputs"] == f"{accuracy} at 4 segments {low:.1%} – {high:.1%}"
+    assert cells["test of the longest inputs"] == (
+        f"{accuracy} at 4 segments {low:.1%} – {high:.1%}, {tests[-1]['questions']} questions"
+    )
 
     (trace,) = page.figures["val_accuracy"]["data"]
     validations = [row for row in logged if row["val/accuracy"]]
@@ -152,6 +154,8 @@ def test_the_numbers_are_those_of_the_run(here: Path) -> None:
     axis = page.figures["lengths"]["layout"]["xaxis"]
     assert axis["type"] == "log" and axis["tickvals"] == [1, 2, 4] and "range" in axis
     assert len(page.tables["tests"]) == 1 + len(tests)
+    shown = [[cell.strip() for cell in row[4:7]] for row in page.tables["tests"]]
+    assert shown == [["samples", "questions", "fits"], *(["8", row["questions"], "100.0%"] for row in tests)]
     for figure in page.figures.values():
         assert figure["layout"]["xaxis"]["title"]["text"]
 
@@ -232,6 +236,8 @@ def test_evaluations_are_told_apart(here: Path) -> None:
     assert [trace["y"] for trace in page.figures["memory"]["data"]] == [[512.4]] * 3
     assert page.figures["lengths"]["layout"]["xaxis"]["tickvals"][-1] == 64
     assert [cell.strip() for cell in page.tables["tests"][-1][-4:]] == ["1,000", "cpu", "512", "–"]
+    # Earlier versions did not count different questions.
+    assert [cell.strip() for cell in page.tables["tests"][-1][4:7]] == ["8", "–", "–"]
 
 
 def test_attention_maps_are_embedded(here: Path) -> None:

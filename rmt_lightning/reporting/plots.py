@@ -197,8 +197,9 @@ def accuracy_by_length(runs: Sequence[Run]) -> go.Figure:
                 "thickness": 1.2,
                 "width": 3,
             },
-            "customdata": [[row["low"], row["high"], row["samples"]] for row in evaluation.rows],
-            "hovertemplate": "%{y:.1%} (%{customdata[0]:.1%} – %{customdata[1]:.1%} of %{customdata[2]:,})",
+            "customdata": [[row["low"], row["high"], row["samples"], _questions(row)] for row in evaluation.rows],
+            "hovertemplate": "%{y:.1%} (%{customdata[0]:.1%} – %{customdata[1]:.1%} of %{customdata[2]:,}"
+            "%{customdata[3]})",
         },
     )
     for reached in {run.reached for run in runs if run.evaluations} - {0}:
@@ -206,6 +207,12 @@ def accuracy_by_length(runs: Sequence[Run]) -> go.Figure:
     figure.update_layout(height=440)
     figure.update_yaxes(title_text="accuracy (95% interval)", range=[-0.03, 1.06], tickformat=".0%")
     return figure
+
+
+def _questions(row: Row) -> str:
+    """How many different questions stand behind a test, and how many inputs of this length have no room for."""
+    told = f", {row['questions']:,.0f} different questions" if "questions" in row else ""
+    return told + (f", {1 - row['fits']:.1%} do not fit" if row.get("fits", 1) < 1 else "")
 
 
 def loss_rate(runs: Sequence[Run]) -> go.Figure:

@@ -500,7 +500,8 @@ def _evaluations(
         settings = _settings(path.with_suffix(".json"), problems)
         other = [part for part in ("task", "noise") if settings.get(part) not in (None, config[part])]
         checkpoint = str(settings.get("checkpoint", path.parent.name))
-        label = ", ".join([checkpoint, *(kind(settings[part]) for part in other), f"{rows[0]['samples']:.0f} samples"])
+        kinds = (kind(settings[part]) for part in other)
+        label = ", ".join([checkpoint, *kinds, f"{max(row['samples'] for row in rows):.0f} samples"])
         stage = re.match(r"stage-(\d+)", checkpoint)
         yield Evaluation(
             label=label,
@@ -534,7 +535,8 @@ def kind(part: Any) -> str:
     if not isinstance(part, dict):
         return "–"
     name = str(part.get("_target_", "–")).rsplit(".", 1)[-1]
-    source = str(part.get("name") or part.get("path") or "")
+    source = part.get("name") or part.get("path") or part.get("test_path") or ""
+    source = str(source[0] if isinstance(source, list) else source)
     if "layers" in part and "width" in part:
         return f"{name} {part['layers']} × {part['width']}"
     return f"{name} {'/'.join(Path(source).parts[-2:])}".strip()
