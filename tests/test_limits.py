@@ -148,7 +148,7 @@ MACHINE: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.skipif("torch.cuda.is_available()")
-@pytest.mark.parametrize(("settings", "message"), MACHINE, ids=[str(settings) for settings, _ in MACHINE])
+@pytest.mark.parametrize(("settings", "message"), MACHINE, ids=[message[:40] for _, message in MACHINE])
 def test_refused_on_this_machine(settings: dict[str, Any], message: str, tmp_path: Path, clean: None) -> None:
     with pytest.raises(UserError) as refused:
         RunTrainer(tmp_path, [], [], **{"accelerator": "cpu"} | settings)
