@@ -262,6 +262,21 @@ def test_the_place_of_all_runs_is_a_file(
         (tmp_path / "outputs").unlink()
 
 
+@pytest.mark.fault("a run folder that cannot be written to is resumed", "one line that says what can be done")
+def test_a_folder_of_somebody_else(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "run" / ".lock").unlink()
+    # Even the superuser writes no file in the place of a folder.
+    (here / "run" / ".lock").mkdir()
+    monkeypatch.setattr(sys, "argv", ["train", "resume=run"])
+    with pytest.raises(SystemExit) as refused:
+        front_door.run()
+    told = capsys.readouterr().err
+    assert refused.value.code == 2 and told.count("\n") == 1
+    assert told.startswith("error: run: cannot be written to (Is a directory); a run goes on in a copy of its folder")
+
+
 @pytest.mark.fault("runs are started in the same second", "each has a folder of its own")
 def test_new_runs_share_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

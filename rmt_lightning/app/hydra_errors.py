@@ -58,6 +58,7 @@ def front_door(
             return main(config)
 
     def run() -> None:
+        begun.clear()
         # Hydra then raises its own errors instead of printing them over many lines.
         os.environ["HYDRA_FULL_ERROR"] = "1"
         # A run has succeeded whoever watches it; of what only tells something, that is all.

@@ -77,11 +77,19 @@ def claimed(folder: Path) -> Iterator[None]:
     inherit it. On NFS it holds between machines, if the lock service runs there.
 
     Raises:
-        UserError: if another process has claimed the folder, or a folder in it is a link that leads out of it.
+        UserError: if another process has claimed the folder, a folder in it is a link that leads out of it, or it cannot be
+            written to.
     """
     refuse_ways_out(folder)
-    lock = own_file(folder / ".lock")
-    with lock.open("a+", encoding="utf-8") as file:
+    try:
+        lock = own_file(folder / ".lock")
+        opened = lock.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"{shown(folder)}: cannot be written to ({error.strerror}); a run goes on in a copy of its folder, or from "
+            f"one of its {CHECKPOINTS}/stage-*.ckpt"
+        ) from None
+    with opened as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
