@@ -80,18 +80,22 @@ def append_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[
     """Append rows to a csv file that has these columns, all of them or none; what a row lacks is left empty.
 
     Only a kill may leave a line without its end.
+
+    Raises:
+        OSError: that names the file.
     """
     text = io.StringIO()
     csv.DictWriter(text, columns, lineterminator="\n").writerows(rows)
-    with path.open("ab") as file:
+    content = text.getvalue().encode()
+    # Without a buffer, which would be written once more when the file is closed.
+    with path.open("ab", buffering=0) as file:
         end = file.tell()
         try:
-            file.write(text.getvalue().encode())
-            file.flush()
-            os.fsync(file.fileno())
+            while content:
+                content = content[file.write(content) :]
         except OSError as error:
             os.truncate(path, end)
-            error.filename = error.filename or str(path)
+            error.filename = str(path)
             raise
 
 

@@ -124,7 +124,7 @@ def check_fits(module: nn.Module, state_dict: Mapping[str, torch.Tensor], path: 
 class MetricsTable(Logger):
     """What is logged, in metrics/version_<n>/metrics.csv for the n-th start of a run, counted from 0.
 
-    It is on the disk once `save` returns, which checkpoints wait for; what was logged after the checkpoint that a run
+    Checkpoints wait until it is on the disk; what was logged after the checkpoint that a run
     goes on from is logged again, and so taken out of the files of earlier starts. The files then follow each other as
     if the run had never been interrupted.
 
@@ -164,6 +164,14 @@ class MetricsTable(Logger):
             rows = [*(read_csv(path) if self._columns else []), *self._rows]
             write_csv(path, [{name: row.get(name, "") for name in columns} for row in rows])
         self._columns, self._rows = columns, []
+
+    @rank_zero_only
+    def sync(self) -> None:
+        """Wait until what has been logged is on the disk."""
+        self.save()
+        if self._path and self._columns:
+            with self._path.open("rb") as file:
+                os.fsync(file.fileno())
 
     def _begin(self) -> Path:
         numbers = [path.name.removeprefix("version_") for path in self._folder.glob("version_*")]
@@ -275,7 +283,7 @@ class RunCheckpoints(Callback):
         if not self.folder.is_dir():
             raise gone(self.folder)
         for logger in trainer.loggers:
-            logger.save()
+            logger.sync() if isinstance(logger, MetricsTable) else logger.save()
         if trainer.is_global_zero:
             write_phases(self.folder, self.phases, trainer.global_step)
             if self._last_is_whole and last.exists():
