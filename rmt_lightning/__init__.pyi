@@ -6,7 +6,6 @@ from .core.errors import UserError as UserError
 from .models.answerer import Answerer as Answerer
 from .models.backbone import Decoder as Decoder
 from .models.backbone import Encoder as Encoder
-from .models.backbone import Pretrained as Pretrained
 from .models.baselines.full_attention import FullAttention as FullAttention
 from .models.baselines.lstm import LSTM as LSTM
 from .models.baselines.memory_network import MemoryNetwork as MemoryNetwork
@@ -17,6 +16,7 @@ from .models.recurrence import unroll as unroll
 from .models.rmt import RMTDecoder as RMTDecoder
 from .models.rmt import RMTEncoder as RMTEncoder
 from .models.segment_model import SegmentModel as SegmentModel
+from .models.sources import Pretrained as Pretrained
 from .models.tiny import TinyBert as TinyBert
 from .models.tiny import TinyBigBird as TinyBigBird
 from .models.tiny import TinyGPT as TinyGPT

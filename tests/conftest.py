@@ -21,8 +21,9 @@ from transformers import PreTrainedTokenizerBase
 from rmt_lightning.core.files import write_csv
 from rmt_lightning.models.rmt import RMTEncoder
 from rmt_lightning.models.tiny import TinyBert
+from rmt_lightning.tasks.corpus import Corpus, tokenize
 from rmt_lightning.tasks.facts import Carried, Detect, Reasoning, Split
-from rmt_lightning.tasks.noise import Corpus, Prose, tokenize
+from rmt_lightning.tasks.noise import Prose
 from rmt_lightning.tasks.placement import Placement
 
 # Two cores are shared by two test processes.

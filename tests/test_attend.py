@@ -41,8 +41,8 @@ from rmt_lightning.models.rmt import RMTDecoder, RMTEncoder
 from rmt_lightning.models.tiny import TinyGPT
 from rmt_lightning.models.transformer_xl import TransformerXL
 from rmt_lightning.reporting import figures
+from rmt_lightning.tasks.corpus import Corpus
 from rmt_lightning.tasks.facts import Carried, Detect, Memorize, Reasoning, Split, Task
-from rmt_lightning.tasks.noise import Corpus
 from rmt_lightning.tasks.placement import Key, Placement
 
 Make = Callable[..., RMTEncoder]

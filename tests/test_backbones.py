@@ -43,8 +43,9 @@ from transformers.models.auto.modeling_auto import AutoModel
 
 from rmt_lightning.app.build import save_architecture
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.models.backbone import Decoder, Encoder, Pretrained, Restored, Transformer
+from rmt_lightning.models.backbone import Decoder, Encoder, Transformer
 from rmt_lightning.models.rmt import RMTDecoder, RMTEncoder
+from rmt_lightning.models.sources import Pretrained, Restored
 from rmt_lightning.models.tiny import TinyBert
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}

@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.models.rmt import RMTEncoder
 from rmt_lightning.models.tiny import TinyBert
+from rmt_lightning.tasks.corpus import Corpus
 from rmt_lightning.tasks.datamodule import FactDataModule
 from rmt_lightning.tasks.facts import PLACES, Carried, Detect, Reasoning, Split, Task
-from rmt_lightning.tasks.noise import Corpus
 from rmt_lightning.tasks.placement import Key, Placement
 from rmt_lightning.training.optimization import WarmupDecay
 from rmt_lightning.training.phases.curriculum import SegmentCurriculum, draw_length

@@ -35,9 +35,10 @@ from transformers import (
 )
 
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.models.backbone import Decoder, Pretrained, Restored
+from rmt_lightning.models.backbone import Decoder
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.rmt import RMTDecoder
+from rmt_lightning.models.sources import Pretrained, Restored
 from rmt_lightning.models.tiny import TinyGPT
 
 SMALL = {"vocab_size": 1000, "max_position_embeddings": 48, "hidden_size": 16, "num_hidden_layers": 2}

@@ -20,9 +20,9 @@ from rmt_lightning.models import state as tree
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.rmt import RMTEncoder
 from rmt_lightning.models.segment_model import Reading
+from rmt_lightning.tasks.corpus import Corpus
 from rmt_lightning.tasks.datamodule import FactBatch, FactDataModule, FactDataset
 from rmt_lightning.tasks.facts import PLACES, Reasoning, Split
-from rmt_lightning.tasks.noise import Corpus
 from rmt_lightning.tasks.placement import Key, Placement
 from rmt_lightning.training.answering import FactClassifier
 from rmt_lightning.training.metrics import SlicedAccuracy

@@ -27,9 +27,9 @@ from rmt_lightning.models import state as tree
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.tiny import TinyGPT
 from rmt_lightning.models.transformer_xl import TransformerXL
+from rmt_lightning.tasks.corpus import Corpus
 from rmt_lightning.tasks.facts import Split
 from rmt_lightning.tasks.language import IGNORED, DocumentDataModule, RunningText, TextScore
-from rmt_lightning.tasks.noise import Corpus
 from rmt_lightning.training.language_modeling import LanguageModeler
 from rmt_lightning.training.metrics import TextLoss
 from rmt_lightning.training.optimization import WarmupDecay

@@ -25,20 +25,10 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.models.tiny import TinyBert
+from rmt_lightning.tasks.corpus import Corpus, OnDisk, token_ids, tokenize
 from rmt_lightning.tasks.facts import PEOPLE, PLACES, Split
 from rmt_lightning.tasks.language import RunningText
-from rmt_lightning.tasks.noise import (
-    SPLITS,
-    Corpus,
-    Files,
-    Hub,
-    OnDisk,
-    Prose,
-    sentences,
-    spaced,
-    token_ids,
-    tokenize,
-)
+from rmt_lightning.tasks.noise import SPLITS, Files, Hub, Prose, sentences, spaced
 from rmt_lightning.tasks.text_files import TextFiles
 
 
@@ -401,7 +391,7 @@ def test_a_damaged_cache_is_built_again(
     name: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr("rmt_lightning.tasks.noise.log.warning", lambda text, *values: said.append(text % values))
+    monkeypatch.setattr("rmt_lightning.tasks.corpus.log.warning", lambda text, *values: said.append(text % values))
     before = tokenize(Prose(10), tokenizer, tmp_path)["train"].tokens[:].tolist()
     assert said == []
     (path,) = tmp_path.rglob(name)
@@ -488,7 +478,7 @@ def test_a_cache_that_cannot_be_used(
     fault: str, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr("rmt_lightning.tasks.noise.log.warning", lambda text, *values: said.append(text % values))
+    monkeypatch.setattr("rmt_lightning.tasks.corpus.log.warning", lambda text, *values: said.append(text % values))
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder) / "cache"
         if fault in ("a file", "in a file"):

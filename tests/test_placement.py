@@ -11,6 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.tasks.corpus import Corpus, tokenize
 from rmt_lightning.tasks.datamodule import FactDataset
 from rmt_lightning.tasks.facts import (
     OBJECTS,
@@ -24,7 +25,7 @@ from rmt_lightning.tasks.facts import (
     Split,
     Task,
 )  # fmt: skip
-from rmt_lightning.tasks.noise import Corpus, Files, tokenize
+from rmt_lightning.tasks.noise import Files
 from rmt_lightning.tasks.placement import Key, Placement
 
 Corpora = dict[Split, Corpus]

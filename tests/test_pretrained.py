@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import Run
 
-from rmt_lightning.models.backbone import Pretrained
 from rmt_lightning.models.rmt import RMTEncoder
+from rmt_lightning.models.sources import Pretrained
 
 
 @pytest.fixture(scope="module")

@@ -24,9 +24,9 @@ from rmt_lightning.models.rmt import RMTEncoder
 from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.models.tiny import TinyBert
 from rmt_lightning.reporting import figures
+from rmt_lightning.tasks.corpus import Corpus
 from rmt_lightning.tasks.datamodule import FactDataset
 from rmt_lightning.tasks.facts import PLACES, Carried, Reasoning, Split, Task
-from rmt_lightning.tasks.noise import Corpus
 from rmt_lightning.tasks.placement import Key, Placement
 from rmt_lightning.training.answering import FactClassifier
 from rmt_lightning.training.callbacks.checkpoints import AtomicCheckpointIO, check_fits, read_checkpoint

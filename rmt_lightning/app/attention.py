@@ -25,7 +25,7 @@ from rmt_lightning.core.files import read_csv, write_atomically, write_csv
 from rmt_lightning.core.run_folder import alone_in, findings
 from rmt_lightning.models.memory import MemoryTokens
 from rmt_lightning.reporting import figures
-from rmt_lightning.tasks.noise import text_digest
+from rmt_lightning.tasks.corpus import text_digest
 from rmt_lightning.tasks.placement import Placement
 from rmt_lightning.training.answering import FactModule
 

@@ -25,11 +25,12 @@ from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import own_file, removed
 from rmt_lightning.core.run_folder import BACKBONE, TOKENIZER
 from rmt_lightning.models.answerer import Answerer
-from rmt_lightning.models.backbone import Backbone, Restored, parts_for
 from rmt_lightning.models.pretrained import check_reopens
 from rmt_lightning.models.segment_model import SegmentModel
+from rmt_lightning.models.sources import Backbone, Restored, parts_for
+from rmt_lightning.tasks.corpus import Corpus, tokenize
 from rmt_lightning.tasks.facts import Split, Task
-from rmt_lightning.tasks.noise import Corpus, Noise, tokenize
+from rmt_lightning.tasks.noise import Noise
 from rmt_lightning.tasks.placement import Key, Placement
 from rmt_lightning.training.answering import FactModule
 from rmt_lightning.training.callbacks.checkpoints import check_fits, read_checkpoint

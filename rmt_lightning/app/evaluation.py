@@ -27,8 +27,8 @@ from rmt_lightning.core.files import write_atomically, write_csv
 from rmt_lightning.core.quoting import shown
 from rmt_lightning.core.run_folder import CHECKPOINTS, alone_in, findings
 from rmt_lightning.reporting import figures
+from rmt_lightning.tasks.corpus import text_digest
 from rmt_lightning.tasks.facts import Finite, Task
-from rmt_lightning.tasks.noise import text_digest
 from rmt_lightning.tasks.placement import Key, Placement
 from rmt_lightning.training.answering import FactClassifier, FactModule
 from rmt_lightning.training.callbacks.hardware import host_memory, keep_heap_flat

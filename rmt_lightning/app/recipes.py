@@ -30,10 +30,11 @@ from rmt_lightning.core.files import write_atomically, write_csv
 from rmt_lightning.core.run_folder import EVALUATION
 from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.reporting import figures
+from rmt_lightning.tasks.corpus import Corpus
 from rmt_lightning.tasks.datamodule import FactDataModule, ShortEpochs
 from rmt_lightning.tasks.facts import Split
 from rmt_lightning.tasks.language import DocumentDataModule, LanguageModeling, RunningText
-from rmt_lightning.tasks.noise import SPLITS, Corpus
+from rmt_lightning.tasks.noise import SPLITS
 from rmt_lightning.tasks.placement import Placement
 from rmt_lightning.training.answering import FactModule
 from rmt_lightning.training.language_modeling import LanguageModeler

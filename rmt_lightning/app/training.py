@@ -33,7 +33,7 @@ from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.quoting import shown, to_type
 from rmt_lightning.core.run_folder import CHECKPOINTS, LAST, PREVIOUS
 from rmt_lightning.reporting.redaction import public
-from rmt_lightning.tasks.noise import text_digest
+from rmt_lightning.tasks.corpus import text_digest
 from rmt_lightning.training.callbacks.checkpoints import (
     Interrupted,
     MetricsTable,

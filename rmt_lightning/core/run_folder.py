@@ -77,8 +77,8 @@ def claimed(folder: Path) -> Iterator[None]:
     inherit it. On NFS it holds between machines, if the lock service runs there.
 
     Raises:
-        UserError: if another process has claimed the folder, a folder in it is a link that leads out of it, or it cannot be
-            written to.
+        UserError: if another process has claimed the folder, it cannot be written to, or a folder in it is a link that
+            leads out of it.
     """
     refuse_ways_out(folder)
     try:

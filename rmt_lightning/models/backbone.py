@@ -8,25 +8,20 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-import os
 import random
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    AutoTokenizer,
     BigBirdModel,
     LongformerModel,
     PreTrainedConfig,
@@ -34,11 +29,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.masking_utils import create_masks_for_generate
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-from transformers.utils import logging as hf_logging
 
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.core.hub import out_of_reach
 
 # They tell of padding to whole windows and blocks, which changes nothing.
 logging.getLogger(LongformerModel.__module__).setLevel(logging.ERROR)
@@ -105,7 +97,7 @@ class Transformer(nn.Module, ABC):
             except UserError:
                 raise
             except Exception as error:  # families fail in ways of their own
-                fault = f"cannot be run on embeddings ({_told(error)})"
+                fault = f"cannot be run on embeddings ({told(error)})"
         if fault:
             raise UserError(f"backbone: {self.model.config.model_type} {fault}; choose {self.OTHERS}")
 
@@ -591,187 +583,7 @@ def _alike(found: Tensor, expected: Tensor, rounding: float = 1e-4) -> bool:
     return bool((found - expected).abs().max() <= rounding * expected.abs().max())
 
 
-def _told(error: Exception) -> str:
+def told(error: Exception) -> str:
     """What went wrong in another library, in a line."""
     told = " ".join(str(error).split())[:200]
     return told if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {told}"
-
-
-class Backbone(Protocol):
-    """How a backbone comes into being."""
-
-    def config(self) -> PreTrainedConfig:
-        """Its architecture, which can be had without text and without weights."""
-
-    def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
-        """The backbone's tokenizer; one that has none of its own learns it from `texts`."""
-
-    # Beside it, at least one of the following, with the weights that training starts from:
-    #   encoder(tokenizer) -> Encoder
-    #   decoder(tokenizer) -> Decoder
-
-
-_CHOICES = {
-    "encoder": "an encoder; choose backbone=tiny_bert, minilm or bert_base_cased",
-    "decoder": "a causal language model; choose backbone=tiny_gpt or gpt2",
-}
-
-
-def parts_for(
-    constructor: Callable[..., Any], backbone: Backbone, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Any]:
-    """What a model's constructor asks for by name: an `encoder`, a `decoder`, the `tokenizer`.
-
-    Raises:
-        UserError: if the backbone is of the other kind.
-    """
-    asked = inspect.signature(constructor).parameters
-    parts: dict[str, Any] = {"tokenizer": tokenizer} if "tokenizer" in asked else {}
-    for kind, choice in _CHOICES.items():
-        if kind in asked:
-            if not hasattr(backbone, kind):
-                raise UserError(f"backbone: {constructor.__name__} needs {choice}")
-            parts[kind] = getattr(backbone, kind)(tokenizer)
-    return parts
-
-
-class Pretrained:
-    """An encoder or causal language model with pretrained weights.
-
-    Args:
-        name: an id on the Hugging Face Hub, or a folder with config, weights and tokenizer.
-
-    Raises:
-        UserError: if there is no such model, or the Hub cannot be reached.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def config(self) -> PreTrainedConfig:
-        config: PreTrainedConfig = self._load(AutoConfig)
-        return config
-
-    def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
-        tokenizer: PreTrainedTokenizerBase = self._load(AutoTokenizer)
-        # Without its files, transformers makes one that knows special tokens alone.
-        words = len(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
-        rows = getattr(self.config().get_text_config(), "vocab_size", 0)
-        if words <= rows // 10:
-            raise UserError(
-                f"backbone.name={self.name}: its tokenizer knows {words} words, and the model {rows}; put the model's "
-                "tokenizer.json and tokenizer_config.json beside its weights"
-            )
-        return tokenizer
-
-    def encoder(self, tokenizer: PreTrainedTokenizerBase) -> Encoder:
-        model, missing = self._weights(Encoder.AUTO)
-        self._require(missing)
-        return Encoder(model, tokenizer)
-
-    def decoder(self, tokenizer: PreTrainedTokenizerBase) -> Decoder:
-        kind = self._load(AutoConfig).model_type
-        # transformers would run BERT as a decoder that it was never trained to be.
-        if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-            raise UserError(f"backbone.name={self.name}: {kind} is an encoder; choose {Decoder.OTHERS}")
-        model, missing = self._weights(Decoder.AUTO)
-        head = {id(weight) for weight in model.get_output_embeddings().parameters()}
-        head -= {id(weight) for weight in model.get_input_embeddings().parameters()}
-        unread = {name for name, weight in model.named_parameters() if id(weight) in head}
-        self._require(missing - unread)
-        decoder = Decoder(model, tokenizer)
-        decoder.can_write = not missing & unread
-        return decoder
-
-    def _weights(self, auto_class: Any) -> tuple[PreTrainedModel, set[str]]:
-        """The model, and the names of its trained weights that were not there, so that they are random."""
-        if getattr(self.config(), "quantization_config", None):
-            raise UserError(
-                f"backbone.name={self.name}: its weights are quantized, and such cannot be trained; give the model "
-                "that they were made from"
-            )
-        verbosity = hf_logging.get_verbosity()
-        # Of what is missing it tells in a table, over many lines.
-        hf_logging.set_verbosity_error()
-        try:
-            # from_pretrained would keep the checkpoint's precision; training needs full precision weights.
-            model, found = self._load(
-                auto_class, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-            )
-        finally:
-            hf_logging.set_verbosity(verbosity)
-        for name, given, needed in sorted(found["mismatched_keys"]):
-            raise UserError(
-                f"backbone.name={self.name}: its weights do not fit its config.json ({name} has shape "
-                f"{tuple(given)}, not {tuple(needed)}); give a folder whose files belong together"
-            )
-        # What is not trained, such as sines of positions, is what it must be without being loaded.
-        trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
-        return model, {name for name in found["missing_keys"] & trained if "pooler" not in name}
-
-    def _require(self, missing: set[str]) -> None:
-        if missing:
-            raise UserError(
-                f"backbone.name={self.name}: {len(missing)} of its weights are missing, such as {min(missing)}; give "
-                "a folder whose weights belong to its config.json"
-            )
-
-    def _load(self, auto_class: Any, **options: Any) -> Any:
-        if os.sep in self.name and self.name.count("/") != 1 and not Path(self.name).is_dir():
-            raise UserError(f"backbone.name={self.name}: no such folder; give a folder or a Hugging Face Hub id")
-        hf_logging.disable_progress_bar()
-        if not Path(self.name).is_dir() and out_of_reach(f"backbone.name={self.name}"):
-            # What was loaded before is in the Hub's cache.
-            options["local_files_only"] = True
-        try:
-            return auto_class.from_pretrained(self.name, trust_remote_code=False, **options)
-        except Exception as error:  # each library raises classes of its own
-            if "custom code" in str(error):
-                raise UserError(
-                    f"backbone.name={self.name}: brings code of its own, which is not executed; give a model that "
-                    "transformers knows"
-                ) from None
-            # The Hub's checks of a config tell what is wrong in their last line.
-            reason = str(error).splitlines()[-1].strip() if isinstance(error, StrictDataclassError) else _told(error)
-            raise UserError(
-                f"backbone.name={self.name}: cannot be loaded ({reason}); give a folder that holds a model, or a "
-                "Hugging Face Hub id while the network is there, or use backbone=tiny_bert or tiny_gpt"
-            ) from None
-
-
-class Restored:
-    """Tokenizer and architecture of an earlier run, whose weights are about to come from a checkpoint.
-
-    Args:
-        tokenizer_folder: what `tokenizer.save_pretrained` has left.
-        config_folder: what `model.config.save_pretrained` has left.
-
-    Raises:
-        UserError: if they cannot be read.
-    """
-
-    def __init__(self, tokenizer_folder: Path, config_folder: Path) -> None:
-        self.tokenizer_folder = tokenizer_folder
-        self.config_folder = config_folder
-
-    def config(self) -> PreTrainedConfig:
-        config: PreTrainedConfig = self._load(AutoConfig, self.config_folder)
-        return config
-
-    def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
-        tokenizer: PreTrainedTokenizerBase = self._load(AutoTokenizer, self.tokenizer_folder)
-        return tokenizer
-
-    def _load(self, auto_class: Any, folder: Path) -> Any:
-        try:
-            return auto_class.from_pretrained(folder, trust_remote_code=False)
-        except Exception as error:  # each library raises classes of its own
-            raise UserError(
-                f"{folder.parent}: holds no whole model ({folder.name}: {_told(error)}); put back its {folder.name}/"
-            ) from None
-
-    def encoder(self, tokenizer: PreTrainedTokenizerBase) -> Encoder:
-        return Encoder(Encoder.AUTO.from_config(self.config()), tokenizer)
-
-    def decoder(self, tokenizer: PreTrainedTokenizerBase) -> Decoder:
-        return Decoder(Decoder.AUTO.from_config(self.config()), tokenizer)

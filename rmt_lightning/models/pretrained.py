@@ -23,7 +23,8 @@ from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.hub import out_of_reach
 from rmt_lightning.core.names import public_name
 from rmt_lightning.core.run_folder import BACKBONE, TOKENIZER
-from rmt_lightning.models.backbone import Restored, Transformer, parts_for
+from rmt_lightning.models.backbone import Transformer
+from rmt_lightning.models.sources import Restored, parts_for
 from rmt_lightning.models.update import Update
 
 CONFIG = "config.json"

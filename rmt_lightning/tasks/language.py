@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.tasks.corpus import Corpus
 from rmt_lightning.tasks.datamodule import Keys, ShortEpochs, TrainingKeys, ValidationKeys
 from rmt_lightning.tasks.facts import Split
-from rmt_lightning.tasks.noise import Corpus
 
 # A target that stands for no token.
 IGNORED = -100

@@ -22,8 +22,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.tasks.corpus import Corpus, Reader, token_ids
 from rmt_lightning.tasks.facts import Example, Finite, Split, Task
-from rmt_lightning.tasks.noise import SPLITS, Corpus, Reader, token_ids
+from rmt_lightning.tasks.noise import SPLITS
 
 log = logging.getLogger(__name__)
 
