@@ -20,6 +20,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerBase
 
 from rmt_lightning import train as front_door
 from rmt_lightning.app.resume import overrides, run_folder, save_config, saved_config
+from rmt_lightning.app.schema import instantiate
 from rmt_lightning.core.quoting import literal, setting
 from rmt_lightning.core.run_folder import claimed
 from rmt_lightning.models.tiny import TinyBert, TinyGPT
@@ -298,6 +299,8 @@ def test_what_is_saved_is_read_as_it_was(tmp_path: Path) -> None:
     save_config(tmp_path, config, overrides(settings), None)
     assert saved_config(tmp_path).noise.path == saved_config(tmp_path).noise.list[0] == name
     assert yaml.safe_load((tmp_path / "overrides.yaml").read_text()) == words
+    files = OmegaConf.create({"_target_": "rmt_lightning.Files", "path": literal(name), "field": "text"})
+    assert instantiate(files, validation_path=None).path == name
     save_config(tmp_path, saved_config(tmp_path), words, None)
     assert saved_config(tmp_path).noise.path == name
 

@@ -14,12 +14,13 @@ import lightning as L
 import numpy as np
 import torch
 from filelock import FileLock
-from hydra.utils import get_object, instantiate
+from hydra.utils import get_object
 from omegaconf import DictConfig
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.app.resume import saved_config
+from rmt_lightning.app.schema import instantiate
 from rmt_lightning.app.trust import Trust
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import own_file, removed

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich import get_console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -22,6 +21,7 @@ from rmt_lightning.app.build import find_device, load, testable
 from rmt_lightning.app.console import start_logging
 from rmt_lightning.app.results import length_table, tell_folder, tell_limit, tell_remarks
 from rmt_lightning.app.resume import other_text, provenance
+from rmt_lightning.app.schema import instantiate
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import write_atomically, write_csv
 from rmt_lightning.core.quoting import shown

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich import get_console
 from rich.table import Table
 
 from rmt_lightning.analysis.flops import OPT, compare, read_shape
 from rmt_lightning.app.results import tell_folder
+from rmt_lightning.app.schema import instantiate
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import write_csv
 from rmt_lightning.reporting import figures

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 
 import lightning as L
 import torch
-from hydra.utils import get_class, get_object, instantiate
+from hydra.utils import get_class, get_object
 from omegaconf import DictConfig
 from rich import get_console
 from rich.progress import track
@@ -24,7 +24,7 @@ from rmt_lightning.analysis.extrapolation import LengthTest, evaluate_length
 from rmt_lightning.analysis.perplexity import DocumentTest, evaluate_documents, total
 from rmt_lightning.app.build import build_answering, build_foundation, construct, testable
 from rmt_lightning.app.results import draw_attention, length_table, tell_limit, tell_remarks
-from rmt_lightning.app.schema import CONF
+from rmt_lightning.app.schema import CONF, instantiate
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import write_atomically, write_csv
 from rmt_lightning.core.run_folder import EVALUATION

@@ -28,7 +28,7 @@ from rmt_lightning.app.trust import Trust, check_saved, check_words, given_trust
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import write_atomically
 from rmt_lightning.core.names import public_name
-from rmt_lightning.core.quoting import for_shell, literal, quoted, setting, shown, to_type
+from rmt_lightning.core.quoting import for_shell, literal, literals, quoted, setting, shown, to_type
 from rmt_lightning.core.run_folder import CHECKPOINTS, CONFIG, LAST, TEXT, TYPED, locate
 
 log = logging.getLogger(__name__)
@@ -104,18 +104,9 @@ def save_config(folder: Path, config: DictConfig, typed: Sequence[str], presets:
     """
     words = ([f"--config-dir={os.path.abspath(presets)}"] if presets else []) + _kept(typed)
     write_atomically(folder / TYPED, yaml.safe_dump(words, allow_unicode=True, width=10_000).encode())
-    resolved = OmegaConf.create(_literal(OmegaConf.to_container(config, resolve=True)))
+    resolved = OmegaConf.create(literals(OmegaConf.to_container(config, resolve=True)))
     resolved.resume = resolved.trust = None
     write_atomically(folder / CONFIG, OmegaConf.to_yaml(resolved).encode())
-
-
-def _literal(value: Any) -> Any:
-    """Resolved values, so that nothing in them is interpolated once more."""
-    if isinstance(value, dict):
-        return {key: _literal(part) for key, part in value.items()}
-    return (
-        list(map(_literal, value)) if isinstance(value, list) else literal(value) if isinstance(value, str) else value
-    )
 
 
 def overrides(settings: HydraConf) -> list[str]:

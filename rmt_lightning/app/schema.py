@@ -13,16 +13,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
+import hydra.utils
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ConfigDict, ValidationError, create_model
 
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.core.quoting import for_shell, setting
+from rmt_lightning.core.quoting import for_shell, literals, setting
 
 # In a wheel conf/ is inside the package, in a checkout beside it.
 _PACKAGE = Path(__file__).parents[1]
 CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
+
+
+def instantiate(config: DictConfig, **options: Any) -> Any:
+    """Build what a config names, as Hydra does, but with texts as they are.
+
+    Hydra writes resolved texts into the config, and reads them once more from there.
+    """
+    plain = literals(literals(OmegaConf.to_container(config, resolve=True)))
+    return hydra.utils.instantiate(OmegaConf.create(plain), **options)
 
 
 def check(config: DictConfig, root: type) -> None:

@@ -18,6 +18,15 @@ def literal(text: str) -> str:
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
+def literals(value: Any) -> Any:
+    """Resolved values as a config holds them, so that nothing in them is interpolated once more."""
+    if isinstance(value, dict):
+        return {key: literals(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [literals(part) for part in value]
+    return literal(value) if isinstance(value, str) else value
+
+
 def quoted(value: Any) -> str:
     """A value as Hydra reads it on a command line, where nothing of it is to be interpolated."""
     if isinstance(value, str):
