@@ -240,7 +240,7 @@ def test_a_run_is_exported_and_asked(
     (example,) = [block for kind, block in BLOCKS if kind == "python" and "from_pretrained" in block]
     assert len(example.strip().splitlines()) <= 8
     exec(example.replace('"mary"', '"models/mary"'), {})
-    assert capsys.readouterr().out.splitlines()[-1] == str(answerer([text]))
+    assert capsys.readouterr().out.splitlines()[-1] == answerer(text)
 
     for settings, message in (
         (("folder=there",), "checkpoint: is missing; give checkpoint=…"),

@@ -89,7 +89,7 @@ def test_a_third_phase_is_two_files(
     result = with_cooldown(*typed, "hydra.run.dir=run", "trainer.max_steps=25")
     assert result.returncode == 0, result.stdout + result.stderr
     assert [phase["name"] for phase in phases(tmp_path / "run")] == ["curriculum", "state_passing", "cooldown"]
-    resumed = with_cooldown("resume=run", "trainer.max_steps=-1")
+    resumed = with_cooldown("resume=run", "trainer.max_steps=-1", "trust=cooldown")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "Cooldown" in resumed.stdout
     assert [(phase["first_step"], phase["steps"], phase["finished"]) for phase in phases(tmp_path / "run")] == [

@@ -236,8 +236,6 @@ def test_a_fragment_tells_nothing(corpora: Corpora, tokenizer: PreTrainedTokeniz
 def test_facts_in_text_without_stops(
     kind: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said: list[str] = []
-    monkeypatch.setattr("rmt_lightning.tasks.placement.log.info", lambda text, *values: said.append(text % values))
     rng = np.random.default_rng(0)
     words = ["".join(rng.choice(list("абвгд"), size=rng.integers(1, 3))) for _ in range(9000)]
     text = {"characters": "".join(map(chr, rng.integers(0x4E00, 0x9000, size=4000))), "one word": "абв" * 4000}.get(
@@ -248,7 +246,8 @@ def test_facts_in_text_without_stops(
     (tmp_path / "book.txt").write_text(text or " ".join(words))
     corpora = tokenize(Files(str(tmp_path / "book.txt")), tokenizer, tmp_path)
     placement = Placement(Detect(), corpora, tokenizer, text_length=50, seed=7)
-    assert len(said) == 1 and re.match(r"noise: in [\d,]+ of [\d,]+ training segments no sentence ends", said[0])
+    (said,) = placement.remarks()
+    assert re.match(r"noise: in [\d,]+ of [\d,]+ training segments no sentence ends", said)
     first = 0
     for number in range(100):
         (pieces,) = placement.sample("train", Key(1, number)).pieces

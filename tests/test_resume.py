@@ -405,10 +405,12 @@ def test_a_damaged_config_is_written_anew(
     (tmp_path / "run" / "config.yaml").write_text(content)
     if content:
         (tmp_path / "run" / "overrides.yaml").unlink()
-        assert refused("resume=run").startswith("error: run/config.yaml: is damaged; start a new run")
+        assert refused("resume=run").startswith(
+            "error: run/config.yaml: is damaged, or not that of a run; start a new run"
+        )
         return
     told = command("rmt_lightning.evaluate", "checkpoint=run").stderr
-    assert told == "error: run/config.yaml: is damaged; train resume=run writes it anew\n"
+    assert told == "error: run/config.yaml: is damaged, or not that of a run; train resume=run writes it anew\n"
     assert train("resume=run", small=False).returncode == 0
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text()) == yaml.safe_load(
         (uninterrupted / "config.yaml").read_text()

@@ -111,14 +111,18 @@ def test_a_folder_with_another_run_is_left_alone(tmp_path: Path) -> None:
         {"optim": {"lr": 0.1}, "logger": {"save_dir": "here"}, "cache_dir": "a", "data": "${seed}"}
     )
     config.seed = 3
-    assert not _known_settings(config, tmp_path)
-    (tmp_path / "config.yaml").write_text("optim: {lr: 0.1}\nlogger: {}\ncache_dir: b\nseed: 3\ndata: 3\n")
-    assert _known_settings(config, tmp_path)
+    parts = ("task", "noise", "backbone", "model")
+    config.update({part: {} for part in parts})
+    assert not _known_settings(config, tmp_path, [])
+    (tmp_path / "config.yaml").write_text(
+        "optim: {lr: 0.1}\nlogger: {}\ncache_dir: b\nseed: 3\ndata: 3\n" + "".join(f"{part}: {{}}\n" for part in parts)
+    )
+    assert _known_settings(config, tmp_path, [])
     config.optim.lr = 0.2
     with pytest.raises(
         UserError, match=r"holds a run with optim\.lr=0\.1, not 0\.2; choose another folder with hydra\."
     ):
-        _known_settings(config, tmp_path)
+        _known_settings(config, tmp_path, [])
 
 
 def test_why_a_job_failed() -> None:
@@ -253,7 +257,7 @@ REFUSED = [
     ("sweep=memory_size", "sweep=memory_size: is not among the defaults; write +sweep=memory_size"),
     ("model.memory_sise=2,3 --multirun", "model.memory_sise: no such setting; did you mean memory_size?"),
     ("model=lstm,lsmt --multirun", "model=lsmt: no such choice; did you mean lstm?"),
-    ("model.memory_size=2,3", "Ambiguous value for argument 'model.memory_size=2,3'"),
+    ("model.memory_size=2,3", "model.memory_size=2,3: a comma separates the values of a sweep"),
 ]
 
 

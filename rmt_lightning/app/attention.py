@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from rmt_lightning.analysis.attention import curve_from_rows, maps_to_rows, rewriting_curve
+from rmt_lightning.analysis.attention import AttentionMap, curve_from_rows, maps_to_rows, rewriting_curve
 from rmt_lightning.app.build import find_device, load
 from rmt_lightning.app.console import start_logging
 from rmt_lightning.app.results import tell_folder, watch_clearest
@@ -26,8 +26,7 @@ from rmt_lightning.core.run_folder import alone_in, findings
 from rmt_lightning.models.memory import MemoryTokens
 from rmt_lightning.reporting import figures
 from rmt_lightning.tasks.corpus import text_digest
-from rmt_lightning.tasks.placement import Placement
-from rmt_lightning.training.answering import FactModule
+from rmt_lightning.tasks.placement import Placement, Sample
 
 
 def attend(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: Path) -> None:
@@ -46,23 +45,18 @@ def attend(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: Pa
     text = other_text(run, text_digest(placement.corpora), own="noise" not in config)
     settings = provenance(run_config, checkpoint, sha256) | text | asked | {"device": hardware}
     folder = findings(config.output or run, "attention", f"{checkpoint.stem}-{placement.task.name}", settings)
+    # Whether there are such a layer and head comes out before anything is written.
+    watched = watch_clearest(placement, module, model, config.segments, device, config.layer, config.head)
     with alone_in(folder):
-        _draw_maps(placement, module, model, config, device, folder)
+        _draw_maps(watched, config, folder)
         write_atomically(folder / "settings.json", json.dumps(settings, indent=2).encode())
         _draw_curve(placement, model, config, device, folder)
     tell_folder(folder)
 
 
-def _draw_maps(
-    placement: Placement,
-    module: FactModule,
-    model: MemoryTokens[Any],
-    config: DictConfig,
-    device: torch.device,
-    folder: Path,
-) -> None:
-    """Read one test sample; show what the model answers and what its memory attends to."""
-    sample, title, maps = watch_clearest(placement, module, model, config.segments, device, config.layer, config.head)
+def _draw_maps(watched: tuple[Sample, str, list[AttentionMap]], config: DictConfig, folder: Path) -> None:
+    """Show what the model answers to one test sample, and what its memory attends to."""
+    sample, title, maps = watched
     assert sample.example is not None, "only mere noise has none"
     table = Table("segment", "facts", "event", "attention", title=escape(title), title_justify="left")
     for segment, one in enumerate(maps):

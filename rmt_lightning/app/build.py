@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import lightning as L
-import numpy as np
 import torch
 from filelock import FileLock
 from hydra.utils import get_object
@@ -66,15 +65,7 @@ def build_foundation(config: DictConfig, run: Path | None, trained: bool, senten
     text = chain(sentences, chain.from_iterable(noise.documents("train")))
     tokenizer = (earlier or fresh).tokenizer(text)
     model = _model(config.model, earlier if earlier and trained else fresh, tokenizer)
-    corpora = tokenize(noise, tokenizer, config.cache_dir)
-    for split, corpus in corpora.items():
-        unknown = np.mean(corpus.tokens[:100_000] == tokenizer.unk_token_id)
-        if unknown > 0.5:
-            raise UserError(
-                f"noise: {unknown:.0%} of the text for {split} is unknown to the backbone's tokenizer; give text that "
-                "it was made for, or another backbone"
-            )
-    return Foundation(tokenizer, model, corpora)
+    return Foundation(tokenizer, model, tokenize(noise, tokenizer, config.cache_dir))
 
 
 def construct(config: DictConfig, **given: Any) -> Any:

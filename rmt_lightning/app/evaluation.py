@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -19,7 +20,7 @@ from rmt_lightning.analysis.extrapolation import LengthResult, evaluate_length
 from rmt_lightning.analysis.retention import follow
 from rmt_lightning.app.build import find_device, load, testable
 from rmt_lightning.app.console import start_logging
-from rmt_lightning.app.results import length_table, tell_folder, tell_limit, tell_remarks
+from rmt_lightning.app.results import length_table, tell_folder, tell_limit
 from rmt_lightning.app.resume import other_text, provenance
 from rmt_lightning.app.schema import instantiate
 from rmt_lightning.core.errors import UserError
@@ -32,6 +33,8 @@ from rmt_lightning.tasks.facts import Finite, Task
 from rmt_lightning.tasks.placement import Key, Placement
 from rmt_lightning.training.answering import FactClassifier, FactModule
 from rmt_lightning.training.callbacks.hardware import host_memory, keep_heap_flat
+
+log = logging.getLogger(__name__)
 
 _FILES = ("evaluation.csv", "distances.csv", "retention.csv", "evaluation.json")
 
@@ -75,7 +78,8 @@ def evaluate(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: 
     placement, module, sha256 = load(run_config, run, checkpoint)
     module.to(device).eval()
     fitting = testable("segments", config.segments, module.model, placement)
-    tell_remarks(placement.task)
+    for remark in placement.remarks():
+        log.info(remark)
     tell_limit(placement, "samples", "test", config.samples, max(fitting))
     samples = config.samples if placement.finite else placement.asked("test", config.samples, Key(1, 0))
     text = other_text(run, text_digest(placement.corpora), own="noise" not in config)

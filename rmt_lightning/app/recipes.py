@@ -23,7 +23,7 @@ from rich.table import Table
 from rmt_lightning.analysis.extrapolation import LengthTest, evaluate_length
 from rmt_lightning.analysis.perplexity import DocumentTest, evaluate_documents, total
 from rmt_lightning.app.build import build_answering, build_foundation, construct, testable
-from rmt_lightning.app.results import draw_attention, length_table, tell_limit, tell_remarks
+from rmt_lightning.app.results import draw_attention, length_table, tell_limit
 from rmt_lightning.app.schema import CONF, instantiate
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import write_atomically, write_csv
@@ -110,7 +110,8 @@ class FactRecipe(Recipe):
 
     def tell(self) -> None:
         placement, longest = self.data.placement, self.phase(SegmentCurriculum).longest
-        tell_remarks(placement.task)
+        for remark in placement.remarks():
+            log.info(remark)
         shares = {n: placement.fits("train", n) for n in range(1, longest + 1)}
         if partial := ", ".join(f"{share:.1%} into {n}" for n, share in shares.items() if share < 1):
             log.info("task=%s: of its questions fit %s segments; the others are left out", placement.task.name, partial)

@@ -20,7 +20,7 @@ from rmt_lightning.models.backbone import SPARSE
 from rmt_lightning.models.memory import MemoryTokens
 from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.reporting import figures
-from rmt_lightning.tasks.facts import Split, Task
+from rmt_lightning.tasks.facts import Split
 from rmt_lightning.tasks.placement import Key, Placement, Sample
 from rmt_lightning.training.answering import FactModule
 from rmt_lightning.training.phases.phase import Phase
@@ -106,7 +106,9 @@ def length_table(lengths: Sequence[LengthResult], asked: Sequence[int], model: S
     fewest, most = (choose(result.samples for result in lengths) for choose in (min, max))
     samples = f"{most} samples each" if fewest == most else f"{fewest} to {most} samples"
     title = f"Test on unseen text, {samples}"
-    headings = ("segments", "tokens of text", "accuracy", "95% interval", "questions", "fits")
+    # Nearly always all questions fit, and screens are narrow.
+    partial = any(result.fits is not None and result.fits < 1 for result in lengths)
+    headings = ("segments", "tokens", "accuracy", "95% interval", "questions", *["fits"] * partial)
     table = Table(*headings, title=title, title_justify="left")
     results = {result.segments: result for result in lengths}
     for num_segments in asked:
@@ -119,14 +121,9 @@ def length_table(lengths: Sequence[LengthResult], asked: Sequence[int], model: S
             found = ("too short", "no question fits", "0", "0.0%")
         else:
             found = ("too long for positions", f"{model.max_segments} segments fit", "–", "–")
-        table.add_row(str(num_segments), f"{num_segments * model.text_length:,}", *found)
+        row = (str(num_segments), f"{num_segments * model.text_length:,}", *found)
+        table.add_row(*row[: len(headings)])
     return table
-
-
-def tell_remarks(task: Task) -> None:
-    """Say what people should know of a task's questions."""
-    for remark in getattr(task, "remarks", ()):
-        log.info("task=%s: %s", task.name, remark)
 
 
 def tell_limit(placement: Placement, key: str, split: Split, samples: int | None, num_segments: int) -> None:

@@ -58,16 +58,20 @@ def saved_config(run: Path, trust: Trust) -> DictConfig:
         DamagedConfig: if it cannot be read.
         UserError: if it names what it may not (see trust.py).
     """
-    shown = Path(os.path.relpath(run))
+    place = Path(os.path.relpath(run)) / CONFIG
     try:
         config = OmegaConf.load(run / CONFIG)
         content = OmegaConf.to_container(config)
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError):
         content = None
     if not isinstance(content, dict) or not all(isinstance(content.get(part), dict) for part in _PARTS):
-        hint = f"train resume={shown} writes it anew" if (run / TYPED).exists() else "start a new run"
-        raise DamagedConfig(f"{shown / CONFIG}: is damaged, or not that of a run; {hint}")
-    check_saved(content, shown / CONFIG, trust)
+        hint = (
+            f"train {to_type('resume', os.path.relpath(run))} writes it anew"
+            if (run / TYPED).exists()
+            else "start a new run"
+        )
+        raise DamagedConfig(f"{place}: is damaged, or not that of a run; {hint}")
+    check_saved(content, place, trust)
     assert isinstance(config, DictConfig)
     for part in config.values():
         if isinstance(part, DictConfig) and "_target_" in part:
@@ -338,7 +342,7 @@ def check_folder(config: DictConfig, folder: Path, source: Path | None, typed: I
         )
     if source != folder.resolve() and any((folder / CHECKPOINTS).glob("*.ckpt")):
         raise UserError(
-            f"hydra.run.dir={shown}: holds checkpoints of a run whose {CONFIG} is missing; choose another folder"
+            f"hydra.run.dir={shown(folder)}: holds checkpoints of a run whose {CONFIG} is missing; choose another one"
         )
     if source:
         _check_settings(config, source, typed)

@@ -32,7 +32,11 @@ def instantiate(config: DictConfig, **options: Any) -> Any:
     Hydra writes resolved texts into the config, and reads them once more from there.
     """
     plain = literals(literals(OmegaConf.to_container(config, resolve=True)))
-    return hydra.utils.instantiate(OmegaConf.create(plain), **options)
+    key = config._get_full_key(None)
+    # Where it stands, which Hydra tells if it cannot be built.
+    place = OmegaConf.create({})
+    OmegaConf.update(place, key, plain) if key else place.update(plain)
+    return hydra.utils.instantiate(OmegaConf.select(place, key) if key else place, **options)
 
 
 def check(config: DictConfig, root: type) -> None:

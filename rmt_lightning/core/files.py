@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.quoting import shown
 
 
 def own_file(path: Path) -> Path:
@@ -27,7 +28,7 @@ def own_file(path: Path) -> Path:
     with suppress(FileNotFoundError):
         found = path.lstat()
         if stat.S_ISDIR(found.st_mode):
-            raise UserError(f"{path}: is a folder, where a file belongs; remove it")
+            raise UserError(f"{shown(path)}: is a folder, where a file belongs; remove it")
         if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
             path.unlink()
     return path

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,6 +82,7 @@ def claimed(folder: Path) -> Iterator[None]:
             leads out of it.
     """
     refuse_ways_out(folder)
+    fresh = not any(folder.iterdir())
     try:
         lock = own_file(folder / ".lock")
         opened = lock.open("a+", encoding="utf-8")
@@ -107,10 +109,9 @@ def claimed(folder: Path) -> Iterator[None]:
             yield
         finally:
             file.truncate(0)
-            if folder.is_dir() and list(folder.iterdir()) == [lock]:
+            if fresh and folder.is_dir() and all(path == lock or path.suffix == ".log" for path in folder.iterdir()):
                 # Nothing has come of it.
-                lock.unlink()
-                folder.rmdir()
+                shutil.rmtree(folder)
 
 
 def refuse_ways_out(run: Path, part: str = "") -> None:

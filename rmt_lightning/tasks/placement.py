@@ -8,7 +8,6 @@ Shapes: T segments, S text tokens of a segment, Q questions about a sample, A to
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -25,8 +24,6 @@ from rmt_lightning.core.errors import UserError
 from rmt_lightning.tasks.corpus import Corpus, Reader, token_ids
 from rmt_lightning.tasks.facts import Example, Finite, Split, Task
 from rmt_lightning.tasks.noise import SPLITS
-
-log = logging.getLogger(__name__)
 
 # How often an example that needs more room than the sample has is drawn anew before it is chosen among those that fit.
 _ATTEMPTS = 200
@@ -143,12 +140,15 @@ class Placement:
         self._token_ids: dict[str, np.ndarray] = {}
         self._examples: dict[tuple[Split, int | None, int], Examples] = {}
         self._fitting_examples: dict[tuple[Split, int | None, int, int], tuple[Example, ...]] = {}
-        without, segments = corpora["train"].segments_without_border(text_length)
+
+    def remarks(self) -> Iterator[str]:
+        """What people should know of the text and of the questions."""
+        without, segments = self.corpora["train"].segments_without_border(self.text_length)
         if without:
-            log.info(
-                "noise: in %s of %s training segments no sentence ends; facts may stand between words there",
-                f"{without:,}", f"{segments:,}",
-            )  # fmt: skip
+            where = f"in {without:,} of {segments:,} training segments"
+            yield f"noise: {where} no sentence ends; facts may stand between words there"
+        for remark in getattr(self.task, "remarks", ()):
+            yield f"task={self.task.name}: {remark}"
 
     def sample(self, split: Split, key: Key) -> Sample:
         """The sample of this name.
