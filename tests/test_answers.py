@@ -107,6 +107,7 @@ def test_who_cannot_write(tokenizer: PreTrainedTokenizerBase) -> None:
         FactGenerator(endless, ANSWERS)
 
 
+@pytest.mark.soak
 def test_a_decoder_learns_to_write_what_it_has_read(train: Run, environment: dict[str, str], tmp_path: Path) -> None:
     """The fact is in the first segment, the question in the last; the answer is written after it."""
     result = train(

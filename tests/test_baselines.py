@@ -211,7 +211,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str,
     GlobalHydra.instance().clear()
 
 
-@pytest.mark.parametrize("name", ["longformer", *RECURRENT])
+@pytest.mark.parametrize(
+    "name", ["longformer", "lstm", *(pytest.param(n, marks=pytest.mark.soak) for n in RECURRENT if n != "lstm")]
+)
 def test_a_run(name: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The real commands: a run is trained, and evaluated from its checkpoint."""
     tiny = ["curriculum.max_segments=2", "curriculum.steps=2", "data.steps_per_epoch=2", "test.segments=[1,26]"]

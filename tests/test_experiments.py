@@ -68,6 +68,7 @@ def test_every_entry_of_the_log_is_in_a_csv() -> None:
     assert told and told <= entries
 
 
+@pytest.mark.soak
 def test_all_figures_can_be_drawn_again(environment: dict[str, str], tmp_path: Path) -> None:
     shutil.copytree(EXPERIMENTS, tmp_path / "experiments")
     drawn = list((tmp_path / "experiments").glob("*/figure.p[nd][gf]"))

@@ -528,6 +528,7 @@ def _build(arguments: tuple[PreTrainedTokenizerBase, Path]) -> tuple[int, int]:
     return os.getpid(), int(corpus.tokens[:].sum())
 
 
+@pytest.mark.soak
 def test_several_processes_build_one_cache(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     with multiprocessing.get_context("spawn").Pool(3) as pool:
         results = pool.map(_build, [(tokenizer, tmp_path)] * 3, chunksize=1)

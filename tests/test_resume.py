@@ -507,7 +507,11 @@ if __name__ == "__main__":  # loader workers import it too
     [
         ("shutil.rmtree('run')", "run: was removed or renamed"),
         ("os.rename('run', 'moved')", "run: was removed or renamed"),
-        ("os.truncate(next(Path('own').rglob('train/tokens.npy')), 200)", "train/tokens.npy: was damaged while"),
+        pytest.param(
+            "os.truncate(next(Path('own').rglob('train/tokens.npy')), 200)",
+            "train/tokens.npy: was damaged while",
+            marks=pytest.mark.soak,
+        ),
     ],
 )
 def test_what_a_run_stands_on_goes_away(what: str, told: str, train: Run, tmp_path: Path) -> None:

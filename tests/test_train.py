@@ -146,6 +146,7 @@ def test_stages_begin_with_lessons_which_are_resumed(train: Run, tmp_path: Path)
     assert {point.step for point in run.curves["val/accuracy"]} == task
 
 
+@pytest.mark.soak
 def test_a_lesson_that_is_stuck_is_followed_by_the_next_where_stages_are(train: Run, tmp_path: Path) -> None:
     reasoning = ("task=reasoning", "curriculum.lessons=true", "backbone=tiny_roformer", "hydra.run.dir=run")
     stuck = train(*reasoning, "curriculum.when_stuck=stop", "curriculum.steps=3", "curriculum.max_segments=2")
@@ -203,6 +204,7 @@ def test_plateau_and_validations_in_a_row(train: Run, tmp_path: Path) -> None:
     assert [row["steps"] for row in rows(tmp_path / "twice" / "stages.csv")] == ["6"] * 3
 
 
+@pytest.mark.soak
 def test_loader_workers_change_nothing(train: Run, tmp_path: Path) -> None:
     for workers in (0, 2):
         result = train(f"data.num_workers={workers}", f"hydra.run.dir=workers-{workers}")

@@ -202,6 +202,7 @@ def test_a_run_with_gates_is_resumed_and_exported(train: Run, command: Run, tmp_
     assert type(opened.update) is Gated and not torch.equal(opened.update.gate.weight, before)
 
 
+@pytest.mark.soak
 def test_an_update_of_ones_own_is_one_class_and_one_yaml(tmp_path: Path, environment: dict[str, str]) -> None:
     """Outside the package, in a sweep beside one of those that come with it."""
     folder = tmp_path / "mine" / "model.update"

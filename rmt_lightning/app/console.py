@@ -11,7 +11,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -160,6 +160,17 @@ class ConsoleHandler(logging.Handler):
         get_console().print(self.format(record), soft_wrap=True, markup=False, emoji=False, highlight=False)
 
 
+class LogFile(logging.FileHandler):
+    """train.log. A run goes on without it: its folder may have gone, or the disk be full."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
 def start_logging(file: Path | None, first_process: bool) -> None:
     """Send our log to the screen and, with dates, to `file` if there is one. Other ranks only report trouble.
 
@@ -173,7 +184,7 @@ def start_logging(file: Path | None, first_process: bool) -> None:
 
     handlers: list[logging.Handler] = [ConsoleHandler(logging.INFO if first_process else logging.WARNING)]
     if file:
-        handlers.append(logging.FileHandler(own_file(file), delay=True, encoding="utf-8", errors="backslashreplace"))
+        handlers.append(LogFile(own_file(file), delay=True, encoding="utf-8", errors="backslashreplace"))
         handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for name in ("rmt_lightning", "lightning", "py.warnings"):
         logging.getLogger(name).handlers = handlers

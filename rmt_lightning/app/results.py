@@ -103,11 +103,12 @@ def _cell(value: Any) -> str:
 
 def length_table(lengths: Sequence[LengthResult], asked: Sequence[int], model: SegmentModel[Any]) -> Table:
     """Accuracy at each length that was asked for, for the screen."""
+    readable = model.fitting("segments", asked)
     fewest, most = (choose(result.samples for result in lengths) for choose in (min, max))
     samples = f"{most} samples each" if fewest == most else f"{fewest} to {most} samples"
     title = f"Test on unseen text, {samples}"
     # Nearly always all questions fit, and screens are narrow.
-    partial = any(result.fits is not None and result.fits < 1 for result in lengths)
+    partial = any(result.fits is not None and result.fits < 1 for result in lengths) or len(lengths) < len(readable)
     headings = ("segments", "tokens", "accuracy", "95% interval", "questions", *["fits"] * partial)
     table = Table(*headings, title=title, title_justify="left")
     results = {result.segments: result for result in lengths}
@@ -117,7 +118,7 @@ def length_table(lengths: Sequence[LengthResult], asked: Sequence[int], model: S
             questions = "–" if result.questions is None else f"{result.questions:,}"
             fits = "–" if result.fits is None else f"{result.fits:.1%}"
             found = (f"{result.accuracy:.4f}", f"{low:.3f} – {high:.3f}", questions, fits)
-        elif num_segments in model.fitting("segments", asked):
+        elif num_segments in readable:
             found = ("too short", "no question fits", "0", "0.0%")
         else:
             found = ("too long for positions", f"{model.max_segments} segments fit", "–", "–")
