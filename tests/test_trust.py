@@ -16,6 +16,8 @@ import yaml
 from conftest import Run
 from hydra.core.global_hydra import GlobalHydra
 
+from rmt_lightning.app.trust import check_saved
+from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.run_folder import findings
 
 OLD = Path(__file__).parent / "version_0_1" / "facts"
@@ -229,3 +231,9 @@ def test_a_logger_stays_in_the_run_folder(foreign: Path, refused: Callable[..., 
     (foreign / "overrides.yaml").unlink()
     told = refused("train", "logger=tensorboard", "logger.name=../../mine")
     assert "outside of the run folder; give another logger.name" in told
+
+
+@pytest.mark.parametrize("target", ["torch.load", "subprocess.Popen", "os.system", "numpy.DataSource", "exec"])
+def test_nobody_is_advised_to_trust_a_library(target: str) -> None:
+    with pytest.raises(UserError, match=r"use a run folder that you know$"):
+        check_saved({"noise": {"_target_": target}}, Path("run/config.yaml"), None)

@@ -11,6 +11,7 @@ import importlib
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,12 @@ def check_saved(content: Any, place: Path, trust: Trust) -> None:
         if isinstance(value, str) and _LOOKUP.search(value):
             raise UserError(f"{place}: {key}={value}: a saved run may look nothing up; put the value itself there")
     if foreign := _foreign(leaves, trust):
-        modules = sorted({name.rpartition(".")[0] or "<its module>" for name in foreign.values()})
         named = ", ".join(f"{key}={name}" for key, name in foreign.items())
+        modules = sorted({name.rpartition(".")[0] for name in foreign.values() if _may_be_yours(name)})
+        hint = f"if it is yours, add trust={modules[0] if len(modules) == 1 else '[' + ','.join(modules) + ']'}"
         raise UserError(
             f"{place}: {named}: no public class of rmt_lightning, and what was saved may execute nothing else unasked; "
-            f"if it is yours, add trust={modules[0] if len(modules) == 1 else '[' + ','.join(modules) + ']'}"
+            f"{hint if modules else 'use a run folder that you know'}"
         )
 
 
@@ -150,6 +152,14 @@ def _is_allowed(target: Any, key: str, trust: Trust) -> bool:
     if _is_brought(module):
         trusted = [*trusted, module]
     return _class(module, name, trusted) is not object
+
+
+def _may_be_yours(name: str) -> bool:
+    """Whether it looks like a class that neither Python nor a library brings, which this must not advise to trust."""
+    module, _, last = name.rpartition(".")
+    top = module.partition(".")[0]
+    library = top in sys.stdlib_module_names or top in packages_distributions()
+    return bool(module) and last[:1].isupper() and not library
 
 
 def _named_by_conf() -> set[str]:
