@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -135,7 +137,7 @@ def _command(program: str, words: list[str], folder: str, environment: dict[str,
     os.environ.clear()
     os.environ.update(environment)
     for descriptor, name in enumerate(output, start=1):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), descriptor)
+        os.dup2(os.open(name, os.O_WRONLY), descriptor)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = [program, *words]
     if program.endswith(".py"):
@@ -162,12 +164,25 @@ def command(environment: dict[str, str], tmp_path: Path, tmp_path_factory: pytes
     def run(program: str, *words: str) -> subprocess.CompletedProcess[str]:
         here = tmp_path_factory.mktemp("output")
         output = [str(here / name) for name in ("stdout", "stderr")]
+        told: dict[str, str] = {}
+        for name in output:
+            os.mkfifo(name)
+        # A pipe ends when no process is left that could write to it: those that this one has started may outlive it.
+        readers = [
+            Thread(target=lambda name=name: told.update({name: Path(name).read_text()}), daemon=True) for name in output
+        ]
+        for reader in readers:
+            reader.start()
         process = warm.Process(target=_command, args=(program, list(words), str(tmp_path), environment, output))
         process.start()
         process.join(240)
         assert process.exitcode is not None, "it hangs"
-        told = (Path(name).read_text() if Path(name).exists() else "" for name in output)
-        return subprocess.CompletedProcess([program, *words], process.exitcode, *told)
+        for name, reader in zip(output, readers, strict=True):
+            with suppress(OSError):
+                # If it has died before it opened the pipe, nobody else will.
+                os.close(os.open(name, os.O_WRONLY | os.O_NONBLOCK))
+            reader.join(60)
+        return subprocess.CompletedProcess([program, *words], process.exitcode, *(told[name] for name in output))
 
     return run
 
