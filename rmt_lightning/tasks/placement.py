@@ -144,7 +144,8 @@ class Placement:
     def remarks(self) -> Iterator[str]:
         """What people should know of the text and of the questions."""
         without, segments = self.corpora["train"].segments_without_border(self.text_length)
-        if without:
+        # One in a thousand is no matter, and generated prose has it.
+        if without > segments / 1000:
             where = f"in {without:,} of {segments:,} training segments"
             yield f"noise: {where} no sentence ends; facts may stand between words there"
         for remark in getattr(self.task, "remarks", ()):
