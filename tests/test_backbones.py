@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
+    AutoConfig,
     BartConfig,
     BertConfig,
     BertForMaskedLM,
@@ -44,6 +45,7 @@ from transformers.models.auto.modeling_auto import AutoModel
 from rmt_lightning.app.build import save_architecture
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.models.backbone import Decoder, Encoder, Transformer
+from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.rmt import RMTDecoder, RMTEncoder
 from rmt_lightning.models.sources import Pretrained, Restored
 from rmt_lightning.models.tiny import TinyBert
@@ -66,11 +68,19 @@ CONFIGS: dict[str, tuple[PreTrainedConfig, int]] = {
         48,
     ),
     "roformer": (RoFormerConfig(vocab_size=1000, embedding_size=16, max_position_embeddings=48, **SMALL), 48),
-    "longformer": (LongformerConfig(vocab_size=1000, max_position_embeddings=50, attention_window=16, **SMALL), 48),
+    # Their inputs are padded to whole windows and blocks, so the last few positions are of no use.
+    "longformer": (LongformerConfig(vocab_size=1000, max_position_embeddings=53, attention_window=16, **SMALL), 48),
     "bigbird": (
-        BigBirdConfig(vocab_size=1000, max_position_embeddings=48, block_size=4, num_random_blocks=1, **SMALL), 48
+        BigBirdConfig(vocab_size=1000, max_position_embeddings=50, block_size=4, num_random_blocks=1, **SMALL), 48
     ),
 }  # fmt: skip
+
+# Their only layers see a window of the text.
+LOCAL = ["sliding_attention"] * 2
+WINDOWED: dict[str, PreTrainedConfig] = {
+    "modernbert": ModernBertConfig(**CONFIGS["modernbert"][0].to_dict() | {"local_attention": 4, "layer_types": LOCAL}),
+    "longformer": LongformerConfig(**CONFIGS["longformer"][0].to_dict() | {"attention_window": 4}),
+}
 
 # They mix tokens beside attention, ignore masks, or take no embeddings.
 DISOBEDIENT: dict[str, tuple[PreTrainedConfig, str]] = {
@@ -87,6 +97,10 @@ DISOBEDIENT: dict[str, tuple[PreTrainedConfig, str]] = {
     "squeezebert": (SqueezeBertConfig(vocab_size=1000, embedding_size=16, **SMALL), "cannot be run on embeddings"),
     "canine": (CanineConfig(**SMALL), "cannot be run on embeddings"),
     "gpt2": (GPT2Config(vocab_size=1000, n_embd=16, n_layer=1, n_head=2), "lets its first token"),
+    "ultrabert": (
+        AutoConfig.for_model("ultrabert", vocab_size=1000, layer_types=LOCAL, num_key_value_heads=2, **SMALL),
+        "has layers that see a window of a text, and cannot be told to see memory",
+    ),
 }  # fmt: skip
 
 
@@ -120,6 +134,43 @@ def test_encoder(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
         together = model(ids, mask)[0][:, 0]
         torch.testing.assert_close(together[0], model(ids[:1, :45])[0][0, 0], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(together[1], model(ids[1:])[0][0, 0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_one_segment_without_memory_is_what_the_plain_model_sees(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    config, positions = CONFIGS[name]
+    torch.manual_seed(0)
+    plain = AutoModel.from_config(config).eval()
+    encoder = Encoder(copy.deepcopy(plain), tokenizer)
+    # MPNet counts positions over all words but those with the id of its padding, which is that of [CLS] here.
+    encoder.cls_token_id = 600
+    model = RMTEncoder(encoder, positions, memory_size=0).eval()
+    ids = torch.randint(5, 600, (1, model.text_length))
+    words = torch.cat([torch.tensor([[600, encoder.sep_token_id]]), ids, torch.tensor([[encoder.sep_token_id]])], dim=1)
+    at_cls = (torch.arange(words.shape[1]) == 0).long()[None]
+    options = {"global_attention_mask": at_cls} if name == "longformer" else {}
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids)[0], plain(input_ids=words, **options)[0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.fault("an encoder whose layers see a window of the text", "the window holds, and all see memory")
+@pytest.mark.parametrize("name", WINDOWED)
+def test_a_window_of_the_text_is_kept(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    torch.manual_seed(0)
+    config = copy.deepcopy(WINDOWED[name])
+    config.num_hidden_layers = 1
+    model = RMTEncoder(Encoder(AutoModel.from_config(config), tokenizer), 44, memory_size=3).eval()
+    text = model.layout(model.text_length).place("text")
+    ids = torch.randint(5, 600, (1, model.text_length))
+    other = ids.clone()
+    other[0, -1] = 600
+    with torch.no_grad():
+        hidden, memory = model.read_segment(Segment(ids, None), model.initial_state(1))
+        otherwise, written = model.read_segment(Segment(other, None), model.initial_state(1))
+        remembered, _ = model.read_segment(Segment(ids, None), torch.randn_like(memory))
+    assert not torch.isclose(memory, written).all(dim=2).any()
+    assert not torch.isclose(hidden, remembered)[0, text].all(dim=1).any()
+    assert torch.equal(hidden[0, text][:20], otherwise[0, text][:20])
 
 
 @pytest.mark.fault("an encoder that does not obey a mask or takes no embeddings", "it is refused in one line")

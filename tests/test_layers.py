@@ -92,7 +92,7 @@ def test_only_the_embedding_is_computed(tokenizer: PreTrainedTokenizerBase) -> N
     for name, module in backbone.named_modules():
         if not list(module.children()):
             module.register_forward_hook(lambda _module, _args, _output, name=name: ran.append(name))
-    embeddings, mask = inputs(backbone)
+    embeddings, mask, _ = inputs(backbone)
     backbone.apart(embeddings, mask)  # tries all of it once
     ran.clear()
     parts = backbone.apart(embeddings, mask)

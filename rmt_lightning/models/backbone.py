@@ -28,7 +28,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.masking_utils import create_masks_for_generate
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_bidirectional_sliding_window_mask,
+    create_masks_for_generate,
+)
 
 from rmt_lightning.core.errors import UserError
 
@@ -353,7 +357,16 @@ class Encoder(Transformer):
             return "makes of embeddings something else than of the words they stand for"
         if _alike(hidden[2, 0], hidden[0, 0], 1e-6):
             return "lets its first token, which answers are read at, see nothing of a text"
+        if self._has_windows:
+            try:
+                self(embedded, mask, slice(1, 2))
+            except Exception:  # families fail in ways of their own
+                return "has layers that see a window of a text, and cannot be told to see memory beside it"
         return None
+
+    @property
+    def _has_windows(self) -> bool:
+        return "sliding_attention" in (getattr(self.model.config, "layer_types", None) or ())
 
     @property
     def max_positions(self) -> int:
@@ -361,25 +374,61 @@ class Encoder(Transformer):
         table = getattr(getattr(self.model, "embeddings", None), "position_embeddings", None)
         # RoBERTa and MPNet keep the first rows of the table for padding.
         padding = getattr(table, "padding_idx", None)
-        return super().max_positions if padding is None else super().max_positions - padding - 1
+        known = super().max_positions - (0 if padding is None else padding + 1)
+        if (config := self.model.config).model_type in SPARSE:
+            # Inputs are padded to whole windows or blocks, and padding has positions too.
+            sizes = config.attention_window if config.model_type == "longformer" else config.block_size
+            known -= known % max([sizes] if isinstance(sizes, int) else sizes)
+        return known
 
-    def forward(self, embeddings: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """(B, N, E), (B, N) with 1 for what may be seen -> (B, N, D)."""
+    def forward(self, embeddings: Tensor, attention_mask: Tensor | None, memory: slice = slice(0)) -> Tensor:
+        """What the last layer makes of embeddings.
+
+        Args:
+            embeddings: (B, N, E).
+            attention_mask: (B, N) with 1 for what may be seen.
+            memory: which of the embeddings are memory. Where layers see a window of the text, it sees all, and all see
+                it. (The first block of BigBird does.)
+
+        Returns:
+            (B, N, D).
+        """
         options: dict[str, Tensor] = {}
         precision: AbstractContextManager[None] = nullcontext()
         if self.model.config.model_type == "longformer":
             # [CLS] sees all and is seen by all, as for classification in section 3.1 of arXiv 2004.05150. The tokens of
-            # the question, which nothing marks as such, see their window and [CLS].
-            at_cls = torch.zeros(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
-            at_cls[:, 0] = 1
-            options = {"global_attention_mask": at_cls}
+            # the question, which nothing marks as such, see their window, [CLS] and memory.
+            sees_all = torch.zeros(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
+            sees_all[:, 0] = sees_all[:, memory] = 1
+            options = {"global_attention_mask": sees_all}
         if self.model.config.model_type == "big_bird":
             self._choose_attention(embeddings.shape[1])
             # Its sparse attention fails under autocast.
             precision = torch.autocast(embeddings.device.type, enabled=False)
         with precision:
-            hidden: Tensor = self.model(inputs_embeds=embeddings, attention_mask=attention_mask, **options)[0]
+            masks = self._masks(embeddings, attention_mask, memory)
+            hidden: Tensor = self.model(inputs_embeds=embeddings, attention_mask=masks, **options)[0]
         return hidden
+
+    def _masks(self, embeddings: Tensor, attention_mask: Tensor | None, memory: slice) -> Any:
+        """The mask (B, N), or those of each kind of layers if some see a window of the text, and memory beside it."""
+        config = self.model.config
+        places = range(embeddings.shape[1])[memory]
+        if not places or not self._has_windows:
+            return attention_mask
+
+        def is_memory(place: Tensor) -> Tensor:
+            return (place >= places.start) & (place < places.stop)
+
+        return {
+            "full_attention": create_bidirectional_mask(config, embeddings, attention_mask),
+            "sliding_attention": create_bidirectional_sliding_window_mask(
+                config,
+                embeddings,
+                attention_mask,
+                or_mask_function=lambda _batch, _head, reader, seen: is_memory(reader) | is_memory(seen),
+            ),
+        }
 
     def _choose_attention(self, length: int) -> None:
         """Sparse attention takes more than 5 blocks and 2 for each random one.

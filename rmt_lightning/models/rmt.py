@@ -162,7 +162,7 @@ class RMTEncoder(MemoryModel):
         embeddings = torch.cat([cls, self._embed(memory, cls), sep, self.encoder.embed(text)], dim=1)
         if mask is not None:
             mask = nn.functional.pad(mask, (layout.place("text").start, 0), value=1)
-        hidden = self.encoder(embeddings, mask)
+        hidden = self.encoder(embeddings, mask, layout.place("memory"))
         return hidden, self.next_memory(hidden[:, layout.place(layout.written)], memory)
 
     def _append_separator(self, segment: Segment) -> tuple[Tensor, Tensor | None]:
