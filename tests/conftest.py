@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from threading import Thread
@@ -98,14 +99,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("noise-cache")
 
 
-def trained(folder: Path, cache: Path, *settings: str) -> Path:
-    """The folder of a small run, trained to its end for several tests."""
-    environment = os.environ | {"RMT_LIGHTNING_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "rmt_lightning.train", *SMALL, "hydra.run.dir=run", *settings]
-    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, timeout=240)
-    return folder / "run"
-
-
 def final(folder: Path) -> dict[str, torch.Tensor]:
     """The weights that a run has ended with."""
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
@@ -114,12 +107,6 @@ def final(folder: Path) -> dict[str, torch.Tensor]:
 def assert_identical(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
     assert left.keys() == right.keys()
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
-
-
-@pytest.fixture(scope="session")
-def finished_run(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    """The folder of a run that was trained to three segments, to be copied."""
-    return trained(tmp_path_factory.mktemp("finished"), cache, "data.segment_length=48")
 
 
 @pytest.fixture
@@ -157,11 +144,11 @@ def warm() -> Any:
     return context
 
 
-@pytest.fixture
-def command(environment: dict[str, str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, warm: Any) -> Run:
-    """A module or a program as a process of its own, in an empty folder."""
+@pytest.fixture(scope="session")
+def launch(tmp_path_factory: pytest.TempPathFactory, warm: Any) -> Run:
+    """A module or a program as a process of its own, in a folder."""
 
-    def run(program: str, *words: str) -> subprocess.CompletedProcess[str]:
+    def run(program: str, *words: str, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
         here = tmp_path_factory.mktemp("output")
         output = [str(here / name) for name in ("stdout", "stderr")]
         told: dict[str, str] = {}
@@ -173,7 +160,7 @@ def command(environment: dict[str, str], tmp_path: Path, tmp_path_factory: pytes
         ]
         for reader in readers:
             reader.start()
-        process = warm.Process(target=_command, args=(program, list(words), str(tmp_path), environment, output))
+        process = warm.Process(target=_command, args=(program, list(words), str(folder), environment, output))
         process.start()
         process.join(240)
         assert process.exitcode is not None, "it hangs"
@@ -185,6 +172,33 @@ def command(environment: dict[str, str], tmp_path: Path, tmp_path_factory: pytes
         return subprocess.CompletedProcess([program, *words], process.exitcode, *(told[name] for name in output))
 
     return run
+
+
+@pytest.fixture
+def command(environment: dict[str, str], tmp_path: Path, launch: Run) -> Run:
+    """The same in an empty folder, with a stranger's environment."""
+    return partial(launch, folder=tmp_path, environment=environment)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, cache: Path, launch: Run) -> Callable[..., Path]:
+    """The folder of a small run, trained to its end for several tests."""
+
+    def train(*settings: str) -> Path:
+        folder = tmp_path_factory.mktemp("trained")
+        environment = os.environ | {"RMT_LIGHTNING_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+        words = (*SMALL, "hydra.run.dir=run", *settings)
+        result = launch("rmt_lightning.train", *words, folder=folder, environment=environment)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return folder / "run"
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def finished_run(trained: Callable[..., Path]) -> Path:
+    """The folder of a run that was trained to three segments, to be copied."""
+    return trained("data.segment_length=48")
 
 
 @pytest.fixture

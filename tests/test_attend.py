@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import Run
 from hydra.core.global_hydra import GlobalHydra
 from reference import read_segment
 from test_backbones import CONFIGS
@@ -414,9 +414,8 @@ def attend(monkeypatch: pytest.MonkeyPatch, *settings: str) -> None:
     front_door.run()
 
 
-def test_the_real_command(here: Path, environment: dict[str, str]) -> None:
-    command = [sys.executable, "-m", "rmt_lightning.attend", *SHORT, "task=reasoning"]
-    result = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=240)
+def test_the_real_command(here: Path, command: Run) -> None:
+    result = command("rmt_lightning.attend", *SHORT, "task=reasoning")
     assert result.returncode == 0, result.stderr
     (folder,) = (here / "run" / "attention").iterdir()
     assert folder.name.startswith("last-reasoning-")

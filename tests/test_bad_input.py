@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -167,13 +167,8 @@ TABLE = [
 
 
 @pytest.fixture(scope="module")
-def finished_run(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    folder = tmp_path_factory.mktemp("finished")
-    environment = os.environ | {"RMT_LIGHTNING_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    settings = (*SMALL, "curriculum.max_segments=1", "hydra.run.dir=run")
-    command = [sys.executable, "-m", "rmt_lightning.train", *settings]
-    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, timeout=240)
-    return folder / "run"
+def finished_run(trained: Callable[..., Path]) -> Path:
+    return trained("curriculum.max_segments=1")
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import Run
 
 LOG = """
 import logging, sys, warnings
@@ -25,12 +26,13 @@ warnings.warn("The number of training batches is small")
 """
 
 
-def test_a_line_stays_a_line(environment: dict[str, str], tmp_path: Path) -> None:
+def test_a_line_stays_a_line(environment: dict[str, str], command: Run, tmp_path: Path) -> None:
     """Through a pipe, however narrow the screen; with dates in the file; news of the first process only."""
-    environment |= {"COLUMNS": "40"}
+    environment["COLUMNS"] = "40"
+    (tmp_path / "log.py").write_text(LOG)
     for rank in "01":
-        command = [sys.executable, "-c", LOG, rank]
-        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        result = command(str(tmp_path / "log.py"), rank)
+        assert result.returncode == 0, result.stderr
         news = f"go on with resume={'a/[long]/path' * 20}\n" if rank == "0" else ""
         assert (result.stdout, result.stderr) == (f"{news}trouble\n", "")
         lines = (tmp_path / "run.log").read_text().splitlines()

@@ -16,6 +16,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from conftest import Run
 from hydra.core.global_hydra import GlobalHydra
 
 from rmt_lightning import evaluate as front_door
@@ -170,9 +171,9 @@ def test_damaged_results_are_named(
     assert "evaluation.json: is damaged; remove it" in capsys.readouterr().err
 
 
-def test_memory_does_not_grow_with_the_input(here: Path, environment: dict[str, str]) -> None:
-    command = [sys.executable, "-m", "rmt_lightning.evaluate", "checkpoint=run", "samples=4", "segments=[64,2048]"]
-    subprocess.run(command, cwd=here, env=environment, check=True, capture_output=True, timeout=200)
+def test_memory_does_not_grow_with_the_input(here: Path, command: Run) -> None:
+    result = command("rmt_lightning.evaluate", "checkpoint=run", "samples=4", "segments=[64,2048]")
+    assert result.returncode == 0, result.stderr
     short, long = (float(row["host_memory_mb"]) for row in rows(only(here) / "evaluation.csv"))
     assert long < 1.05 * short
 

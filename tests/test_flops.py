@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from itertools import pairwise
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, Run
 from hydra.core.global_hydra import GlobalHydra
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerBase
@@ -198,9 +197,8 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_the_command(environment: dict[str, str], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "rmt_lightning.flops"]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+def test_the_command(command: Run, tmp_path: Path) -> None:
+    result = command("rmt_lightning.flops")
     assert result.returncode == 0 and result.stderr == "", result.stderr
     lines = [line.split() for line in result.stdout.replace("│", " ").splitlines()]
     assert ["2,097,152", "OPT-125M", "4,096", "1.645e+17", "5.582e+14", "×295"] in lines

@@ -290,7 +290,19 @@ def test_a_run_its_files_and_that_it_goes_on_exactly(
     assert train_here("resume=killed") == ""
     assert all(torch.equal(value, weights(tmp_path / "killed")[name]) for name, value in whole.items())
 
-    # Two processes are the same as one with all rows, and hand their states on to one.
+    # A language model answers no questions, and a finished one can be trained on.
+    config = OmegaConf.load(tmp_path / "whole" / "config.yaml")
+    with pytest.raises(UserError, match=r"last\.ckpt: holds a language model"):
+        load(config, tmp_path / "whole", tmp_path / "whole" / "checkpoints" / "last.ckpt")
+    assert train_here("resume=whole", "curriculum.steps=15", "data.batch_size=5") == ""
+    assert len(rows(tmp_path / "whole" / "metrics" / "version_1" / "metrics.csv")) > 0
+
+
+@pytest.mark.soak
+def test_two_processes_are_one_with_all_rows(train_here: Callable[..., str], train: Run, tmp_path: Path) -> None:
+    """And they hand their states on to one."""
+    assert train_here(*SMALL, "hydra.run.dir=whole") == ""
+    whole = weights(tmp_path / "whole")
     both = ("data.batch_size=2", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_steps=7")
     result = train(*SMALL, *both, "hydra.run.dir=both", small=False)
     assert result.returncode == 0, result.stderr
@@ -298,13 +310,6 @@ def test_a_run_its_files_and_that_it_goes_on_exactly(
     assert train_here("resume=both", "data.batch_size=4", "trainer.devices=1", "trainer.max_steps=-1") == ""
     for name, value in weights(tmp_path / "both").items():
         torch.testing.assert_close(value, whole[name], atol=1e-5, rtol=1e-4)
-
-    # A language model answers no questions, and a finished one can be trained on.
-    config = OmegaConf.load(tmp_path / "whole" / "config.yaml")
-    with pytest.raises(UserError, match=r"last\.ckpt: holds a language model"):
-        load(config, tmp_path / "whole", tmp_path / "whole" / "checkpoints" / "last.ckpt")
-    assert train_here("resume=whole", "curriculum.steps=15", "data.batch_size=5") == ""
-    assert len(rows(tmp_path / "whole" / "metrics" / "version_1" / "metrics.csv")) > 0
 
 
 @pytest.mark.parametrize(

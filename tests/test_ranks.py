@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import Run, assert_identical, final, trained
+from conftest import Run, assert_identical, final
 
 from rmt_lightning.training.callbacks import ranks
 
@@ -68,8 +69,8 @@ time.sleep(100)
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    return trained(tmp_path_factory.mktemp("uninterrupted"), cache, *RUN)
+def uninterrupted(trained: Callable[..., Path]) -> Path:
+    return trained(*RUN)
 
 
 def errors(result: subprocess.CompletedProcess[str]) -> list[str]:

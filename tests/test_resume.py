@@ -21,7 +21,7 @@ from textwrap import dedent
 import pytest
 import torch
 import yaml
-from conftest import SMALL, Run, assert_identical, final, trained
+from conftest import SMALL, Run, assert_identical, final
 from omegaconf import OmegaConf
 
 from rmt_lightning.app.resume import save_config
@@ -74,8 +74,8 @@ def logged(folder: Path) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    return trained(tmp_path_factory.mktemp("uninterrupted"), cache, *RUN)
+def uninterrupted(trained: Callable[..., Path]) -> Path:
+    return trained(*RUN)
 
 
 def test_the_same_command_gives_the_same_weights_and_others_differ(

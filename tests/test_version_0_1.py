@@ -6,8 +6,6 @@ import csv
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -47,13 +45,10 @@ def test_a_budget_that_was_too_small_is_raised(train: Run, tmp_path: Path) -> No
     assert "steps: 16" in (tmp_path / "text" / "config.yaml").read_text().split("optim:")[1]
 
 
-def test_what_was_evaluated_is_found_again(environment: dict[str, str], tmp_path: Path) -> None:
+def test_what_was_evaluated_is_found_again(command: Run, tmp_path: Path) -> None:
     shutil.copytree(OLD / "hold-whole", tmp_path / "run")
-    command = ["checkpoint=run", "segments=[1,3]", "samples=8", "follow=32", "every=8", "device=cpu"]
-    result = subprocess.run(
-        [sys.executable, "-m", "rmt_lightning.evaluate", *command],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+    settings = ["checkpoint=run", "segments=[1,3]", "samples=8", "follow=32", "every=8", "device=cpu"]
+    result = command("rmt_lightning.evaluate", *settings)
     assert result.returncode == 0, result.stderr
     files = sorted((tmp_path / "run" / "evaluations").glob("*/evaluation.csv"), key=lambda path: path.stat().st_mtime)
     old, new = (

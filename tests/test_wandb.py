@@ -106,7 +106,7 @@ def at_a_terminal(command: tuple[str, ...], folder: Path, environment: dict[str,
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, cache: Path, launch: Run) -> Path:
     """A run of a sweep that was trained without a key, then resumed with one but offline."""
     folder = tmp_path_factory.mktemp("wandb")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "RMT_", "LOCAL_RANK"))}
@@ -115,9 +115,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     first = (*TRAIN, *SMALL, "logger=wandb", "logger.log_checkpoints=true", "hydra.run.dir=run")
     printed = at_a_terminal(first, folder, kept | alone | sweep)
     assert "offline; wandb sync run/wandb uploads it" in printed
-    again = (*TRAIN, "resume=run", "curriculum.max_segments=4")
     secret = {"WANDB_API_KEY": KEY, "WANDB_MODE": "offline"}
-    subprocess.run(again, cwd=folder, env=kept | alone | secret, check=True, capture_output=True, timeout=240)
+    again = ("resume=run", "curriculum.max_segments=4")
+    result = launch("rmt_lightning.train", *again, folder=folder, environment=kept | alone | secret)
+    assert result.returncode == 0, result.stderr
     return folder / "run"
 
 
