@@ -114,6 +114,9 @@ def test_a_folder_with_another_run_is_left_alone(tmp_path: Path) -> None:
     parts = ("task", "noise", "backbone", "model")
     config.update({part: {} for part in parts})
     assert not _known_settings(config, tmp_path, [])
+    # As a full disk leaves it.
+    (tmp_path / "config.yaml").touch()
+    assert not _known_settings(config, tmp_path, [])
     (tmp_path / "config.yaml").write_text(
         "optim: {lr: 0.1}\nlogger: {}\ncache_dir: b\nseed: 3\ndata: 3\n" + "".join(f"{part}: {{}}\n" for part in parts)
     )
