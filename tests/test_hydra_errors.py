@@ -51,6 +51,7 @@ def allocate(number: str) -> object:
 # For each pattern what is done, the error it brings, and what the pattern must find in it.
 SAID: dict[str, tuple[Callable[[str], object], str, type[Exception], str]] = {
     "NO_DEFAULT": (compose, "sweep=memory_size", ConfigCompositionException, "sweep=memory_size"),
+    "TWICE": (compose, "+model=lstm", ConfigCompositionException, "model"),
     "NO_SETTING": (compose, "hold.steps=9", ConfigCompositionException, "hold.steps"),
     "NO_CHOICE": (compose, "hold=null", ValueError, "NoneType"),
     "SEVERAL": (compose_a_run, "cache_dir=a,b", ConfigCompositionException, "cache_dir=a,b"),
@@ -81,6 +82,29 @@ def test_the_words_of_hydra(name: str) -> None:
 
 def test_each_pattern_is_held() -> None:
     assert {name for name, value in vars(hydra_errors).items() if isinstance(value, re.Pattern)} == SAID.keys()
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("+model=lstm", "model: is among the defaults; write model=… without +"),
+        ("++task=detect", "task: is among the defaults; write task=… without +"),
+        ("~optim", "~optim: the run needs it; leave ~optim out"),
+        ("noise..documents=3", "'noise..documents=3': settings are given as key=value, such as seed=2"),
+        ("=1", "'=1': settings are given as key=value, such as seed=2"),
+        ("hydra.foo=1", "hydra.foo: no such setting; --cfg hydra shows those that there are"),
+        ("--resolve", "The --resolve flag can only be used in conjunction with --cfg or --help"),
+    ],
+)
+def test_a_line_that_helps(word: str, told: str, refused: Callable[..., str]) -> None:
+    assert refused(word, "hydra.run.dir=run") == f"error: {told}\n"
+
+
+def test_options_may_stand_anywhere() -> None:
+    words = ["seed=1", "-m", "noise.documents=20", "--config-dir", "mine", "task=detect"]
+    assert hydra_errors._options_first(words) == [
+        "-m", "--config-dir", "mine", "seed=1", "noise.documents=20", "task=detect",
+    ]  # fmt: skip
 
 
 def test_what_errors_tell_without_words() -> None:

@@ -24,6 +24,9 @@ from rmt_lightning.app import hydra_errors
 from rmt_lightning.app.build import construct
 from rmt_lightning.app.processes import RANK, forget_leftovers, is_first_process
 from rmt_lightning.app.schema import CONF, check
+from rmt_lightning.models import segment_model
+from rmt_lightning.models.tiny import TinyBert
+from rmt_lightning.reporting.runs import read_runs
 from rmt_lightning.training.trainer import TimeBudget
 
 # What Lightning's Trainer takes and a run does not: the run sets it itself, or it would be of no effect.
@@ -47,6 +50,15 @@ CHECKED = [
     ("optim.lr", [1e-3, float("inf")], "must be "),
     ("optim.weight_decay", float("inf"), "must be a finite number"),
     ("optim.warmup", float("nan"), "must be a finite number"),
+    ("data.steps_per_epoch", 10**21, f"must be less than or equal to {10**18}"),
+    ("optim.steps", [10**21], f"must be less than or equal to {10**18}"),
+    ("noise.documents", 10**12, "must be less than or equal to 1000000"),
+    ("backbone.width", 2_000_000, "must be less than or equal to 32768"),
+    ("backbone.layers", 100_000, "must be less than or equal to 1000"),
+    ("backbone.vocabulary_size", 10**12, "must be less than or equal to 1048576"),
+    ("backbone.max_positions", 10**12, "must be less than or equal to 1048576"),
+    ("backbone.dropout", 1.5, "must be less than 1"),
+    ("curriculum.max_segments", 10**9, "must be less than or equal to 4096"),
     ("hold.lr", 1e39, "must be less than or equal to 1000000"),
     ("hold.jitter", float("nan"), "must be a finite number"),
     ("trainer.gradient_clip_val", -1, "must be greater than or equal to 0"),
@@ -245,6 +257,13 @@ def test_another_number_of_processes(
         RunTrainer(tmp_path, [], [], accelerator="cpu")
 
 
+@pytest.mark.parametrize("settings", [{"width": 2**15}, {"width": 2**13, "layers": 100}], ids=str)
+def test_weights_that_this_machine_cannot_hold(settings: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segment_model, "machine_memory", lambda: 2**34)
+    with pytest.raises(UserError, match=r"backbone: its [\d,]+ weights take [\d,]+ GB, and this machine has 17; make"):
+        TinyBert(**settings)
+
+
 # What a budget ends.
 
 
@@ -255,6 +274,8 @@ def test_a_budget_of_time(train: Run, tmp_path: Path) -> None:
     assert "stopped by trainer.max_time=00:00:00:00; go on with resume=run" in short.stdout
     assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 1
     assert (tmp_path / "run/evaluation.csv").exists()
+    (run,), _ = read_runs([str(tmp_path / "run")])
+    assert run.status == "stopped at max_time"
     resumed = train("resume=run", "trainer.max_time=null", small=False)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     phase = json.loads((tmp_path / "run/phases.json").read_text())[0]

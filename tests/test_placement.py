@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -156,8 +157,11 @@ def test_samples_are_pure(placement: Placement) -> None:
 
 
 def test_a_long_sample_is_read_segment_by_segment(placement: Placement) -> None:
-    sample = placement.sample("test", Key(1_000_000, 0))
+    tracemalloc.start()
+    sample = placement.sample("test", Key(10_000_000, 0))
     assert len(next(sample.segments)) == placement.text_length
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
 
 
 def test_noise_is_not_repeated_before_all_is_read(placement: Placement) -> None:

@@ -405,6 +405,7 @@ def test_the_status_follows_from_the_phases(here: Path) -> None:
     assert status(CURRICULUM, later) == "interrupted or running"
     assert status(CURRICULUM, later | {"finished": True}) == "finished"
     assert status(CURRICULUM | {"finished": False, "stuck": True}, later | {"first_step": None}) == "did not converge"
+    assert status(CURRICULUM, later | {"out_of_time": True}) == "stopped at max_time"
     change(here / "good", trainer={"max_steps": 18})
     assert status(CURRICULUM, later) == "stopped at max_steps"
 

@@ -30,7 +30,7 @@ from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.models.sources import Backbone, Restored, parts_for
 from rmt_lightning.tasks.corpus import Corpus, tokenize
 from rmt_lightning.tasks.facts import Split, Task
-from rmt_lightning.tasks.noise import Noise
+from rmt_lightning.tasks.noise import Noise, counted
 from rmt_lightning.tasks.placement import Key, Placement
 from rmt_lightning.training.answering import FactModule
 from rmt_lightning.training.callbacks.checkpoints import check_fits, read_checkpoint
@@ -62,7 +62,7 @@ def build_foundation(config: DictConfig, run: Path | None, trained: bool, senten
     noise: Noise = instantiate(config.noise, _convert_="all")
     fresh: Backbone = instantiate(config.backbone, _convert_="all")
     earlier = Restored(run / TOKENIZER, run / BACKBONE) if run and (run / TOKENIZER).is_dir() else None
-    text = chain(sentences, chain.from_iterable(noise.documents("train")))
+    text = chain(sentences, chain.from_iterable(counted(noise.documents("train"), "train")))
     tokenizer = (earlier or fresh).tokenizer(text)
     model = _model(config.model, earlier if earlier and trained else fresh, tokenizer)
     return Foundation(tokenizer, model, tokenize(noise, tokenizer, config.cache_dir))

@@ -256,7 +256,12 @@ def _autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 @contextmanager
 def _bar(description: str, total: int, streams: int) -> Iterator[Callable[[], None]]:
-    """A live bar with segments a second and the time that is left; yields what is to be called after each segment."""
+    """A live bar with segments a second and the time that is left; yields what is to be called after each segment.
+
+    Where nobody would see it, a line says what is being done.
+    """
+    if not get_console().is_terminal:
+        log.info("%s …", description)
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
         TextColumn("{task.fields[speed]:,.0f} segments/s ·"), TimeRemainingColumn(),

@@ -30,6 +30,7 @@ NO_DEFAULT = re.compile(r"To append to your default list use \+(\S+)")
 NO_SETTING = re.compile(r"Could not override '([^']+)'")
 NO_CHOICE = re.compile(r"Config group override must be a string or a list\. Got (\w+)")
 SEVERAL = re.compile(r"Ambiguous value for argument '(.*)'$", flags=re.MULTILINE)
+TWICE = re.compile(r"Multiple values for ([^. ]+)\.|force-add of config groups is not supported: '\+\+([^=]+)=")
 PLACE = re.compile(r"^full_key: (\S+)", flags=re.MULTILINE)
 # NumPy, torch and CUDA.
 NO_MEMORY = re.compile(r"(MemoryError|can't allocate memory|out of memory|Storage size calculation overflowed)")
@@ -67,7 +68,7 @@ def front_door(
             if not sys.flags.safe_path and os.getcwd() not in sys.path:
                 # As with `python -m`: where classes of the user's own stand.
                 sys.path.insert(0, os.getcwd())
-            _check_options(sys.argv[1:])
+            sys.argv[1:] = _options_first(sys.argv[1:])
             for word in sys.argv[1:]:
                 _check_encoding(word)
             sys.argv[1:] = words([_as_meant(word) for word in sys.argv[1:]])
@@ -77,19 +78,32 @@ def front_door(
                 if begun or not error.filename:
                     raise
                 raise UserError(f"hydra.run.dir={error.filename}: {error.strerror}; choose another folder") from None
+            except ValueError as error:
+                if begun or NO_CHOICE.search(str(error)):
+                    raise
+                # Options that do not go together.
+                raise UserError(str(error)) from None
 
     return run
 
 
-def _check_options(words: list[str]) -> None:
-    """Raise UserError if there is an option that Hydra does not know, which it would tell over many lines."""
+def _options_first(words: list[str]) -> list[str]:
+    """A command line as Hydra reads it, which wants settings in a row.
+
+    Raises:
+        UserError: if there is an option that Hydra does not know, which it would tell over many lines.
+    """
     parser = get_args_parser()
 
     def error(message: str) -> NoReturn:
         raise UserError(f"{message}; see --hydra-help")
 
     parser.error = error  # type: ignore[method-assign]
-    parser.parse_args(words)
+    settings = parser.parse_intermixed_args(words).overrides
+    options = list(words)
+    for word in settings:
+        options.remove(word)
+    return [*options, *settings]
 
 
 def _check_encoding(name: str) -> None:
@@ -172,7 +186,7 @@ def _one_line(error: BaseException, config_name: str) -> str:
         if isinstance(cause, UserError):
             return str(cause)
         if NO_MEMORY.search(repr(cause)):
-            return _no_memory(cause)
+            return _no_memory(cause, PLACE.search(str(error)))
         if isinstance(cause, OSError) and not isinstance(cause, HydraException):
             return trouble(cause)
     if isinstance(error, InstantiationException):
@@ -193,6 +207,9 @@ def _one_line(error: BaseException, config_name: str) -> str:
             f"{several[1]}: a comma separates the values of a sweep (--multirun) or of a list ({key}=[{text}]); "
             f"for one text, type {for_shell(setting(key, text))}"
         )
+    if twice := TWICE.search(str(said)):
+        group = twice[1] or twice[2]
+        return f"{group}: is among the defaults; write {group}=… without +"
     if default := NO_DEFAULT.search(str(said)):
         # A part of a part, such as model.update, comes with some choices of the whole alone.
         group = default[1].partition("=")[0]
@@ -206,6 +223,8 @@ def _one_line(error: BaseException, config_name: str) -> str:
     if unknown := NO_SETTING.search(str(said)):
         return f"{unknown[1]}: no such setting; {_suggest_key(unknown[1], config_name)}"
     key = getattr(said, "full_key", None)
+    if key and f"~{key}" in sys.argv[1:]:
+        return f"~{key}: the run needs it; leave ~{key} out"
     lines = [line.strip() for line in str(said).splitlines() if line.strip()]
     told = f"{key + ': ' if key else ''}{lines[0] if lines else type(said).__name__}"
     if looked_up := [word for word in sys.argv[1:] if "${" in word and word.lstrip("+").startswith(key or "")]:
@@ -216,20 +235,23 @@ def _one_line(error: BaseException, config_name: str) -> str:
 def _unread(word: str) -> str:
     """What to type instead of a word that Hydra cannot read."""
     key, equals, text = word.partition("=")
-    if not equals or not re.fullmatch(r"[+~]*[\w./@:$-]+", key, flags=re.ASCII):
+    if not equals or not re.fullmatch(r"[+~]*[\w@:$-]+([./][\w@:$-]+)*", key, flags=re.ASCII):
         return f"'{word}': settings are given as key=value, such as seed=2"
     return f"{word}: cannot be read; a text with such characters needs quotes: type {for_shell(setting(key, text))}"
 
 
-def _no_memory(error: BaseException) -> str:
+def _no_memory(error: BaseException, place: re.Match[str] | None = None) -> str:
     told = " ".join(str(error).split())
-    return f"not enough memory: make data.batch_size smaller, or what else is large ({told:.200})"
+    part = f"{place[1]}: is too large" if place else "make data.batch_size smaller, or what else is large"
+    return f"not enough memory: {part} ({told:.200})"
 
 
 def _no_choice() -> str:
     """Which group has been given no choice but null or nothing. Hydra does not say which."""
     for word in sys.argv[1:]:
         group, _, choice = word.removeprefix("+").partition("=")
+        if not group:
+            return _unread(word)
         options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
         if (CONF / group).is_dir() and choice not in options and "," not in choice:
             return f"{word}: no such choice; allowed: {', '.join(options)}; or leave {group}= out"
@@ -238,6 +260,8 @@ def _no_choice() -> str:
 
 def _suggest_key(key: str, config_name: str) -> str:
     """Which keys stand where `key` was looked for."""
+    if key.startswith("hydra."):
+        return "--cfg hydra shows those that there are"
     words = sys.argv[1:]
     # A folder of the user's own choices.
     given = [

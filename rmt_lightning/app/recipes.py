@@ -6,14 +6,12 @@ A recipe is what a run is made of, and what is done with it at the end.
 from __future__ import annotations
 
 import logging
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import lightning as L
-import torch
 from hydra.utils import get_class, get_object
 from omegaconf import DictConfig
 from rich import get_console
@@ -28,7 +26,7 @@ from rmt_lightning.app.schema import CONF, instantiate
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import write_atomically, write_csv
 from rmt_lightning.core.run_folder import EVALUATION
-from rmt_lightning.models.segment_model import SegmentModel
+from rmt_lightning.models.segment_model import SegmentModel, check_weights, machine_memory
 from rmt_lightning.reporting import figures
 from rmt_lightning.tasks.corpus import Corpus
 from rmt_lightning.tasks.datamodule import FactDataModule, ShortEpochs
@@ -120,6 +118,7 @@ class FactRecipe(Recipe):
 
     def test(self, folder: Path, trainer: L.Trainer) -> None:
         device, console = trainer.strategy.root_device, get_console()
+        log.info("testing inputs of %s segments", ", ".join(map(str, self.tested)))
         self.module.to(device).eval()
         batch_size = 2 * self.data.batch_size
         shown = track(self.tested, "testing", transient=True, console=console, disable=not console.is_terminal)
@@ -222,13 +221,14 @@ def phase_groups(config: DictConfig) -> list[str]:
 
 
 def check_memory(recipe: Recipe) -> None:
-    """Refuse a batch that this machine cannot hold by far: its token ids, and one vector for each of a segment."""
+    """Refuse what this machine cannot hold by far: weights with what AdamW keeps of them, and a batch.
+
+    Of a batch count its token ids, and one vector for each of a segment.
+    """
+    check_weights("model", sum(part.numel() for part in recipe.module.parameters() if part.requires_grad), size=16)
     data, longest = recipe.data, max(phase.longest for phase in recipe.phases)
     needed = data.batch_size * data.segment_length * (8 * longest + 2 * recipe.model.width)
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if torch.cuda.is_available():
-        there = max(there, torch.cuda.get_device_properties(0).total_memory)
-    if needed > there:
+    if needed > (there := machine_memory()):
         raise UserError(
             f"data.batch_size={data.batch_size}: a batch of {longest} segments takes at least {needed / 1e9:,.0f} GB, "
             f"and this machine has {there / 1e9:,.0f}; give less"

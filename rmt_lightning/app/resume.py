@@ -201,7 +201,7 @@ def composed_again(words: Sequence[str]) -> list[str]:
     # The settings of what is not there any more are left out.
     earlier = [word for key, word in then.items() if key not in now and key.partition(".")[0] not in others]
     options = [word for word in earlier if word.startswith("-")]
-    # Hydra wants settings in a row; options may stand on both sides of them.
+    # Hydra wants settings in a row.
     first = next(place for place, word in enumerate(typed) if "=" in word and not word.startswith("-"))
     return [*options, *typed[:first], *(word for word in earlier if word not in options), *typed[first:]]
 

@@ -21,6 +21,9 @@ from pydantic import ConfigDict, ValidationError, create_model
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.quoting import for_shell, literals, setting
 
+# Beyond it no setting means anything, and 64 bits, which other libraries count in, are near their end.
+_LARGEST = 10**18
+
 # In a wheel conf/ is inside the package, in a checkout beside it.
 _PACKAGE = Path(__file__).parents[1]
 CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
@@ -88,6 +91,15 @@ def _check_settings(target: Callable[..., Any], given: dict[str, Any], path: str
         needs_text = any(way["type"] == "string_type" for way in error.errors())
         hint = _as_text(f"{path}{key}") if needs_text else ""
         raise UserError(f"{path}{key}={given[key]}: {' or '.join(dict.fromkeys(ways))}{hint}") from None
+    for name in plain:
+        _check_size(f"{path}{name}", given[name])
+
+
+def _check_size(key: str, value: Any) -> None:
+    """Raise UserError if a whole number, or one in a list, is larger than any library counts."""
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, int) and abs(number) > _LARGEST:
+            raise UserError(f"{key}={value}: must be less than or equal to {_LARGEST}")
 
 
 def _hints(constructor: Callable[..., Any]) -> dict[str, Any]:

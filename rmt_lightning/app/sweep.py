@@ -78,14 +78,14 @@ class Sweep(Callback):
         print(f"{signal.Signals(signum).name}: what runs is saved; once more to leave at once", flush=True)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        from rmt_lightning.reporting.sweeps import sum_up
+        from rmt_lightning.reporting.sweeps import SETTLED, sum_up
 
         (self.folder / STOP).unlink(missing_ok=True)
         jobs = sum_up(self.folder).jobs
         if self.signum is not None:
             print(f"stopped by {signal.Signals(self.signum).name}; the same command goes on", flush=True)
             sys.exit(128 + self.signum)
-        if not all(job.status in ("finished", "stopped at max_steps") for job in jobs):
+        if not all(job.status in SETTLED and job.status != "did not converge" for job in jobs):
             sys.exit(1)
 
 

@@ -119,7 +119,7 @@ def _train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pa
     if not trainer.is_global_zero:
         return 0
     step = saved["global_step"] if saved and phases.finished and not trainer.global_step else trainer.global_step
-    write_phases(folder, phases, step)
+    write_phases(folder, phases, step, out_of_time=bool(trainer.budget and trainer.budget.over))
     _tell(recipe, folder, trainer, logger)
     wait_for_others(trainer)
     return _end(recipe, trainer, to_type("resume", os.path.relpath(folder)))

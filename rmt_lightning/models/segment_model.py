@@ -5,6 +5,7 @@ Shapes: B batch, T segments, S text tokens of a segment, N tokens of a whole tex
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, tee
@@ -182,6 +183,21 @@ class SegmentModel(nn.Module, SavedModel, ABC, Generic[State]):
             order = mask_s.argsort(dim=1, descending=True, stable=True)
             segments.append(Segment(ids_s.gather(1, order), mask_s.gather(1, order)))
         return segments
+
+
+def check_weights(key: str, count: int, size: int = 4) -> None:
+    """Raise UserError, naming a setting, if so many weights of so many bytes are more than this machine can hold."""
+    if (needed := count * size) > (there := machine_memory()):
+        raise UserError(
+            f"{key}: its {count:,} weights take {needed / 1e9:,.0f} GB, and this machine has {there / 1e9:,.0f}; "
+            "make it smaller"
+        )
+
+
+def machine_memory() -> int:
+    """The memory of this machine or of its GPU, whichever is larger, in bytes."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(there, torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0)
 
 
 class LayerMajor(Protocol):

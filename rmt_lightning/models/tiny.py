@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Annotated, Any
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le, Lt
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     AutoModel,
@@ -23,6 +23,7 @@ from transformers import (
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.models.backbone import Decoder, Encoder
+from rmt_lightning.models.segment_model import check_weights
 
 _LONG_WORD = re.compile(r"\S{1000}(?=\S)")
 
@@ -42,23 +43,24 @@ class Tiny:
 
     def __init__(
         self,
-        width: Annotated[int, Ge(1)] = 128,
-        layers: Annotated[int, Ge(1)] = 4,
+        width: Annotated[int, Ge(1), Le(2**15)] = 128,
+        layers: Annotated[int, Ge(1), Le(1000)] = 4,
         heads: Annotated[int, Ge(1)] = 4,
-        max_positions: Annotated[int, Ge(1)] = 512,
-        vocabulary_size: Annotated[int, Ge(300)] = 2000,
-        dropout: Annotated[float, Ge(0)] = 0.0,
-        initializer_range: Annotated[float, Gt(0)] = 0.02,
+        max_positions: Annotated[int, Ge(1), Le(2**20)] = 512,
+        vocabulary_size: Annotated[int, Ge(300), Le(2**20)] = 2000,
+        dropout: Annotated[float, Ge(0), Lt(1)] = 0.0,
+        initializer_range: Annotated[float, Gt(0), Le(100)] = 0.02,
     ) -> None:
         if width % heads:
             raise UserError(f"backbone.width={width}: must be a multiple of backbone.heads={heads}")
+        check_weights("backbone", width * (12 * width * layers + vocabulary_size + max_positions))
         self.width = width
         self.layers = layers
         self.heads = heads
         self.max_positions = max_positions
         self.vocabulary_size = vocabulary_size
         self.dropout = dropout
-        self.initializer_range = initializer_range
+        self.initializer_range = float(initializer_range)
 
     def _train_tokenizer(
         self, texts: Iterable[str], normalizer: normalizers.Normalizer | None, special: dict[str, str]
@@ -140,13 +142,13 @@ class TinyLongformer(TinyBert):
 
     def __init__(
         self,
-        width: Annotated[int, Ge(1)] = 128,
-        layers: Annotated[int, Ge(1)] = 4,
+        width: Annotated[int, Ge(1), Le(2**15)] = 128,
+        layers: Annotated[int, Ge(1), Le(1000)] = 4,
         heads: Annotated[int, Ge(1)] = 4,
-        max_positions: Annotated[int, Ge(1)] = 1024,
+        max_positions: Annotated[int, Ge(1), Le(2**20)] = 1024,
         window: Annotated[int, Ge(2)] = 64,
-        vocabulary_size: Annotated[int, Ge(300)] = 2000,
-        dropout: Annotated[float, Ge(0)] = 0.0,
+        vocabulary_size: Annotated[int, Ge(300), Le(2**20)] = 2000,
+        dropout: Annotated[float, Ge(0), Lt(1)] = 0.0,
     ) -> None:
         super().__init__(width, layers, heads, max_positions, vocabulary_size, dropout)
         if window % 2 or max_positions % window:
@@ -179,14 +181,14 @@ class TinyBigBird(TinyBert):
 
     def __init__(
         self,
-        width: Annotated[int, Ge(1)] = 128,
-        layers: Annotated[int, Ge(1)] = 4,
+        width: Annotated[int, Ge(1), Le(2**15)] = 128,
+        layers: Annotated[int, Ge(1), Le(1000)] = 4,
         heads: Annotated[int, Ge(1)] = 4,
-        max_positions: Annotated[int, Ge(1)] = 1024,
+        max_positions: Annotated[int, Ge(1), Le(2**20)] = 1024,
         block_size: Annotated[int, Ge(1)] = 16,
         random_blocks: Annotated[int, Ge(1)] = 1,
-        vocabulary_size: Annotated[int, Ge(300)] = 2000,
-        dropout: Annotated[float, Ge(0)] = 0.0,
+        vocabulary_size: Annotated[int, Ge(300), Le(2**20)] = 2000,
+        dropout: Annotated[float, Ge(0), Lt(1)] = 0.0,
     ) -> None:
         super().__init__(width, layers, heads, max_positions, vocabulary_size, dropout)
         if max_positions % block_size:

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.models.memory import Layout, MemoryTokens
 from rmt_lightning.models.recurrence import Segment
-from rmt_lightning.models.segment_model import LayeredModel
+from rmt_lightning.models.segment_model import LayeredModel, check_weights
 from rmt_lightning.models.update import Replace, Update
 
 
@@ -106,7 +106,7 @@ class TransformerXL(MemoryTokens[XLState], LayeredModel[XLState]):
         tokenizer: PreTrainedTokenizerBase,
         segment_length: Annotated[int, Ge(1)],
         width: Annotated[int, Ge(2)] = 128,
-        layers: Annotated[int, Ge(1)] = 4,
+        layers: Annotated[int, Ge(1), Le(1000)] = 4,
         heads: Annotated[int, Ge(1)] = 4,
         cache_length: Annotated[int, Ge(0), Le(16_384)] = 64,
         memory_size: Annotated[int, Ge(0)] = 0,
@@ -123,6 +123,7 @@ class TransformerXL(MemoryTokens[XLState], LayeredModel[XLState]):
                 f"data.segment_length={segment_length}: {memory_size} memory tokens at each end leave no room for "
                 f"text; give more than {2 * memory_size}"
             )
+        check_weights("model", width * (13 * width * layers + len(tokenizer)))
         super().__init__(text_length, width, bptt_depth, gradient_checkpointing)
         self.tokenizer = tokenizer
         self.cache_length = cache_length

@@ -25,7 +25,9 @@ from rmt_lightning.core.names import public_name
 from rmt_lightning.core.run_folder import CHECKPOINTS, CONFIG, EVALUATION, HARDWARE, HOLD, LAST, METRICS, PHASES, STAGES
 from rmt_lightning.reporting.redaction import public, public_text
 
-Status = Literal["finished", "stopped at max_steps", "did not converge", "interrupted or running"]
+Status = Literal[
+    "finished", "stopped at max_steps", "stopped at max_time", "did not converge", "interrupted or running"
+]
 Row = dict[str, float]
 AT_THE_END = "at the end of training"
 Content = TypeVar("Content")
@@ -41,6 +43,7 @@ class Phase:
         steps: optimizer steps it has taken so far.
         finished: whether it has come to its end.
         stuck: whether it has stopped short of it, and the run with it.
+        out_of_time: whether the run has stopped here because its time was up.
         table: the csv file with its rows, if it has one.
         rows: the cells of that file.
     """
@@ -52,6 +55,7 @@ class Phase:
     stuck: bool
     table: str | None
     rows: list[dict[str, str]] = field(default_factory=list)
+    out_of_time: bool = False
 
     @property
     def staged(self) -> bool:
@@ -164,6 +168,8 @@ class Run:
             return "finished"
         if any(phase.stuck for phase in self.phases):
             return "did not converge"
+        if any(phase.out_of_time for phase in self.phases):
+            return "stopped at max_time"
         stopped = 0 <= _limit(self.config, "trainer", "max_steps") <= self.steps
         return "stopped at max_steps" if stopped else "interrupted or running"
 

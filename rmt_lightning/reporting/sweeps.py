@@ -24,7 +24,7 @@ from rmt_lightning.reporting.runs import AT_THE_END, Run, matching, read_runs
 
 SEED = "seed"
 # A job that ended so has a result; the others are tried again when the sweep goes on.
-SETTLED = ("finished", "stopped at max_steps", "did not converge")
+SETTLED = ("finished", "stopped at max_steps", "stopped at max_time", "did not converge")
 
 
 @dataclass(frozen=True)

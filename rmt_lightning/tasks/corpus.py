@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import digest
 from rmt_lightning.tasks.facts import Split
-from rmt_lightning.tasks.noise import PIECE, SPLITS, Noise, spaced
+from rmt_lightning.tasks.noise import PIECE, SPLITS, Noise, counted, spaced
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def tokenize(noise: Noise, tokenizer: PreTrainedTokenizerBase, cache_dir: str | 
             partial = _emptied(folder)
         try:
             for split in SPLITS:
-                _write(split, noise.documents(split), tokenizer, partial / split)
+                _write(split, counted(noise.documents(split), split), tokenizer, partial / split)
             (partial / _CHECKSUMS).write_text(json.dumps(_checksums(partial)))
             os.rename(partial, folder)
         finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+import time
 import unicodedata
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -62,6 +63,16 @@ class Noise(Protocol):
         """A name for the content: it changes when the documents do."""
 
 
+def counted(documents: Iterable[list[str]], split: Split) -> Iterator[list[str]]:
+    """Documents as they come; of many, how many there have been is said from time to time."""
+    said = time.monotonic()
+    for number, document in enumerate(documents):
+        if time.monotonic() > said + 20:
+            said = time.monotonic()
+            log.info("noise: %s documents read for %s so far", f"{number:,}", split)
+        yield document
+
+
 class Prose:
     """Narrative made by rules from a seed (see prose.py): nothing to download, nothing to read.
 
@@ -71,7 +82,7 @@ class Prose:
     """
 
     def __init__(
-        self, documents: Annotated[int, Ge(10)] = 1000, seed: Annotated[int, Ge(0), Le(2**32 - 1)] = 0
+        self, documents: Annotated[int, Ge(10), Le(10**6)] = 1000, seed: Annotated[int, Ge(0), Le(2**32 - 1)] = 0
     ) -> None:
         self.count = documents
         self.seed = seed

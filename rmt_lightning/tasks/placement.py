@@ -9,6 +9,7 @@ Shapes: T segments, S text tokens of a segment, Q questions about a sample, A to
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -354,10 +355,10 @@ class Placement:
         Segments are drawn uniformly and sorted. Where facts crowd, a fact moves on to the next segment with room, but
         never past the last one from which those that follow still find theirs.
         """
-        room = [text_length] * num_segments
-        room[-1] -= question_length
+        # Of the segments that are looked at: inputs may be of any length.
+        room = defaultdict(lambda: text_length, {num_segments - 1: text_length - question_length})
         latest = [0] * len(facts)
-        spare, segment = list(room), num_segments - 1
+        spare, segment = room.copy(), num_segments - 1
         for fact in reversed(range(len(facts))):
             while spare[segment] < len(facts[fact]):
                 segment -= 1

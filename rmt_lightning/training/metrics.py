@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Le
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -26,7 +26,7 @@ class SlicedAccuracy(Metric):
     rights: Tensor
     seen: Tensor
 
-    def __init__(self, longest: Annotated[int, Ge(1)]) -> None:
+    def __init__(self, longest: Annotated[int, Ge(1), Le(4096)]) -> None:
         super().__init__()
         # Both (N + 1, N): rows are numbers of segments, columns are distances.
         self.add_state("rights", torch.zeros(longest + 1, longest, dtype=torch.long), dist_reduce_fx="sum")

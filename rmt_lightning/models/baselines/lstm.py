@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import Annotated, Any, NamedTuple
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Le
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.models.recurrence import Segment
-from rmt_lightning.models.segment_model import SegmentModel
+from rmt_lightning.models.segment_model import SegmentModel, check_weights
 
 
 class LSTMState(NamedTuple):
@@ -48,10 +48,11 @@ class LSTM(SegmentModel[LSTMState]):
         tokenizer: PreTrainedTokenizerBase,
         segment_length: Annotated[int, Ge(1)],
         width: Annotated[int, Ge(1)] = 128,
-        layers: Annotated[int, Ge(1)] = 2,
+        layers: Annotated[int, Ge(1), Le(1000)] = 2,
         bptt_depth: Annotated[int, Ge(-1)] = -1,
         gradient_checkpointing: bool = False,
     ) -> None:
+        check_weights("model", width * (8 * width * layers + len(tokenizer)))
         super().__init__(segment_length, width, bptt_depth, gradient_checkpointing)
         self.tokenizer = tokenizer
         self.words = nn.Embedding(len(tokenizer), width)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.models.recurrence import Segment
-from rmt_lightning.models.segment_model import SegmentModel
+from rmt_lightning.models.segment_model import SegmentModel, check_weights
 
 
 class Sentences(NamedTuple):
@@ -65,6 +65,7 @@ class MemoryNetwork(SegmentModel[Sentences]):
         bptt_depth: Annotated[int, Ge(-1)] = -1,
         gradient_checkpointing: bool = False,
     ) -> None:
+        check_weights("model", (hops + 1) * width * (len(tokenizer) + slots))
         super().__init__(segment_length, width, bptt_depth, gradient_checkpointing)
         self.tokenizer = tokenizer
         self.hops = hops

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.models import state as tree
 from rmt_lightning.models.recurrence import Segment
-from rmt_lightning.models.segment_model import SegmentModel
+from rmt_lightning.models.segment_model import SegmentModel, check_weights
 
 
 class Machine(NamedTuple):
@@ -68,6 +68,7 @@ class NeuralTuringMachine(SegmentModel[Machine]):
         bptt_depth: Annotated[int, Ge(-1)] = -1,
         gradient_checkpointing: bool = False,
     ) -> None:
+        check_weights("model", width * (4 * (window + 1) * width + 10 * heads * slot_width + len(tokenizer)))
         super().__init__(segment_length, width + heads * slot_width, bptt_depth, gradient_checkpointing)
         self.tokenizer = tokenizer
         self.slots = slots

@@ -299,8 +299,8 @@ def gone(folder: Path) -> UserError:
     return UserError(f"{shown}: was removed or renamed while the run went on; resume it where it is, or start it again")
 
 
-def write_phases(folder: Path, phases: Phases, step: int) -> None:
-    """Write what phases have found, and how far each has come, for those who read the run folder."""
+def write_phases(folder: Path, phases: Phases, step: int, out_of_time: bool = False) -> None:
+    """Write what phases have found, how far each has come and whether time was up, for those who read the folder."""
     told = []
     for phase, after in zip_longest(phases, [*phases][1:]):
         if phase.table and (rows := phase.rows()):
@@ -314,6 +314,7 @@ def write_phases(folder: Path, phases: Phases, step: int) -> None:
                 "steps": 0 if first is None else end - first,
                 "finished": phase.finished,
                 "stuck": phase.stuck,
+                "out_of_time": out_of_time,
                 "table": phase.table,
             }
         )

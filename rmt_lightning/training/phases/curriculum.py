@@ -80,7 +80,7 @@ class SegmentCurriculum(Phase):
 
     def __init__(
         self,
-        max_segments: Annotated[int, Ge(1)],
+        max_segments: Annotated[int, Ge(1), Le(4096)],
         steps: Annotated[int, Ge(1)] | Annotated[list[Annotated[int, Ge(1)]], MinLen(1)],
         lengths: Lengths = "uniform",
         threshold: Annotated[float, Gt(0), Le(1)] | Annotated[list[Annotated[float, Gt(0), Le(1)]], MinLen(1)] = 0.99,
