@@ -29,7 +29,7 @@ class Root:
     segments: Annotated[int, Ge(1), Le(16)]
     layer: Annotated[int, Ge(1)] | Literal["mean"]
     head: Annotated[int, Ge(1)] | Literal["mean"]
-    streams: Annotated[int, Ge(1)]
+    streams: Annotated[int, Ge(1), Le(2**16)]
     stream_segments: Annotated[int, Ge(1)]
     device: Literal["auto", "cpu", "cuda"]
     output: str | None

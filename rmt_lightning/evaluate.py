@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
 from omegaconf import DictConfig
 
 from rmt_lightning.app.hydra_errors import front_door
@@ -33,7 +33,7 @@ class Root:
     samples: Annotated[int, Ge(1)] | None
     follow: Annotated[int, Ge(0)]
     every: Annotated[int, Ge(1)]
-    batch_size: Annotated[int, Ge(1)] | Literal["auto"]
+    batch_size: Annotated[int, Ge(1), Le(2**16)] | Literal["auto"]
     device: Literal["auto", "cpu", "cuda"]
     output: str | None
     cache_dir: str

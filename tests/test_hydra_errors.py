@@ -89,7 +89,7 @@ def test_each_pattern_is_held() -> None:
     [
         ("+model=lstm", "model: is among the defaults; write model=… without +"),
         ("++task=detect", "task: is among the defaults; write task=… without +"),
-        ("~optim", "~optim: the run needs it; leave ~optim out"),
+        ("~optim", "~optim: the run needs it; leave it out"),
         ("noise..documents=3", "'noise..documents=3': settings are given as key=value, such as seed=2"),
         ("=1", "'=1': settings are given as key=value, such as seed=2"),
         ("hydra.foo=1", "hydra.foo: no such setting; --cfg hydra shows those that there are"),

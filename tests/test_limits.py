@@ -18,7 +18,7 @@ from conftest import SMALL, Run
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from rmt_lightning import RunTrainer, UserError
+from rmt_lightning import RunTrainer, UserError, attend, evaluate
 from rmt_lightning import train as front_door
 from rmt_lightning.app import hydra_errors
 from rmt_lightning.app.build import construct
@@ -39,6 +39,8 @@ REFUSED = {
 }  # fmt: skip
 CHECKED = [
     *((f"trainer.{name}", 1, "no such setting; ") for name in sorted(REFUSED)),
+    ("trainer.profiler", 1, "no such setting; allowed: accelerator, devices, "),
+    ("data.sampels", 1, "no such setting; allowed: segment_length, batch_size, "),
     ("data.keys", 3, "must be an instance of Keys"),
     ("model.encoder", 3, "must be an instance of Encoder"),
     # numbers
@@ -100,6 +102,12 @@ def test_refused_by_a_signature(key: str, value: Any, message: str, composed: Di
         check(config, front_door.Root)
     told = str(refused.value)
     assert told.startswith(f"{key}: {message}" if message.startswith("no such") else f"{key}={value}: {message}"), told
+
+
+@pytest.mark.parametrize(("door", "key"), [(attend, "streams"), (evaluate, "batch_size")])
+def test_samples_side_by_side_that_no_machine_holds(door: Any, key: str) -> None:
+    with pytest.raises(UserError, match=rf"{key}=100000000000: must be less than or equal to 65536"):
+        check(OmegaConf.create({key: 10**11}), door.Root)
 
 
 @pytest.fixture

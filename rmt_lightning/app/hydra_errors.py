@@ -220,11 +220,12 @@ def _one_line(error: BaseException, config_name: str) -> str:
         if owners := [path.stem for path in choices if f"/{group}@" in path.read_text(encoding="utf-8")]:
             return f"{group}: no such setting; it comes with {whole}={' or '.join(owners)}"
         return f"{default[1]}: is not among the defaults; write +{default[1]}"
-    if unknown := NO_SETTING.search(str(said)):
+    unknown, key = NO_SETTING.search(str(said)), getattr(said, "full_key", None)
+    group = (unknown[1] if unknown else key or "").partition(".")[0]
+    if group and any(word.partition("=")[0] == f"~{group}" for word in sys.argv[1:]):
+        return f"~{group}: the run needs it; leave it out"
+    if unknown:
         return f"{unknown[1]}: no such setting; {_suggest_key(unknown[1], config_name)}"
-    key = getattr(said, "full_key", None)
-    if key and f"~{key}" in sys.argv[1:]:
-        return f"~{key}: the run needs it; leave ~{key} out"
     lines = [line.strip() for line in str(said).splitlines() if line.strip()]
     told = f"{key + ': ' if key else ''}{lines[0] if lines else type(said).__name__}"
     if looked_up := [word for word in sys.argv[1:] if "${" in word and word.lstrip("+").startswith(key or "")]:

@@ -70,10 +70,13 @@ def _check_nodes(config: DictConfig, path: str) -> None:
 
 def _check_settings(target: Callable[..., Any], given: dict[str, Any], path: str) -> None:
     parameters = inspect.signature(target).parameters
-    allowed = list(parameters)
+    # What has to be given and is not in the config, the run gives itself.
+    allowed = [
+        name for name, parameter in parameters.items() if name in given or parameter.default is not parameter.empty
+    ]
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for name in given:
-        if name not in allowed and not takes_any:
+        if name not in parameters and not takes_any:
             raise UserError(f"{path}{name}: no such setting; {suggest(name, allowed)}")
     hints = _hints(target.__init__ if inspect.isclass(target) else target)
     # A part of a part has a signature of its own.
