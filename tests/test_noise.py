@@ -441,11 +441,13 @@ def test_what_killed_builders_leave_is_cleared_away(tokenizer: PreTrainedTokeniz
     entry.rename(entry.with_name(f"{entry.name}-partial"))
     for name in ("0" * 32 + "-partial", "1" * 32 + "-x1y2z3"):
         (entry.with_name(name) / "train").mkdir(parents=True)
+    # What the user has put there is none of our business.
+    (yours := entry.with_name("street-noises")).mkdir()
     busy = entry.with_name("2" * 32 + "-partial")
     busy.mkdir()
     with FileLock(busy.with_name("2" * 32 + ".lock")):
         tokenize(Prose(10), tokenizer, tmp_path)
-    assert {path.name for path in entry.parent.glob("*/")} == {entry.name, busy.name}
+    assert {path.name for path in entry.parent.glob("*/")} == {entry.name, busy.name, yours.name}
     assert entry.stat().st_mode & 0o777 == (tmp_path / "noise").stat().st_mode & 0o777
 
 

@@ -160,7 +160,8 @@ def _open(folder: Path, vocabulary_size: int) -> dict[Split, Corpus] | None:
 def _locked(folder: Path) -> Iterator[None]:
     """Keep an entry of the cache to this process, and clear away what killed processes have begun."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for begun in folder.parent.glob("*-*"):
+    # Where cache_dir is a folder of the user's own, other things may stand in its noise/.
+    for begun in folder.parent.glob("[0-9a-f]" * len(folder.name) + "-*"):
         with suppress(Timeout), FileLock(folder.with_name(f"{begun.name.partition('-')[0]}.lock"), timeout=0):
             shutil.rmtree(begun, ignore_errors=True)
     with FileLock(folder.with_name(f"{folder.name}.lock")):
