@@ -17,7 +17,7 @@ from rmt_lightning.app.hydra_errors import front_door
 from rmt_lightning.app.schema import check
 from rmt_lightning.app.trust import Trust
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.core.files import removed
+from rmt_lightning.core.files import beside, removed
 from rmt_lightning.core.run_folder import locate_checkpoint
 
 
@@ -44,7 +44,7 @@ def export(run: Path, checkpoint: Path, folder: Path, trust: Trust) -> None:
     from rmt_lightning.app.build import open_trained
 
     trained = open_trained(run, checkpoint, trust)
-    partial = removed(folder.with_name(f".{folder.name}.partial"))
+    partial = beside(folder)
     try:
         trained.save_pretrained(partial)
         os.rename(partial, folder)

@@ -48,7 +48,7 @@ def main(config: DictConfig) -> float | None:
     with claimed(folder) if first else nullcontext():
         check(config, Root)
         if first:
-            check_folder(config, folder, source, overrides(hydra))
+            check_folder(config, folder, source, checkpoint, overrides(hydra))
         # It takes seconds to import; spelling mistakes should not have to wait for it.
         from rmt_lightning.app.training import train
 

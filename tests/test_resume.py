@@ -26,8 +26,9 @@ from omegaconf import OmegaConf
 
 from rmt_lightning.app.resume import save_config
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.core.files import append_csv
+from rmt_lightning.core.files import append_csv, write_atomically
 from rmt_lightning.core.quoting import setting
+from rmt_lightning.core.run_folder import claimed
 from rmt_lightning.training.callbacks.checkpoints import MetricsTable, read_checkpoint
 
 # Dropout makes random numbers matter; three lengths make the curriculum matter.
@@ -203,15 +204,22 @@ def test_signals_save_and_exit_cleanly(
     assert logged(tmp_path / "run") == logged(uninterrupted)
 
 
-def test_resume_from_a_stage_goes_to_a_new_folder(uninterrupted: Path, train: Run, tmp_path: Path) -> None:
+@pytest.mark.fault("SIGKILL in the first step of a run that branches off", f"it goes on from the same stage; {SAME}")
+def test_resume_from_a_stage_goes_to_a_new_folder(
+    uninterrupted: Path, train: Run, refused: Callable[..., str], tmp_path: Path
+) -> None:
     stage = uninterrupted / "checkpoints" / "stage-1.ckpt"
     before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
-    result = train(f"resume={stage}", small=False)
-    assert result.returncode == 0, result.stderr
-    assert {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")} == before
+    killed = train(f"resume={stage}", small=False, driver=KILLER.format(where="step", calls=1))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     (folder,) = (tmp_path / "outputs").glob("*/*")
     assert folder.name.endswith(f"-stage-1-of-{uninterrupted.name}")
+    resumed = train(f"resume={folder}", small=False)
+    assert resumed.returncode == 0, resumed.stderr
+    assert {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")} == before
     assert_identical(final(uninterrupted), final(folder))
+    told = refused(f"resume={stage}", f"hydra.run.dir={uninterrupted}")
+    assert "already holds a run; choose another folder, or go on with resume=" in told
 
 
 def test_resume_with_more_segments_and_a_finished_run(uninterrupted: Path, train: Run, tmp_path: Path) -> None:
@@ -394,6 +402,25 @@ def test_the_config_survives(moment: str, monkeypatch: pytest.MonkeyPatch, tmp_p
         with pytest.raises(OSError, match="No space"):
             again()
     assert {path: path.read_text() for path in before} == before
+
+
+@pytest.mark.fault("two processes write a file at once, and are killed while they write it", "it is whole")
+def test_two_writers_of_one_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path, fsync = tmp_path / ("x" * 250 + ".html"), os.fsync
+
+    def meanwhile(descriptor: int) -> None:
+        monkeypatch.setattr(os, "fsync", fsync)
+        write_atomically(path, b"second")
+        assert path.read_bytes() == b"second"
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    write_atomically(path, b"the first")
+    assert path.read_bytes() == b"the first" and list(tmp_path.iterdir()) == [path]
+    monkeypatch.setattr(os, "fsync", kill)
+    assert in_a_fork(lambda: write_atomically(path, b"third")) == -signal.SIGKILL
+    assert path.read_bytes() == b"the first" and len(list(tmp_path.iterdir())) == 2
+    with claimed(tmp_path):
+        assert sorted(part.name for part in tmp_path.iterdir()) == [".lock", path.name]
 
 
 @pytest.mark.fault("config.yaml is empty or cut off", "resuming writes it anew; others say so in one line")

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.app.resume import saved_config
-from rmt_lightning.app.schema import instantiate
+from rmt_lightning.app.schema import check_parts, instantiate
 from rmt_lightning.app.trust import Trust
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import own_file, removed
@@ -180,7 +180,9 @@ def open_trained(run: Path, checkpoint: Path, trust: Trust) -> Answerer | Segmen
     """
     saved = read_checkpoint(checkpoint)
     backbone = Restored(run / TOKENIZER, run / BACKBONE)
-    model = _model(saved_config(run, trust).model, backbone, backbone.tokenizer([]))
+    config = saved_config(run, trust)
+    check_parts(config, ["model"])
+    model = _model(config.model, backbone, backbone.tokenizer([]))
     weights = {name: value for name, value in saved["state_dict"].items() if name.startswith(("model.", "head."))}
     whole: nn.Module = nn.ModuleDict({"model": model})
     if "head.weight" in weights:

@@ -23,7 +23,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rmt_lightning.app.schema import CONF
+from rmt_lightning.app.schema import CONF, check_parts
 from rmt_lightning.app.trust import Trust, check_saved, check_words, given_trust
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import write_atomically
@@ -64,7 +64,11 @@ def saved_config(run: Path, trust: Trust) -> DictConfig:
         content = OmegaConf.to_container(config)
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError):
         content = None
-    if not isinstance(content, dict) or not all(isinstance(content.get(part), dict) for part in _PARTS):
+    if (
+        not isinstance(content, dict)
+        or not isinstance(content.get("seed"), int)
+        or not all(isinstance(content.get(part), dict) for part in (*_PARTS, "answer"))
+    ):
         hint = (
             f"train {to_type('resume', os.path.relpath(run))} writes it anew"
             if (run / TYPED).exists()
@@ -85,6 +89,7 @@ def trained_config(run: Path, asked: DictConfig) -> DictConfig:
     for group in ("task", "noise"):
         if group in asked:
             config[group] = asked[group]
+    check_parts(config, (*_PARTS, "answer"))
     config.cache_dir = literal(asked.cache_dir)
     return config
 
@@ -329,18 +334,21 @@ def flat(config: DictConfig, above: str = "") -> Iterator[tuple[str, Any]]:
             yield key, OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 
 
-def check_folder(config: DictConfig, folder: Path, source: Path | None, typed: Iterable[str]) -> None:
-    """Whether a run can begin in a folder, or go on from the run in `source`, if there is one.
+def check_folder(
+    config: DictConfig, folder: Path, source: Path | None, checkpoint: Path | None, typed: Iterable[str]
+) -> None:
+    """Whether a run can begin in a folder, or go on from a checkpoint of the run in `source`, if there is one.
 
     Raises:
         UserError: if the folder holds another run, or naming a setting that may not change.
     """
-    if source != folder.resolve() and (folder / CONFIG).exists():
+    goes_on = source == folder.resolve() and (checkpoint is None or checkpoint.name == LAST)
+    if not goes_on and (folder / CONFIG).exists():
         again = to_type("resume", os.path.relpath(folder))
         raise UserError(
             f"hydra.run.dir={shown(folder)}: already holds a run; choose another folder, or go on with {again}"
         )
-    if source != folder.resolve() and any((folder / CHECKPOINTS).glob("*.ckpt")):
+    if not goes_on and any((folder / CHECKPOINTS).glob("*.ckpt")):
         raise UserError(
             f"hydra.run.dir={shown(folder)}: holds checkpoints of a run whose {CONFIG} is missing; choose another one"
         )

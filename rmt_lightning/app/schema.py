@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
@@ -55,6 +55,12 @@ def check(config: DictConfig, root: type) -> None:
     _check_nodes(config, "")
     given = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     _check_settings(root, {str(name): value for name, value in given.items() if not isinstance(value, dict)}, "")
+
+
+def check_parts(config: DictConfig, names: Iterable[str]) -> None:
+    """Compare some parts of a config that was saved with the signatures of what they name; raises as `check`."""
+    for name in names:
+        _check_nodes(config[name], f"{name}.")
 
 
 def _check_nodes(config: DictConfig, path: str) -> None:

@@ -40,6 +40,7 @@ from rmt_lightning.training.callbacks.checkpoints import (
     RunCheckpoints,
     check_fits,
     gone,
+    keep,
     read_newest,
     write_phases,
 )
@@ -104,6 +105,9 @@ def _train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pa
     # Nothing has been written so far, and all that can be wrong with the settings has been found.
     hydra = HydraConfig.get()
     if trainer.is_global_zero:
+        if checkpoint and source != folder.resolve():
+            # Whatever becomes of it, it goes on from there.
+            keep(checkpoint, folder / CHECKPOINTS / LAST)
         save_config(folder, config, overrides(hydra), presets(hydra))
         save_text(folder, text)
     save_architecture(recipe.model, folder)

@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 import rmt_lightning
@@ -85,7 +86,10 @@ def check_words(words: Iterable[str], place: Path, trust: Trust) -> None:
                 raise UserError(f"{place}: {word}: a saved run may give no option; remove it, or type it yourself")
             _check_choices(Path(folder), place, trust)
             continue
-        override = OverridesParser.create().parse_override(word)
+        try:
+            override = OverridesParser.create().parse_override(word)
+        except HydraException:
+            raise UserError(f"{place}: {word}: cannot be read; remove it") from None
         names = re.split(r"[./]", f"{override.key_or_group}.{override.package}")
         # A choice is a file of conf/, and must not lead to others.
         leads_out = ".." in str(override.value()) and "." not in override.key_or_group
@@ -126,12 +130,9 @@ def _foreign(leaves: Iterable[tuple[str, Any]], trust: Trust) -> dict[str, str]:
 def _leaves(content: Any, above: str = "") -> Iterator[tuple[str, Any]]:
     """All values by their dotted keys."""
     # Whatever a _target_ is, it is looked at as a whole.
-    if isinstance(content, dict) and above.rpartition(".")[2] != "_target_":
-        for key, value in content.items():
+    if isinstance(content, dict | list) and above.rpartition(".")[2] != "_target_":
+        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
             yield from _leaves(value, f"{above}.{key}".lstrip("."))
-    elif isinstance(content, list):
-        for number, value in enumerate(content):
-            yield from _leaves(value, f"{above}.{number}".lstrip("."))
     else:
         yield above, content
 

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import os
+import secrets
 import shutil
 import stat
 from collections.abc import Mapping, Sequence
@@ -42,25 +43,38 @@ def removed(path: Path) -> Path:
     return path
 
 
+def beside(path: Path) -> Path:
+    """A new name beside a path, for what is moved there once it is whole; no other process comes to the same one."""
+    return path.with_name(f".{path.name:.40}.{secrets.token_hex(4)}.partial")
+
+
+def forget_unfinished(folder: Path) -> None:
+    """Remove the files that killed processes have begun in a folder, to which nobody else may be writing."""
+    for path in folder.glob("*.partial"):
+        if path.is_symlink() or not path.is_dir():
+            path.unlink(missing_ok=True)
+
+
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write a file beside its place and move it there once it is on the disk.
 
-    So nobody ever reads half a file, and what stood there before survives a kill or a full disk.
+    So nobody ever reads half a file, and what stood there before survives a kill or a full disk. Of several processes
+    that write it at once, each writes it whole.
 
     Raises:
         OSError: that names the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = own_file(path.with_name(path.name + ".partial"))
+    partial = beside(path)
     try:
-        with open(partial, "wb") as file:
+        with open(partial, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        # A write that fails does not say where.
-        error.filename = error.filename or str(path)
+        # A write that fails does not say where, and the name beside is none of the user's.
+        error.filename = str(path)
         raise
     finally:
         partial.unlink(missing_ok=True)

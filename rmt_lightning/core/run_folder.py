@@ -18,7 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.core.files import own_file
+from rmt_lightning.core.files import forget_unfinished, own_file
 from rmt_lightning.core.quoting import shown
 
 CONFIG = "config.yaml"
@@ -105,6 +105,8 @@ def claimed(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()
+        for part in (folder, folder / CHECKPOINTS, *folder.glob(f"{METRICS}/*")):
+            forget_unfinished(part)
         try:
             yield
         finally:
@@ -163,6 +165,7 @@ def alone_in(folder: Path) -> Iterator[None]:
             f"{shown(folder)}: cannot be written to ({error.strerror}); give output=<another folder>"
         ) from None
     try:
+        forget_unfinished(folder)
         yield
     finally:
         lock.release()

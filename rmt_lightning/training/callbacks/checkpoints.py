@@ -25,7 +25,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
 
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.core.files import append_csv, read_csv, write_atomically, write_csv
+from rmt_lightning.core.files import append_csv, beside, read_csv, write_atomically, write_csv
 from rmt_lightning.core.quoting import shown
 from rmt_lightning.core.run_folder import CHECKPOINTS, LAST, METRICS, PHASES, PREVIOUS
 from rmt_lightning.training.callbacks.upgrade import upgraded
@@ -287,7 +287,7 @@ class RunCheckpoints(Callback):
         if trainer.is_global_zero:
             write_phases(self.folder, self.phases, trainer.global_step)
             if self._last_is_whole and last.exists():
-                _keep(last, last.with_name(PREVIOUS))
+                keep(last, last.with_name(PREVIOUS))
         trainer.save_checkpoint(last)
         self._last_is_whole = True
         self.saved_step = trainer.global_step
@@ -321,10 +321,16 @@ def write_phases(folder: Path, phases: Phases, step: int, out_of_time: bool = Fa
     write_atomically(folder / PHASES, json.dumps(told, indent=2).encode())
 
 
-def _keep(path: Path, name: Path) -> None:
-    """Give a file a second name, which costs no space; where a file system has no links, copy it."""
-    name.unlink(missing_ok=True)
+def keep(path: Path, name: Path) -> None:
+    """Give a file a second name, which costs no space; where there are no links, copy it."""
+    name.parent.mkdir(exist_ok=True)
+    partial = beside(name)
     try:
-        os.link(path, name)
-    except OSError:
-        shutil.copyfile(path, name)
+        try:
+            os.link(path, partial)
+        except OSError:
+            shutil.copyfile(path, partial)
+        os.replace(partial, name)
+    finally:
+        # Of two names of one file, nothing is moved.
+        partial.unlink(missing_ok=True)
