@@ -172,6 +172,10 @@ def test_memory_that_holds(here: Path) -> None:
     assert (rate["x"], rate["y"]) == ([20, 40], [0.02, 0])
     assert (rate["error_y"]["array"], rate["error_y"]["arrayminus"]) == ([0.03, 0.01], [0.01, 0])
     assert (kept["x"], kept["y"]) == ([16, 32], [1, 0.75])
+    # Where no memory has been carried on yet, there is no rate, and nothing is wrong.
+    with (here / "good/hold.csv").open("a") as file:
+        file.write("60,nan,nan,nan\n")
+    assert [row["step"] for row in only(here / "good").losses] == [20, 40] and only(here / "good").problems == []
     # Each way in which they were followed is a line of its own.
     asked = "32,16,64,16,64\n32,16,64,32,48\n8,4,10,4,9\n8,4,10,8,8\n"
     (test / "retention.csv").write_text(f"follow,every,streams,age,right\n{asked}")
@@ -206,6 +210,17 @@ def test_all_runs_in_a_folder_and_their_differences(here: Path) -> None:
     ]
     assert [trace["meta"] for trace in page.figures["val_accuracy"]["data"]] == [0, 1, 2]
     assert page.text.count("all settings") == 3
+
+
+def test_of_many_runs_the_last_are_shown(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rmt_lightning.reporting.page.MOST", 2)
+    for size in (2, 5):
+        copy(here, f"memory-{size}", model={"memory_size": size})
+    page = made("good", "memory-2", "memory-5")
+    assert [row[0].split()[-1] for row in page.tables["runs"][1:]] == ["memory-2", "memory-5", "good"]
+    assert [len(row) for row in page.tables["differences"]] == [3, 3]
+    assert [trace["meta"] for trace in page.figures["loss"]["data"]] == [0, 1]
+    assert "show the last 2 of 3 runs" in page.text and page.text.count("all settings") == 2
 
 
 def test_evaluations_are_told_apart(here: Path) -> None:

@@ -20,20 +20,26 @@ from rmt_lightning.reporting import figures, plots
 from rmt_lightning.reporting.runs import ACCURACY, DEVICE_MEMORY, HOST_MEMORY, LOSS, SPEED, Run, differences, kind
 from rmt_lightning.reporting.sweeps import Sweep, in_words, with_interval
 
+# More curves in a plot and columns in a table are of no use to anybody.
+MOST = 50
+
 
 def page(runs: Sequence[Run], skipped: Sequence[str], sweeps: Sequence[Sweep] = ()) -> str:
     """The report.
 
     Args:
-        runs: at least one.
+        runs: at least one; the last `MOST` of them are shown, and the others are in the summary alone.
         skipped: places that could not be read, and why.
         sweeps: those that some of the runs belong to.
     """
     template = _environment().get_template("report.html")
+    others, runs = runs[:-MOST], runs[-MOST:]
+    shown = [(run, plots.style(number)) for number, run in enumerate(runs)]
     metrics = _metrics(runs)
     drawn = _figures(runs) | {name: figure for name, _, _, figure in metrics}
     return template.render(
-        runs=[(run, plots.style(number)) for number, run in enumerate(runs)],
+        runs=shown,
+        summary=[*shown, *((run, None) for run in others)],
         skipped=skipped,
         made=datetime.now(UTC),
         sweeps=[(sweep, figures.rendered(figures.sweep(sweep)) if sweep.drawable else None) for sweep in sweeps],

@@ -288,7 +288,10 @@ def _read_run(folder: Path) -> Run:
         stages=stages,
         curves=_curves(logged, stages, phases),
         evaluations=list(_evaluations(folder, [] if of_text else tests, config, problems)),
-        losses=_rows(folder / HOLD, problems, ("step", "rate", "rate_low", "rate_high")),
+        # There is no rate where no memory has been carried on yet.
+        losses=[
+            row for row in _rows(folder / HOLD, problems, ("step",)) if {"rate", "rate_low", "rate_high"} <= row.keys()
+        ],
         text_score=tests[0] if of_text else None,
         hardware=public(_json(folder / HARDWARE, list[dict[str, Any]], problems) or []),
         attention=dict(_pictures(folder / "attention", problems)),
@@ -480,8 +483,10 @@ def _curves(logged: pd.DataFrame, stages: list[Stage], phases: list[Phase]) -> d
     for name in logged:
         validated = name.startswith("val/") and not _SLICE.search(name)
         if validated or name in (LOSS, SPEED, HOST_MEMORY, DEVICE_MEMORY):
-            values = logged.loc[~easier, name] if validated else logged[name]
-            points = [Point(int(logged["step"][row]) + 1, places[row], value) for row, value in values.dropna().items()]
+            known = logged[name].notna() & ~(easier & validated)
+            columns = (logged["step"][known].astype(int) + 1, places[known], logged[name][known])
+            # Cell by cell, pandas would take most of the time of a report.
+            points = [Point(*cells) for cells in zip(*(column.tolist() for column in columns), strict=True)]
             curves |= {public_text(name): points} if points else {}
     return curves
 
