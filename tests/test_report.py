@@ -623,7 +623,9 @@ RANDOM = "q7Xw2Lp9Zt4Vb8Nc3Rk6Yd1Hf5Js0Gm"
         "AIzaSyD-9tSrke72PouQMnMX-a7eZSW0jkFMBWY", "glpat-Ab1_Cd2-Ef3Gh4Ij5Kl6", f"xoxb-1234-5678-{RANDOM}",
         "0123456789abcdef0123456789abcdef01234567", RANDOM, f"eyJhbGciOiJIUzI1NiJ9.{RANDOM}", f"ghp_{RANDOM}",
         "Bearer abcdefgh", "https://jane:pass@word@example.org", "jane:word@example.org", "s3://x?sig=abc",
-        "HF_TOKEN=abc", "password: 'abc'", "-----BEGIN PRIVATE KEY-----\nabc\n-----END PRIVATE KEY-----",
+        "https://hooks.slack.com/services/T0/B0/abc", "AccountKey=abc", "--api-key abc",
+        "hvs.CAESIJabcdefGHIJ12345678", "sq0atp-abcdefGHIJ1234567890ab", "HF_TOKEN=abc", "password: 'abc'",
+        "-----BEGIN PRIVATE KEY-----\nabc\n-----END PRIVATE KEY-----",
     ],
 )  # fmt: skip
 def test_keys_are_known_by_how_they_look(secret: str) -> None:
@@ -645,7 +647,8 @@ def test_what_is_no_key_is_shown() -> None:
 def test_settings_are_known_by_their_names() -> None:
     for name in (
         "passwd", "auth", "access_token_file", "private_key_path", "secretKey", "apiKey", "WANDB_API_KEY", "sshKey",
-        "credentials", "db_password", "Authorization", "x-api-key", "passphrase",
+        "credentials", "db_password", "Authorization", "x-api-key", "passphrase", "creds",
+        "webhook_url", "dsn", "kerberos_keytab", "netrc", "seed_phrase",
     ):  # fmt: skip
         assert public({name: "abc"}) == {name: "(hidden)"}
         assert public({name: {"of": ["abc"]}}) == {name: {"of": ["(hidden)"]}}

@@ -32,7 +32,7 @@ _HOME = re.compile(
 _SECRET_WORDS = {
     "key", "keys", "token", "secret", "secrets", "pass", "pwd", "passphrase", "passcode", "auth", "oauth",
     "authorization", "authentication", "cookie", "bearer", "pat", "login", "signature", "sig", "sas", "jwt", "otp",
-    "pin",
+    "pin", "creds", "webhook", "dsn", "keytab", "netrc", "mnemonic", "phrase",
 }  # fmt: skip
 _SECRET_PART = re.compile(r"passw|secret|credential|(?:key|token|pass)$|apikey|authtoken|accesskey|privatekey")
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
@@ -45,12 +45,13 @@ _KEY = re.compile(
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----(?:.*?-----END [A-Z ]*PRIVATE KEY-----|.*)"
     # what follows the name of a secret
     r"|(?i:(?<=bearer )|(?<=basic ))[\w.~+/=-]{8,}"
-    r"|(?i:\b[\w-]*(?:passw(?:or)?d|pwd|secret|token(?!s|iz)|api[_-]?key|access[_-]?key|private[_-]?key|signature)[\w-]*"
+    r"|(?i:\b[\w-]*(?:passw(?:or)?d|pwd|secret|token(?!s|iz)|api[_-]?key|(?:access|private|account)[_-]?key|signature)[\w-]*"
     r"|(?<=[?&])(?:key|sig|auth|code))\s*[=:]\s*[\"']?[^\s\"',&]+"
+    r"|(?<=--api-key )\S+|(?<=hooks\.slack\.com/services/)\S+"
     # how services write their keys
     r"|\b(?:sk|pk|rk)[-_](?=[\w-]*\d)[\w-]{16,}"
     r"|\b(?:hf_|gh[opsur]_|github_pat_|gl[a-z]{2,5}-|xox[a-z]-|xapp-|AIza|ya29\.|GOCSPX-|A[KS]IA|npm_|pypi-|r8_|dop_v1_"
-    r"|SG\.|wandb_v1_|nvapi-|gsk_|xai-|pplx-|shpat_|lin_api_|ntn_|sntry[su]_|eyJ)[\w.=+/-]{16,}",
+    r"|SG\.|hv[sbr]\.|sq0[a-z]{3}-|wandb_v1_|nvapi-|gsk_|xai-|pplx-|shpat_|lin_api_|ntn_|sntry[su]_|eyJ)[\w.=+/-]{16,}",
     flags=re.DOTALL,
 )  # fmt: skip
 _LONG = re.compile(r"[A-Za-z0-9+/_=-]{20,}")
