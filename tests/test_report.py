@@ -670,6 +670,15 @@ def test_a_page_shows_nothing_from_elsewhere(name: str, here: Path) -> None:
     assert f"good: {name} is no file (skipped)" in made("good", "other").text
 
 
+def test_links_of_wandb_are_its_own(here: Path) -> None:
+    """In an offline run it keeps links to its logs in the home folder, of which nothing is read."""
+    logs = here / "good" / "wandb" / "offline-run-1" / "logs"
+    logs.mkdir(parents=True)
+    (here / "core-debug.log").touch()
+    (logs / "debug-core.log").symlink_to(here / "core-debug.log")
+    assert "skipped" not in made("good").text
+
+
 def test_differences() -> None:
     configs = [{"a": {"x": 1, "y": [1]}, "b": None}, {"a": {"x": 1.0, "y": [1]}, "b": None, "c": {}}]
     assert differences(configs) == {"a.x": ["1", "1.0"], "c": ["–", "{}"]}
