@@ -251,16 +251,20 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """The faults that were tried, what had to follow, and whether it did."""
-    rows = []
-    for outcome in ("passed", "failed", "error", "skipped"):
+    """The faults that were tried, what had to follow, and how often it did."""
+    found: dict[tuple[str, ...], dict[str, float]] = {}
+    for outcome, column in (("passed", "survived"), ("failed", "lost"), ("error", "lost")):
         for report in terminalreporter.stats.get(outcome, ()):
             properties = dict(getattr(report, "user_properties", ()))
             if "fault" in properties:
-                fault, follows = properties["fault"]
-                rows.append(
-                    {"fault": fault, "must follow": follows, "outcome": outcome, "seconds": f"{report.duration:.0f}"}
-                )
+                area = Path(report.nodeid.partition("::")[0]).stem.removeprefix("test_")
+                counts = found.setdefault((area, *properties["fault"]), {"survived": 0, "lost": 0, "seconds": 0})
+                counts[column] += 1
+                counts["seconds"] += report.duration
+    rows = [
+        dict(zip(("area", "fault", "must follow"), named, strict=True)) | {k: f"{n:.0f}" for k, n in counts.items()}
+        for named, counts in sorted(found.items())
+    ]
     if not rows or "fault" not in config.option.markexpr:
         return
     widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
