@@ -287,7 +287,14 @@ def test_new_runs_share_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_what_is_saved_is_read_as_it_was(tmp_path: Path) -> None:
     """Neither what was typed nor what came of it is looked up once more, and no backslash is doubled."""
     name = "${oc.env:HOME}/a\\b\\${x}"
-    parts = {"task": {}, "backbone": {}, "model": {}, "noise": {"path": literal(name), "list": [literal(name)]}}
+    parts = {
+        "seed": 1,
+        "answer": {},
+        "task": {},
+        "backbone": {},
+        "model": {},
+        "noise": {"path": literal(name), "list": [literal(name)]},
+    }
     config = OmegaConf.create({**parts, "resume": None})
     words = [setting("noise.path", name), "+seed=${oc.env:HOME}"]
     settings = OmegaConf.create({"overrides": {"task": words}})

@@ -111,7 +111,7 @@ def test_a_folder_with_another_run_is_left_alone(tmp_path: Path) -> None:
         {"optim": {"lr": 0.1}, "logger": {"save_dir": "here"}, "cache_dir": "a", "data": "${seed}"}
     )
     config.seed = 3
-    parts = ("task", "noise", "backbone", "model")
+    parts = ("answer", "task", "noise", "backbone", "model")
     config.update({part: {} for part in parts})
     assert not _known_settings(config, tmp_path, [])
     # As a full disk leaves it.

@@ -79,7 +79,7 @@ def front_door(
                     raise
                 raise UserError(f"hydra.run.dir={error.filename}: {error.strerror}; choose another folder") from None
             except ValueError as error:
-                if begun or NO_CHOICE.search(str(error)):
+                if begun or isinstance(error, OmegaConfBaseException) or NO_CHOICE.search(str(error)):
                     raise
                 # Options that do not go together.
                 raise UserError(str(error)) from None
