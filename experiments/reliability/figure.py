@@ -1,4 +1,4 @@
-"""What each fault took to bring about and to survive."""
+"""How many faults of each kind have been tried, and how many of them did harm."""
 
 from __future__ import annotations
 
@@ -8,14 +8,21 @@ from matplotlib.figure import Figure
 
 
 def faults(rows: list[dict[str, str]]) -> Figure:
-    """A bar for each fault: blue if what must follow did."""
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    """Two bars for each area: trials whose outcome was what must follow, and the others.
+
+    Args:
+        rows: area, survived and lost of each fault.
+    """
+    areas = sorted({row["area"] for row in rows}, reverse=True)
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
-    colors = ["#0072b2" if row["outcome"] == "passed" else "#d55e00" for row in rows]
-    axes.barh(range(len(rows)), [float(row["seconds"]) for row in rows], color=colors)
-    axes.set_yticks(range(len(rows)), [row["fault"] for row in rows], fontsize=8)
-    axes.invert_yaxis()
-    axes.set(xlabel="seconds of the test, other work beside it (blue: passed)")
+    before = [0] * len(areas)
+    for column, color in (("survived", "#0072b2"), ("lost", "#d55e00")):
+        counts = [sum(int(row[column]) for row in rows if row["area"] == area) for area in areas]
+        axes.barh(areas, counts, left=before, color=color, label=f"{column} ({sum(counts)})")
+        before = [start + count for start, count in zip(before, counts, strict=True)]
+    axes.set(xlabel="trials", ylabel="test file")
+    axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
