@@ -113,7 +113,7 @@ def test_encoder(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
 
     segments = torch.randint(5, 600, (2, 3, model.text_length))
     hidden, memory = model(segments)
-    assert hidden.shape == (2, positions, 16)
+    assert hidden.shape == (2, 1 + 4, 16)
     assert memory.shape == (2, 4, 16)
 
     # Memory matters across segments, and learns.
@@ -195,7 +195,7 @@ def test_the_trial_leaves_no_trace(tokenizer: PreTrainedTokenizerBase) -> None:
 def test_relative_positions_have_no_end(tokenizer: PreTrainedTokenizerBase) -> None:
     config = XLNetConfig(vocab_size=1000, d_model=16, n_layer=1, n_head=2, d_inner=32)
     model = RMTEncoder(Encoder(AutoModel.from_config(config), tokenizer), 700)
-    assert model(torch.randint(5, 600, (1, model.text_length)))[0].shape == (1, 700, 16)
+    assert model(torch.randint(5, 600, (1, model.text_length)))[0].shape == (1, 1 + 10, 16)
 
 
 @pytest.mark.fault("weights of a backbone that are no numbers", "it is refused before training, by their name")

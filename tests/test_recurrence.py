@@ -54,7 +54,7 @@ def test_equals_the_transcription(make_model: Make, memory_size: int, segments: 
     hidden, memory = model(ids)
     for row in range(3):
         expected_hidden, expected_memory = reference(model, ids[row].flatten())
-        torch.testing.assert_close(hidden[row], expected_hidden, atol=ATOL, rtol=1e-6)
+        torch.testing.assert_close(hidden[row], expected_hidden[: 1 + memory_size], atol=ATOL, rtol=1e-6)
         torch.testing.assert_close(memory[row], expected_memory, atol=ATOL, rtol=1e-6)
 
 

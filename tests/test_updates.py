@@ -67,7 +67,8 @@ def transcribed(kind: str, model: Any, row: list[int]) -> tuple[Tensor, Tensor]:
     update, length = gated(model.update.gate.weight, model.update.gate.bias), model.text_length
     if kind == "encoder":
         specials = model.encoder.cls_token_id, model.encoder.sep_token_id
-        return read_text(model.encoder.model, *specials, row, model.memory, length, update=update)
+        hidden, memory = read_text(model.encoder.model, *specials, row, model.memory, length, update=update)
+        return hidden[: 1 + model.memory_size], memory
     if kind == "decoder":
         model.decoder.model.set_attn_implementation("eager")
         return read_causal_text(model.decoder.model, row, model.memory, length, update=update)

@@ -35,6 +35,7 @@ from transformers.masking_utils import (
 )
 
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.models import bert
 
 # They tell of padding to whole windows and blocks, which changes nothing.
 logging.getLogger(LongformerModel.__module__).setLevel(logging.ERROR)
@@ -207,7 +208,7 @@ class Transformer(nn.Module, ABC):
             hook.remove()
 
     def apart(self, *inputs: Any) -> Layers:
-        """The parts of the forward pass that `forward` makes of these inputs. The embedding alone is computed.
+        """The parts of the forward pass that the model makes of these inputs. The embedding alone is computed.
 
         Raises:
             UserError: if the backbone cannot be taken apart.
@@ -219,15 +220,19 @@ class Transformer(nn.Module, ABC):
     def _apart(self, *inputs: Any) -> Layers:
         layers = self._layers()
         with self._skipped(layers) as calls:
-            self(*inputs)
+            self._whole(*inputs)
 
         def finish(hidden: Tensor) -> Tensor:
             finished: list[Tensor] = []
             with self._skipped(layers, hidden):
-                finished.append(self(*inputs))
+                finished.append(self._whole(*inputs))
             return finished[0]
 
         return Layers(calls[0].hidden, tuple(calls), finish)
+
+    @abstractmethod
+    def _whole(self, *inputs: Any) -> Tensor:
+        """What the model itself makes of the inputs of `forward`, all of it: (B, N, D)."""
 
     def _layers(self) -> nn.ModuleList:
         size = self.model.config.num_hidden_layers
@@ -240,7 +245,7 @@ class Transformer(nn.Module, ABC):
         # Families fail in ways of their own.
         with _tried(self.model), suppress(Exception):
             hook = self._layers()[-1].register_forward_hook(lambda _layer, _given, output: made.append(output))
-            whole = self(*inputs)
+            whole = self._whole(*inputs)
             hook.remove()
             self._in_tuples = isinstance(made[0], tuple)
             parts = self._apart(*inputs)
@@ -381,18 +386,27 @@ class Encoder(Transformer):
             known -= known % max([sizes] if isinstance(sizes, int) else sizes)
         return known
 
-    def forward(self, embeddings: Tensor, attention_mask: Tensor | None, memory: slice = slice(0)) -> Tensor:
+    def forward(
+        self, embeddings: Tensor, attention_mask: Tensor | None, memory: slice = slice(0), rows: int | None = None
+    ) -> Tensor:
         """What the last layer makes of embeddings.
 
         Args:
             embeddings: (B, N, E).
-            attention_mask: (B, N) with 1 for what may be seen.
+            attention_mask: (B, N), 1 for what may be seen; None for all.
             memory: which of the embeddings are memory. Where layers see a window of the text, it sees all, and all see
                 it. (The first block of BigBird does.)
+            rows: R, how many of the first tokens are read; None for N. Others are not computed where that can be helped.
 
         Returns:
-            (B, N, D).
+            (B, R, D).
         """
+        if bert.known(self.model):
+            return bert.last_states(self.model, embeddings, attention_mask, rows)
+        return self._whole(embeddings, attention_mask, memory)[:, :rows]
+
+    def _whole(self, embeddings: Tensor, attention_mask: Tensor | None, memory: slice = slice(0)) -> Tensor:
+        """(B, N, E), (B, N) -> (B, N, D), as the model itself does it."""
         options: dict[str, Tensor] = {}
         precision: AbstractContextManager[None] = nullcontext()
         if self.model.config.model_type == "longformer":
@@ -541,6 +555,9 @@ class Decoder(Transformer):
         Returns:
             (B, N, D).
         """
+        return self._whole(embeddings, visible, position_ids, text)
+
+    def _whole(self, embeddings: Tensor, visible: Tensor, position_ids: Tensor, text: slice) -> Tensor:
         hidden: Tensor = self.model.base_model(
             inputs_embeds=embeddings,
             attention_mask=self._masks(visible, embeddings, text),

@@ -87,7 +87,8 @@ class MemoryTokens(SegmentModel[State], Generic[State]):
 
     def next_memory(self, written: Tensor, memory: Tensor) -> Tensor:
         """The memory after a segment. Under autocast hidden states are bf16, while memory keeps its precision."""
-        updated: Tensor = self.update(written.to(memory.dtype), memory)
+        # A copy: what is cut out of the hidden states would keep all of them in memory.
+        updated: Tensor = self.update(written.to(memory.dtype, copy=True), memory)
         return updated.to(memory.dtype)
 
     def trained_state(self) -> list[nn.Parameter]:

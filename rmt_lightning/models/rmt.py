@@ -153,16 +153,18 @@ class RMTEncoder(MemoryModel):
         """`mem_τ+1` are the rows of `Transformer([mem_τ ∘ H_τ])` at the memory's places (section 3).
 
         Returns:
-            Hidden states (B, 1 + M + 1 + S + 1, D), [CLS] first, and the next memory (B, M, D).
+            Hidden states (B, 1 + M, D) of [CLS] and memory, which are all that is ever read; and the next memory
+            (B, M, D).
         """
         layout = self.layout(segment.input_ids.shape[1])
         text, mask = self._append_separator(segment)
-        special = text.new_tensor([[self.encoder.cls_token_id, self.encoder.sep_token_id]]).expand(len(text), -1)
-        cls, sep = self.encoder.embed(special).split(1, dim=1)
-        embeddings = torch.cat([cls, self._embed(memory, cls), sep, self.encoder.embed(text)], dim=1)
+        special = text.new_tensor([self.encoder.cls_token_id, self.encoder.sep_token_id]).expand(len(text), -1)
+        # Looked up at once: the gradient of each look-up is as large as the whole table.
+        words = self.encoder.embed(torch.cat([special, text], dim=1))
+        embeddings = torch.cat([words[:, :1], self._embed(memory, words), words[:, 1:]], dim=1)
         if mask is not None:
             mask = nn.functional.pad(mask, (layout.place("text").start, 0), value=1)
-        hidden = self.encoder(embeddings, mask, layout.place("memory"))
+        hidden = self.encoder(embeddings, mask, layout.place("memory"), rows=layout.place(layout.written).stop)
         return hidden, self.next_memory(hidden[:, layout.place(layout.written)], memory)
 
     def _append_separator(self, segment: Segment) -> tuple[Tensor, Tensor | None]:

@@ -79,7 +79,7 @@ class FullAttention(SegmentModel[Segment]):
             text: what has been read so far.
 
         Returns:
-            Hidden states (B, 1 + N + 1, D), [CLS] first, and the text with the segment after it.
+            The hidden state (B, 1, D) of [CLS], and the text with the segment after it.
 
         Raises:
             UserError: if the text is longer than the backbone's positions.
@@ -96,7 +96,7 @@ class FullAttention(SegmentModel[Segment]):
         ids = ids.scatter(1, length + 1, self.encoder.sep_token_id)
         if mask is not None:
             mask = (torch.arange(ids.shape[1], device=ids.device) <= length + 1).long()
-        return self.encoder(self.encoder.embed(ids), mask), text
+        return self.encoder(self.encoder.embed(ids), mask, rows=1), text
 
     def readout(self, hidden: Tensor, segment: Segment) -> Tensor:
         """The hidden state of [CLS]."""

@@ -1,0 +1,99 @@
+"""What is computed in a faster way is what the plain way gives, with random weights everywhere."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from test_backbones import CONFIGS
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import AutoModel
+
+from rmt_lightning.models import bert
+from rmt_lightning.models.backbone import Encoder
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+PADDED = torch.arange(20) < torch.tensor([[20], [13]])
+
+
+def make(kind: str, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+    torch.manual_seed(0)
+    config: PreTrainedConfig = AutoConfig.for_model(kind, vocab_size=1000, max_position_embeddings=48, **SMALL)
+    config.pad_token_id = 0
+    if kind in ("electra", "roformer"):
+        config.embedding_size = 8
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        setattr(config, name, 0.0)
+    encoder = Encoder(AutoModel.from_config(config), tokenizer)
+    for weight in encoder.parameters():
+        if weight.requires_grad:
+            torch.nn.init.normal_(weight, std=0.3)
+    return encoder
+
+
+def results(encoder: Encoder, mask: Tensor | None, rows: int, fast: bool) -> dict[str, Tensor]:
+    """The hidden states that are read, and the gradients of all weights and inputs that they give."""
+    encoder.zero_grad()
+    generator = torch.Generator().manual_seed(1)
+    dtype = encoder.model.dtype
+    embeddings = torch.randn(2, 20, encoder.embedding_width, generator=generator, dtype=dtype).requires_grad_()
+    hidden = encoder(embeddings, mask, rows) if fast else encoder._whole(embeddings, mask)[:, :rows]
+    if mask is not None:
+        hidden = hidden * mask[:, :rows, None]
+    (hidden * torch.randn(hidden.shape, generator=generator, dtype=dtype)).sum().backward()
+    found = {name: weight.grad for name, weight in encoder.named_parameters()} | {"embeddings": embeddings.grad}
+    return {"hidden": hidden.detach()} | {name: grad.clone() for name, grad in found.items() if grad is not None}
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("rows", [1, 5, 20])
+@pytest.mark.parametrize("mask", [None, PADDED.long()], ids=["full", "padded"])
+@pytest.mark.parametrize("kind", bert._FAMILIES)
+def test_of_the_last_layer_what_is_read(
+    kind: str,
+    mask: Tensor | None,
+    rows: int,
+    dtype: torch.dtype,
+    precision: float,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    encoder = make(kind, tokenizer).to(dtype)
+    assert bert.known(encoder.model)
+    expected = results(encoder, mask, rows, fast=False)
+    found = results(encoder, mask, rows, fast=True)
+    assert found.keys() == expected.keys()
+    largest = max(float(value.abs().max()) for name, value in expected.items() if name != "hidden")
+    for name, value in expected.items():
+        # The gradient of a key's bias is 0 but for rounding.
+        scale = value.abs().max() if name == "hidden" else largest
+        assert (found[name] - value).abs().max() <= precision * scale, name
+
+
+@pytest.mark.parametrize("kind", ["distilbert", "mpnet", "modernbert"])
+def test_others_are_cut_to_what_is_read(kind: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    encoder = Encoder(AutoModel.from_config(copy.deepcopy(CONFIGS[kind][0])), tokenizer).eval()
+    assert not bert.known(encoder.model)
+    embeddings = torch.randn(2, 20, encoder.embedding_width)
+    torch.testing.assert_close(encoder(embeddings, None, 5), encoder(embeddings, None)[:, :5])
+
+
+def test_dropout_is_obeyed(tokenizer: PreTrainedTokenizerBase) -> None:
+    """In training the same input gives other states each time, by dropout of attention alone too."""
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        config = AutoConfig.for_model("bert", vocab_size=1000, **SMALL)
+        config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+        setattr(config, name, 0.5)
+        encoder = Encoder(AutoModel.from_config(config), tokenizer).train()
+        embeddings = torch.randn(2, 20, 16)
+        assert not torch.equal(encoder(embeddings, None, 5), encoder(embeddings, None, 5))
+        encoder.eval()
+        assert torch.equal(encoder(embeddings, None, 5), encoder(embeddings, None, 5))
+
+
+def test_classes_from_elsewhere_do_as_they_like(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A model that bears the name of a family, but is another."""
+    encoder = make("bert", tokenizer)
+    encoder.model.__class__ = type("BertModel", (type(encoder.model),), {"__module__": "elsewhere"})
+    assert not bert.known(encoder.model)
