@@ -396,7 +396,7 @@ class Encoder(Transformer):
             attention_mask: (B, N), 1 for what may be seen; None for all.
             memory: which of the embeddings are memory. Where layers see a window of the text, it sees all, and all see
                 it. (The first block of BigBird does.)
-            rows: R, how many of the first tokens are read; None for N. Others are not computed where that can be helped.
+            rows: R, how many of the first tokens are read; None for N. Others are not computed if that can be helped.
 
         Returns:
             (B, R, D).

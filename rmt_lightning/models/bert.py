@@ -1,10 +1,10 @@
 """The layers of BERT and its relatives, of the last of which only those rows are computed that are read.
 
-What a segment leaves behind stands in a few rows: its memory, and [CLS], where answers are read. The last layer's states
-of the text are read by nobody, and whatever they would have been, memory and [CLS] are the same.
+What a segment leaves behind stands in a few rows: its memory, and [CLS], where answers are read. Nobody reads what the
+last layer would make of the text, and memory and [CLS] do not depend on it.
 
-Shapes: B batch, N tokens that the backbone sees, R tokens whose last states are read, E width of the embeddings, D width
-of the hidden states, H heads, K width of a head.
+Shapes: B batch, N tokens that the backbone sees, R tokens whose last states are read, E width of the embeddings, D
+width of the hidden states, H heads, K width of a head.
 """
 
 from __future__ import annotations

@@ -1,0 +1,321 @@
+"""How fast training, reading, writing and starting are, beside the published way and the machine's own limit.
+
+make bench                              all cases, a few minutes on 2 cores; on a GPU if there is one
+make bench ARGS="--only train/tiny"     some of them
+
+Variants of a case take turns, so that whatever else runs on the machine burdens all of them alike. A row is the median
+of a variant's turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from published import PublishedDecoder, PublishedEncoder
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import AutoModel, AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConfig, PreTrainedModel
+
+from rmt_lightning import Decoder, Detect, Encoder, RMTDecoder, RMTEncoder, TinyBert
+from rmt_lightning.core.files import write_csv
+from rmt_lightning.training.optimization import WarmupDecay
+
+SEGMENT, MEMORY, VOCABULARY = 128, 10, 2000
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOKENIZER = TinyBert(vocabulary_size=VOCABULARY).tokenizer(Detect().sentences())
+
+
+class Size(NamedTuple):
+    """A backbone, and how many rows a step of training and a turn of reading have."""
+
+    width: int
+    layers: int
+    heads: int
+    batch: int
+
+    def encoder(self, attention: str = "sdpa") -> PreTrainedModel:
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=VOCABULARY, hidden_size=self.width, num_hidden_layers=self.layers,
+            num_attention_heads=self.heads, intermediate_size=4 * self.width,
+            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
+        return AutoModel.from_config(config, add_pooling_layer=False, attn_implementation=attention).to(DEVICE)
+
+
+SIZES = {"tiny": Size(128, 4, 4, 8), "MiniLM": Size(384, 6, 12, 2), "BERT-base": Size(768, 12, 12, 1)}
+
+
+def llama(attention: str = "sdpa") -> PreTrainedModel:
+    """The shape of SmolLM2-135M, but for its vocabulary."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, tie_word_embeddings=True,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(DEVICE)
+
+
+def gpt() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=VOCABULARY, n_embd=128, n_layer=4, n_head=4, n_positions=1024)
+    return AutoModelForCausalLM.from_config(config).to(DEVICE).eval()
+
+
+class Case(NamedTuple):
+    """Something to measure.
+
+    Attributes:
+        name: kind/size/….
+        variants: what takes turns; the first one is what the others are compared with.
+        amount: what a turn gets done, in `unit`.
+        flops: what a turn multiplies and adds in matrix products if nothing is left out; 0 if that is not counted.
+    """
+
+    name: str
+    variants: dict[str, Callable[[], object]]
+    amount: float
+    unit: str = "tokens"
+    flops: float = 0.0
+
+
+def products(model: PreTrainedModel, tokens: int, segment: int) -> float:
+    """FLOPs of the layers' matrix products for so many tokens, forward."""
+    config = model.config
+    weights = sum(weight.numel() for name, weight in model.named_parameters() if "layer" in name and weight.dim() == 2)
+    attention = 2 * segment * config.hidden_size * config.num_hidden_layers
+    return 2.0 * tokens * (weights + attention)
+
+
+def synchronized(work: Callable[[], object]) -> Callable[[], object]:
+    if DEVICE == "cpu":
+        return work
+
+    def timed() -> object:
+        done = work()
+        torch.cuda.synchronize()
+        return done
+
+    return timed
+
+
+def autocast(precision: str) -> Any:
+    return torch.autocast(DEVICE, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def bf16_is_fast() -> bool:
+    """Whether a product in bf16 is faster than one in fp32 here."""
+    return rate(torch.bfloat16, 1024) > rate(torch.float32, 1024)
+
+
+def rate(dtype: torch.dtype, size: int) -> float:
+    """FLOPs a second of a square product."""
+    left, right = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
+    work = synchronized(lambda: left @ right)
+    work()
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / min(seconds)
+
+
+def limits() -> dict[str, float]:
+    """The machine's best FLOPs a second, by precision, over the ways that there are to multiply."""
+    best = {"fp32": 0.0, "bf16": rate(torch.bfloat16, 1024)}
+    for way in ("highest", "medium") if DEVICE == "cpu" else ("highest",):
+        torch.set_float32_matmul_precision(way)
+        best["fp32"] = max(best["fp32"], *(rate(torch.float32, size) for size in (512, 1024, 2048)))
+    torch.set_float32_matmul_precision("highest")
+    if DEVICE != "cpu":
+        best["bf16"] = max(rate(torch.bfloat16, size) for size in (2048, 4096, 8192))
+    return best
+
+
+def training_step(
+    model: nn.Module, loss: Callable[[], Tensor], fused: bool, precision: str = "fp32"
+) -> Callable[[], None]:
+    """A step, optimizer included."""
+    parameters = [weight for weight in model.parameters() if weight.requires_grad]
+    if fused:
+        optimizer, _ = WarmupDecay(steps=1000, lr=1e-5).build(parameters, 1)
+    else:
+        optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with autocast(precision):
+            value = loss()
+        value.backward()
+        optimizer.step()
+
+    return step
+
+
+def train_encoder(name: str, segments: int) -> Case:
+    size = SIZES[name]
+    ids = torch.randint(5, VOCABULARY, (size.batch, segments, SEGMENT - MEMORY - 3), device=DEVICE)
+    answers = torch.randint(6, (size.batch,), device=DEVICE)
+
+    def published(attention: str) -> Callable[[], None]:
+        model, head = PublishedEncoder(size.encoder(attention), MEMORY).to(DEVICE), nn.Linear(size.width, 6).to(DEVICE)
+        return training_step(model, lambda: cross_entropy(head(model(ids)), answers), fused=False)
+
+    def ours(precision: str, **options: Any) -> Callable[[], None]:
+        model = RMTEncoder(Encoder(size.encoder(), TOKENIZER), SEGMENT, MEMORY, **options).to(DEVICE)
+        head = nn.Linear(size.width, 6).to(DEVICE)
+        return training_step(model, lambda: cross_entropy(head(model.encode(ids)).float(), answers), True, precision)
+
+    variants = {"published, sdpa": published("sdpa"), "published, eager": published("eager"), "ours": ours("fp32")}
+    if bf16_is_fast():
+        variants["ours, bf16"] = ours("bf16")
+    variants["ours, checkpointing"] = ours("fp32", gradient_checkpointing=True)
+    tokens = size.batch * segments * SEGMENT
+    flops = 3 * products(size.encoder(), tokens, SEGMENT)
+    return Case(f"train/{name}/{segments} segments", variants, tokens, flops=flops)
+
+
+def train_decoder(segments: int) -> Case:
+    ids = torch.randint(5, VOCABULARY, (1, segments, SEGMENT - 2 * MEMORY), device=DEVICE)
+
+    def published(attention: str) -> Callable[[], None]:
+        model = PublishedDecoder(llama(attention), MEMORY).to(DEVICE)
+        return training_step(
+            model, lambda: cross_entropy(model(ids).flatten(0, 2)[:-1], ids.flatten()[1:]), fused=False
+        )
+
+    def ours(precision: str) -> Callable[[], None]:
+        model = RMTDecoder(Decoder(llama(), TOKENIZER), SEGMENT, MEMORY).to(DEVICE)
+
+        def loss() -> Tensor:
+            hidden = torch.cat([reading.hidden for reading in model.read(ids)], dim=1)
+            return cross_entropy(model.logits(hidden[0, :-1]).float(), ids.flatten()[1:])
+
+        return training_step(model, loss, True, precision)
+
+    variants = {"published, sdpa": published("sdpa"), "published, eager": published("eager"), "ours": ours("fp32")}
+    if bf16_is_fast():
+        variants["ours, bf16"] = ours("bf16")
+    tokens = segments * SEGMENT
+    return Case(f"train/Llama-135M/{segments} segments", variants, tokens, flops=3 * products(llama(), tokens, SEGMENT))
+
+
+def stream(name: str, batch: int, segments: int) -> Case:
+    size = SIZES[name]
+    ids = torch.randint(5, VOCABULARY, (batch, segments, SEGMENT - MEMORY - 3), device=DEVICE)
+    published = PublishedEncoder(size.encoder(), MEMORY).to(DEVICE).eval()
+    ours = RMTEncoder(Encoder(size.encoder(), TOKENIZER), SEGMENT, MEMORY).to(DEVICE).eval()
+
+    def read(precision: str) -> Callable[[], Tensor]:
+        def work() -> Tensor:
+            with torch.inference_mode(), autocast(precision):
+                return ours.encode(iter(ids.unbind(dim=1)))
+
+        return work
+
+    variants = {"published, sdpa": torch.no_grad()(lambda: published(ids)), "ours": read("fp32")}
+    if bf16_is_fast():
+        variants["ours, bf16"] = read("bf16")
+    tokens = batch * segments * SEGMENT
+    return Case(f"stream/{name}/batch {batch}", variants, tokens, flops=products(size.encoder(), tokens, SEGMENT))
+
+
+def write(segment: int, batch: int) -> Case:
+    """Words written by a small GPT-2, beside what Hugging Face writes with the same backbone without memory."""
+    new = 3 * segment // 4
+    ids = torch.randint(5, VOCABULARY, (batch, segment // 8), device=DEVICE)
+    plain = gpt()
+    ours = RMTDecoder(Decoder(gpt(), TOKENIZER), segment, MEMORY).to(DEVICE).eval()
+    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    variants = {
+        "Hugging Face, no memory": lambda: plain.generate(ids, attention_mask=torch.ones_like(ids), **options),
+        "ours": lambda: ours.generate(ids, max_new_tokens=new),
+    }
+    return Case(f"write/tiny/segment {segment}, batch {batch}", variants, batch * new)
+
+
+def start(name: str) -> Case:
+    def work() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run([sys.executable, *STARTS[name]], cwd=folder, capture_output=True)
+
+    return Case(name, {"ours": work}, 1, "starts")
+
+
+STARTS = {
+    "start/import": ("-c", "import rmt_lightning"),
+    "start/import of a model": ("-c", "from rmt_lightning import RMTEncoder"),
+    "start/--help": ("-m", "rmt_lightning.train", "--help"),
+    "start/typing mistake": ("-m", "rmt_lightning.train", "optim.rl=1"),
+    "start/run of one step": (
+        "-m",
+        "rmt_lightning.train",
+        "trainer.max_steps=1",
+        "test.samples=1",
+        "test.segments=[1]",
+    ),
+}
+CASES: dict[str, Callable[[], Case]] = {
+    **{f"train/{n}/{t} segments": lambda n=n, t=t: train_encoder(n, t) for n in SIZES for t in (7, 14)},
+    "train/Llama-135M/7 segments": lambda: train_decoder(7),
+    **{f"stream/{n}/batch {b}": lambda n=n, b=b: stream(n, b, 16) for n in SIZES for b in (1, 16)},
+    **{f"write/tiny/segment {s}, batch {b}": lambda s=s, b=b: write(s, b) for s in (128, 512) for b in (1, 16)},
+    **{name: lambda name=name: start(name) for name in STARTS},
+}
+
+
+def measure(case: Case, turns: int, best: dict[str, float]) -> list[dict[str, object]]:
+    seconds: dict[str, list[float]] = {name: [] for name in case.variants}
+    for turn in range(turns + 1):
+        for name, work in case.variants.items():
+            began = time.perf_counter()
+            synchronized(work)()
+            if turn:  # the first one warms up
+                seconds[name].append(time.perf_counter() - began)
+    first = statistics.median(next(iter(seconds.values())))
+    rows = []
+    for name, measured in seconds.items():
+        median = statistics.median(measured)
+        share = case.flops / median / best["bf16" if "bf16" in name else "fp32"]
+        rows.append(
+            {
+                "case": case.name, "variant": name, "seconds": round(median, 4), "fastest": round(min(measured), 4),
+                "rate": round(case.amount / median, 1), "unit": case.unit, "times_as_fast": round(first / median, 2),
+                "share_of_limit": round(share, 2) if share else "",
+            }
+        )  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="cases whose names begin so")
+    parser.add_argument("--turns", type=int, default=5, help="of each variant")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results.csv")
+    options = parser.parse_args()
+    best = limits()
+    print(f"{DEVICE}, {torch.get_num_threads()} threads: at best {best['fp32'] / 1e9:.0f} GFLOP/s in fp32, ", end="")
+    print(f"{best['bf16'] / 1e9:.0f} in bf16")
+    rows: list[dict[str, object]] = []
+    for name, make in CASES.items():
+        if not name.startswith(options.only):
+            continue
+        for row in measure(make(), options.turns, best):
+            print("  ".join(f"{value}" for value in row.values()), flush=True)
+            rows.append(row)
+        write_csv(options.output, rows)
+
+
+if __name__ == "__main__":
+    main()
