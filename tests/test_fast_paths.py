@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 
 import pytest
 import torch
 from test_backbones import CONFIGS
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import AutoModel
 
 from rmt_lightning.models import bert
 from rmt_lightning.models.backbone import Encoder
+from rmt_lightning.models.recurrence import unroll
+from rmt_lightning.training.callbacks import hardware
+from rmt_lightning.training.callbacks.hardware import multiply_fast
+from rmt_lightning.training.optimization import WarmupDecay
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
 PADDED = torch.arange(20) < torch.tensor([[20], [13]])
@@ -39,7 +44,7 @@ def results(encoder: Encoder, mask: Tensor | None, rows: int, fast: bool) -> dic
     generator = torch.Generator().manual_seed(1)
     dtype = encoder.model.dtype
     embeddings = torch.randn(2, 20, encoder.embedding_width, generator=generator, dtype=dtype).requires_grad_()
-    hidden = encoder(embeddings, mask, rows) if fast else encoder._whole(embeddings, mask)[:, :rows]
+    hidden = encoder(embeddings, mask, rows=rows) if fast else encoder._whole(embeddings, mask)[:, :rows]
     if mask is not None:
         hidden = hidden * mask[:, :rows, None]
     (hidden * torch.randn(hidden.shape, generator=generator, dtype=dtype)).sum().backward()
@@ -76,7 +81,7 @@ def test_others_are_cut_to_what_is_read(kind: str, tokenizer: PreTrainedTokenize
     encoder = Encoder(AutoModel.from_config(copy.deepcopy(CONFIGS[kind][0])), tokenizer).eval()
     assert not bert.known(encoder.model)
     embeddings = torch.randn(2, 20, encoder.embedding_width)
-    torch.testing.assert_close(encoder(embeddings, None, 5), encoder(embeddings, None)[:, :5])
+    torch.testing.assert_close(encoder(embeddings, None, rows=5), encoder(embeddings, None)[:, :5])
 
 
 def test_dropout_is_obeyed(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -87,9 +92,9 @@ def test_dropout_is_obeyed(tokenizer: PreTrainedTokenizerBase) -> None:
         setattr(config, name, 0.5)
         encoder = Encoder(AutoModel.from_config(config), tokenizer).train()
         embeddings = torch.randn(2, 20, 16)
-        assert not torch.equal(encoder(embeddings, None, 5), encoder(embeddings, None, 5))
+        assert not torch.equal(encoder(embeddings, None, rows=5), encoder(embeddings, None, rows=5))
         encoder.eval()
-        assert torch.equal(encoder(embeddings, None, 5), encoder(embeddings, None, 5))
+        assert torch.equal(encoder(embeddings, None, rows=5), encoder(embeddings, None, rows=5))
 
 
 def test_classes_from_elsewhere_do_as_they_like(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -97,3 +102,51 @@ def test_classes_from_elsewhere_do_as_they_like(tokenizer: PreTrainedTokenizerBa
     encoder = make("bert", tokenizer)
     encoder.model.__class__ = type("BertModel", (type(encoder.model),), {"__module__": "elsewhere"})
     assert not bert.known(encoder.model)
+
+
+def test_products_are_as_exact_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    try:
+        multiply_fast()
+        assert hardware._error_of_products() < 1e-5
+        torch.set_float32_matmul_precision("highest")
+        # A processor that takes its leave to compute in bf16.
+        monkeypatch.setattr(hardware, "_error_of_products", lambda: 1e-3)
+        multiply_fast()
+        assert torch.get_float32_matmul_precision() == "highest"
+        # What somebody has chosen stays.
+        torch.set_float32_matmul_precision("high")
+        multiply_fast()
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("segments", [[0, 1, 2, 3], iter([0, 1, 2, 3])], ids=["known", "stream"])
+def test_the_last_segment_is_not_computed_again(segments: Iterable[int]) -> None:
+    read: list[int] = []
+
+    def step(segment: int, state: Tensor) -> tuple[Tensor, Tensor]:
+        read.append(segment)
+        return state.sin(), state.sin()
+
+    known = isinstance(segments, list)
+    state = torch.ones(3, requires_grad=True)
+    *_, (hidden, _) = unroll(step, segments, state, checkpointing=True)
+    hidden.sum().backward()
+    assert read == [0, 1, 2, 3, 2, 1, 0] if known else [0, 1, 2, 3, 3, 2, 1, 0]
+    expected = torch.ones(3, requires_grad=True)
+    expected.sin().sin().sin().sin().sum().backward()
+    torch.testing.assert_close(state.grad, expected.grad)
+
+
+def test_the_fused_optimizer_takes_the_same_steps() -> None:
+    weights = [nn.Parameter(torch.ones(5)) for _ in range(2)]
+    for weight, fused in zip(weights, (False, True), strict=True):
+        optimizer, schedule = WarmupDecay(steps=20, lr=0.1, weight_decay=0.5).build([weight], 1, fused)
+        for step in range(10):
+            weight.grad = torch.arange(5.0) - step
+            optimizer.step()
+            schedule.step()
+    assert not torch.equal(weights[0], torch.ones(5))
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-5, atol=0)

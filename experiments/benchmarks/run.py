@@ -149,7 +149,7 @@ def training_step(
     """A step, optimizer included."""
     parameters = [weight for weight in model.parameters() if weight.requires_grad]
     if fused:
-        optimizer, _ = WarmupDecay(steps=1000, lr=1e-5).build(parameters, 1)
+        optimizer, _ = WarmupDecay(steps=1000, lr=1e-5).build(parameters, 1, fused=True)
     else:
         optimizer = torch.optim.AdamW(parameters, lr=1e-5)
 

@@ -32,7 +32,7 @@ from rmt_lightning.tasks.corpus import text_digest
 from rmt_lightning.tasks.facts import Finite, Task
 from rmt_lightning.tasks.placement import Key, Placement
 from rmt_lightning.training.answering import FactClassifier, FactModule
-from rmt_lightning.training.callbacks.hardware import host_memory, keep_heap_flat
+from rmt_lightning.training.callbacks.hardware import host_memory, keep_heap_flat, multiply_fast
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +74,7 @@ def evaluate(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: 
     """
     start_logging(None, first_process=True)
     keep_heap_flat()
+    multiply_fast()
     device, hardware = find_device(config.device)
     placement, module, sha256 = load(run_config, run, checkpoint)
     module.to(device).eval()

@@ -54,12 +54,14 @@ def unroll(
         state: what the first segment is given.
         bptt_depth: number of borders; -1 for all of them.
         checkpointing: forget the activations of a segment and compute them again in the backward pass. Gradients are
-            the same; memory grows by one state a segment instead of one forward pass.
+            the same; memory grows by one state a segment instead of one forward pass. Those of the last segment are
+            kept, if their number is known, for the backward pass begins with it.
 
     Raises:
         TypeError: if truncation is asked for and the number of segments is not known.
     """
     first_with_gradient = 0
+    last = len(segments) - 1 if isinstance(segments, Sized) else None
     if bptt_depth >= 0 and torch.is_grad_enabled():
         if not isinstance(segments, Sized):
             raise TypeError("bptt_depth needs segments whose number is known; pass a list, or bptt_depth=-1")
@@ -67,7 +69,7 @@ def unroll(
     for position, segment in enumerate(segments):
         with torch.set_grad_enabled(torch.is_grad_enabled() and position >= first_with_gradient):
             arguments: tuple[Any, ...] = (segment, state)
-            if checkpointing and torch.is_grad_enabled():
+            if checkpointing and torch.is_grad_enabled() and position != last:
                 # Only the non-reentrant kind survives DDP with a varying number of segments.
                 hidden, state = checkpoint(step, *arguments, use_reentrant=False)
             else:

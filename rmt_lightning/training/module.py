@@ -67,7 +67,8 @@ class SegmentModule(L.LightningModule):
         return cast(ShortEpochs, cast(Any, self.trainer).datamodule)
 
     def configure_optimizers(self) -> Any:
-        return self.phases.build_optimizer(self.parameters())
+        # Lightning cannot clip gradients that a fused optimizer unscales.
+        return self.phases.build_optimizer(self.parameters(), fused=self.trainer.precision != "16-mixed")
 
     def on_train_start(self) -> None:
         self._first_step = self.global_step

@@ -39,10 +39,18 @@ class WarmupDecay:
     weight_decay: Annotated[float, Ge(0), Le(1e30)] = 1e-3
     warmup: Annotated[float, Ge(0), Le(1)] = 0.1
 
-    def build(self, parameters: Iterable[nn.Parameter], num_segments: int) -> tuple[AdamW, LambdaLR]:
-        """Optimizer and schedule for the stage at which inputs are `num_segments` long."""
+    def build(
+        self, parameters: Iterable[nn.Parameter], num_segments: int, fused: bool = False
+    ) -> tuple[AdamW, LambdaLR]:
+        """Optimizer and schedule for the stage at which inputs are `num_segments` long.
+
+        Args:
+            parameters: what is optimized.
+            num_segments: the stage.
+            fused: update all of them at once, which is faster, but does not go together with scaled gradients.
+        """
         steps = at_stage(self.steps, num_segments)
-        optimizer = AdamW(parameters, lr=at_stage(self.lr, num_segments), weight_decay=self.weight_decay)
+        optimizer = AdamW(parameters, lr=at_stage(self.lr, num_segments), weight_decay=self.weight_decay, fused=fused)
         rising = self.warmup * steps
 
         def scale(step: int) -> float:

@@ -244,10 +244,10 @@ class Phases(Callback):
 
     # What the module asks.
 
-    def build_optimizer(self, parameters: Iterable[nn.Parameter]) -> Any:
+    def build_optimizer(self, parameters: Iterable[nn.Parameter], fused: bool = False) -> Any:
         """A fresh optimizer and its schedule, as Lightning wants them."""
         optimization, stage = self.current.optimization(self.default)
-        optimizer, schedule = optimization.build(parameters, stage)
+        optimizer, schedule = optimization.build(parameters, stage, fused)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def number(self, rank: int) -> int:
@@ -277,7 +277,7 @@ class Phases(Callback):
 
     def _take_settings(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Give a restored optimizer the settings of the present config: what was typed on resuming takes effect."""
-        fresh = self.build_optimizer(module.parameters())
+        fresh: Any = module.configure_optimizers()
         settings, schedule = fresh["optimizer"], fresh["lr_scheduler"]["scheduler"]
         (optimizer,), (config,) = trainer.optimizers, trainer.lr_scheduler_configs
         restored: Any = config.scheduler
