@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 
-.PHONY: help install train evaluate figures report test soak lint clean
+.PHONY: help install train evaluate figures report test soak bench lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -31,6 +31,9 @@ test: $(VENV)/.installed-test  ## run linter, type checker and the whole test su
 
 soak: $(VENV)/.installed-test  ## try every fault, with the tests that make test leaves out; ends with a table
 	$(BIN)/python -m pytest -n 2 -m "soak or fault" $(ARGS)
+
+bench: install  ## measure speed beside the published way and the machine's limit: experiments/benchmarks
+	$(BIN)/python experiments/benchmarks/run.py $(ARGS)
 
 lint: $(VENV)/.installed-test  ## let the linter mend what it can
 	$(BIN)/ruff check --fix .

@@ -1,7 +1,7 @@
 """What the published implementations do, as plain loops: what the benchmarks compare with.
 
-The whole backbone reads each segment, with a mask that shows everything; memory is cut out of its last hidden states, all
-of which are kept until the end.
+The whole backbone reads each segment, with a mask that shows everything; memory is cut out of its last hidden states,
+all of which are kept until the end.
 
 Shapes: B batch, T segments, S text tokens of a segment, M memory tokens, D width, V vocabulary.
 """

@@ -1,0 +1,44 @@
+"""How many times as fast as the published way each case is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from matplotlib.figure import Figure
+
+COLORS = {"ours": "#0072b2", "ours, bf16": "#009e73", "ours, checkpointing": "#56b4e9", "published, eager": "#e69f00"}
+
+
+def speeds(rows: list[dict[str, str]]) -> Figure:
+    """A group of bars for each case, one for each variant but the first, which is 1.
+
+    Args:
+        rows: case, variant and times_as_fast.
+    """
+    cases: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        cases.setdefault(row["case"], []).append(row)
+    compared = {name: variants[1:] for name, variants in cases.items() if len(variants) > 1}
+    figure = Figure(figsize=(9, 0.9 + 0.22 * sum(len(v) + 0.6 for v in compared.values())), layout="constrained")
+    axes = figure.subplots()
+    place, ticks = 0.0, []
+    for name, variants in compared.items():
+        ticks.append((place + (len(variants) - 1) / 2, name))
+        for row in variants:
+            times = float(row["times_as_fast"])
+            axes.barh(place, times, 0.9, color=COLORS[row["variant"]], label=row["variant"])
+            axes.text(times, place, f" {times:.2f}", va="center", fontsize=7)
+            place += 1
+        place += 0.6
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(*zip(*ticks, strict=True), fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel="times as fast as the first variant of the case")
+    axes.spines[["top", "right"]].set_visible(False)
+    named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    axes.legend(named.values(), named.keys(), fontsize=8, frameon=False, loc="lower right")
+    return figure
+
+
+def figures(rows: Callable[[str], list[dict[str, str]]]) -> dict[str, Figure]:
+    return {"figure": speeds(rows("results"))}
