@@ -23,6 +23,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     BigBirdModel,
+    Cache,
     LongformerModel,
     PreTrainedConfig,
     PreTrainedModel,
@@ -454,6 +455,41 @@ class Encoder(Transformer):
         cast(BigBirdModel, self.model).set_attention_type(config.attention_type if fits else "original_full")
 
 
+class SegmentCache(Cache):
+    """Keys and values of a segment that is read piece by piece, each in the slot that its token's position tells.
+
+    So rows may be of unequal length. What a row has not filled yet, or still holds from before, is hidden from it.
+
+    Args:
+        size: how many positions there are.
+    """
+
+    # Where the tokens stand that are being read, (B, N), and how many slots they see at most.
+    places: Tensor
+    end: int
+
+    def __init__(self, size: int) -> None:
+        super().__init__(layers=[])
+        self.size = size
+        self._kept: list[tuple[Tensor, ...]] = []
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: Any, **_named: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Keep those of new tokens (B, H, N, …), and hand back all that are seen (B, H, end, …)."""
+        new = key_states, value_states
+        if layer_idx == len(self._kept):
+            self._kept.append(tuple(part.new_zeros(*part.shape[:2], self.size, part.shape[3]) for part in new))
+        keys, values = self._kept[layer_idx]
+        for kept, part in zip((keys, values), new, strict=True):
+            kept.scatter_(2, self.places[:, None, :, None].expand_as(part), part)
+        return keys[:, :, : self.end], values[:, :, : self.end]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions are told, not counted."""
+        return 0
+
+
 class Decoder(Transformer):
     """What the recurrence needs of a causal language model: hidden states under a mask of its own, and next words.
 
@@ -488,6 +524,8 @@ class Decoder(Transformer):
         if model.get_output_embeddings() is None:
             raise UserError(f"backbone: {kind} comes without what words are read off with; give AutoModelForCausalLM")
         super().__init__(model, tokenizer)
+        # Whether pieces make the whole, which is not known before it is tried.
+        self._in_pieces: bool | None = None
 
     def _fault(self, words: Tensor) -> str | None:
         length = words.shape[1]
@@ -566,12 +604,67 @@ class Decoder(Transformer):
         )[0]
         return hidden
 
+    def reads_pieces(self, length: int) -> bool:
+        """Whether a segment with so many tokens of text may be read by `go_on`."""
+        if self.model.training or self.model.config.output_attentions:
+            # Dropout would stay with a token, layers that compute activations again take no cache, and maps of
+            # attention are those of whole segments.
+            return False
+        if self._in_pieces is None:
+            self._in_pieces = self._try_pieces()
+        return (
+            self._in_pieces and self._windows(self.embed(torch.zeros(1, length).long().to(self.model.device))) is None
+        )
+
+    def _try_pieces(self) -> bool:
+        words = self._some_words(min(6, self.max_positions))
+        size = words.shape[1]
+        places = torch.arange(size, device=words.device).expand(2, -1)
+        seen = (places + 1).clamp(min=2)
+        # Families fail in ways of their own.
+        with _tried(self.model), suppress(Exception):
+            embedded, cache = self.embed(words), SegmentCache(size)
+            whole = self(embedded, places[:, None] < seen[..., None], places, slice(2, size))
+            made = [
+                self.go_on(embedded[:, piece], places[:, piece], seen[:, piece], cache)
+                for piece in (slice(size - 2), slice(size - 2, size - 1), slice(size - 1, size))
+            ]
+            return _alike(torch.cat(made, dim=1), whole)
+        return False
+
+    def go_on(self, embeddings: Tensor, position_ids: Tensor, seen: Tensor, cache: SegmentCache) -> Tensor:
+        """What `forward` makes of some tokens of a segment, if those before them have been read into a cache.
+
+        Args:
+            embeddings: (B, N, E) of the new tokens.
+            position_ids: (B, N).
+            seen: (B, N), how many positions each of them sees, counted from the first one.
+            cache: takes up what is read.
+
+        Returns:
+            (B, N, D).
+        """
+        cache.places, cache.end = position_ids, int(seen.max())
+        visible = torch.arange(cache.end, device=seen.device) < seen[..., None]
+        hidden: Tensor = self.model.base_model(
+            inputs_embeds=embeddings,
+            attention_mask=_added(visible, embeddings.dtype),
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )[0]
+        return hidden
+
+    def _windows(self, text: Tensor) -> dict[str, Tensor | None] | None:
+        """(1, 1, S, S), what each kind of layers sees of a text (1, S, E) alone; None for all that came before."""
+        own = create_masks_for_generate(self.model.config, text, None, None)
+        windows = own if isinstance(own, dict) else {"all": own}
+        return None if all(window is None or window.dim() != 4 for window in windows.values()) else windows
+
     def _masks(self, visible: Tensor, embeddings: Tensor, text: slice) -> Tensor | dict[str, Tensor]:
         """What is added to the scores, (B or 1, 1, N, N): 0 for what may be seen; by kinds of layers if they differ."""
-        # What the backbone's layers would see of the text alone; None stands for all that came before.
-        own = create_masks_for_generate(self.model.config, embeddings[:1, text], None, None)
-        windows = own if isinstance(own, dict) else {"all": own}
-        if all(window is None or window.dim() != 4 for window in windows.values()):
+        windows = self._windows(embeddings[:1, text])
+        if windows is None:
             return _added(visible, embeddings.dtype)
         masks = {}
         for kind, window in windows.items():
@@ -579,7 +672,7 @@ class Decoder(Transformer):
             if window is not None:
                 seen[:, text, text] = window[:, 0] if window.dtype == torch.bool else window[:, 0] == 0
             masks[kind] = _added(visible & seen, embeddings.dtype)
-        return masks if isinstance(own, dict) else masks["all"]
+        return masks.get("all", masks)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the words that may come next: (…, D) -> (…, V)."""

@@ -6,7 +6,7 @@ Shapes: B batch, N tokens that are read, G tokens that are written, S text token
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,23 @@ class Writer(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the word that comes next: (…, D) -> (…, V)."""
+
+
+@runtime_checkable
+class TokenWriter(Writer, Protocol):
+    """What a segment model offers beside that if it can read a segment token by token, with a cache of some kind."""
+
+    def open_segment(self) -> Any:
+        """An empty cache; None if it cannot, as it is now."""
+
+    def continue_segment(self, input_ids: Tensor, start: Tensor, memory: Any, cache: Any) -> Tensor:
+        """Hidden states (B, G, D) of tokens (B, G) that follow `start` (B, 1) others in the segments of their rows.
+
+        Where a segment begins, the state that it begins with is given to all rows, otherwise None.
+        """
+
+    def close_segment(self, state: Any, cache: Any) -> Any:
+        """The next state, in rows whose segments are full; the others do not count."""
 
 
 class Stream(NamedTuple):
@@ -74,22 +91,100 @@ def read(
         attention_mask = torch.ones_like(input_ids)
     if stream is None:
         stream = Stream(model.initial_state(len(input_ids)), Segment(input_ids[:, :0], attention_mask[:, :0]))
+    return _append(input_ids, attention_mask, stream, model.text_length, lambda *given: model.step(*given)[1])
+
+
+def _append(
+    input_ids: Tensor, attention_mask: Tensor, stream: Stream, size: int, close: Callable[[Segment, Any], Any]
+) -> Stream:
+    """Put texts (B, N) after a stream whose segments hold `size` tokens; `close` tells the state after a full one."""
     state, before = stream
     assert before.attention_mask is not None
     ids = torch.cat([before.input_ids, input_ids], dim=1)
     mask = torch.cat([before.attention_mask, attention_mask], dim=1)
     order = mask.argsort(dim=1, descending=True, stable=True)
-    size = model.text_length
     # Room after the text, so that every row has a last segment.
     ids, mask = (nn.functional.pad(x.gather(1, order), (0, size)) for x in (ids, mask))
     length = mask.sum(dim=1, keepdim=True)
     borders = ((length - 1) // size).clamp(min=0)
     for number in range(int(borders.max())):
         here = slice(number * size, (number + 1) * size)
-        _, after = model.step(Segment(ids[:, here], mask[:, here]), state)
+        after = close(Segment(ids[:, here], mask[:, here]), state)
         state = tree.where(number < borders[:, 0], after, state)
     last = borders * size + torch.arange(int((length - borders * size).max()), device=ids.device)
     return Stream(state, Segment(ids.gather(1, last), mask.gather(1, last)))
+
+
+class _Pen:
+    """Goes on with a stream, token by token. For each, the whole segment is read.
+
+    Attributes:
+        stream: all that has been read and written.
+    """
+
+    def __init__(self, model: Writer, stream: Stream) -> None:
+        self.model = model
+        self.stream = stream
+
+    def scores(self) -> Tensor:
+        """Those of the next token, (B, V)."""
+        state, segment = self.stream
+        hidden, _ = self.model.step(segment, state)
+        return self.model.logits(segment.last_token(hidden)).float()
+
+    def write(self, token: Tensor, going: Tensor) -> None:
+        """Put down a token (B, 1), in the rows that go on, (B, 1)."""
+        self.stream = read(self.model, token, going, self.stream)
+
+
+class _CachedPen:
+    """The same, but each token is read once, while those before it are in a cache."""
+
+    def __init__(self, model: TokenWriter, stream: Stream, cache: Any) -> None:
+        self.model = model
+        self.cache = cache
+        self._known = stream
+        self._written: list[tuple[Tensor, Tensor]] = []
+        # What `scores` reads next: tokens, and where in the segment they stand. All segments begin.
+        self._state, (self._tokens, mask) = stream
+        assert mask is not None
+        self._length = mask.sum(dim=1, keepdim=True)
+        self._start = torch.zeros_like(self._length)
+
+    @property
+    def stream(self) -> Stream:
+        if self._written:
+            ids, mask = (torch.cat(parts, dim=1) for parts in zip(*self._written, strict=True))
+            self._written = []
+            self._known = _append(ids, mask, self._known, self.model.text_length, self._close)
+        return self._known
+
+    def _close(self, _full: Segment, state: Any) -> Any:
+        return self.model.close_segment(state, self.cache)
+
+    def scores(self) -> Tensor:
+        hidden = self.model.continue_segment(self._tokens, self._start, self._state, self.cache)
+        last = hidden[torch.arange(len(hidden), device=hidden.device), (self._length - self._start)[:, 0] - 1]
+        return self.model.logits(last).float()
+
+    def write(self, token: Tensor, going: Tensor) -> None:
+        self._written.append((token, going))
+        # A row that has ended reads its last token again.
+        self._tokens = token.where(going == 1, self._tokens[:, -1:])
+        full = self._length * going == self.model.text_length
+        self._state = None
+        if full.any():
+            self._state = self.stream.state
+            self._length = self._length.masked_fill(full, 0)
+        self._length = self._length + going
+        self._start = self._length - 1
+
+
+def _pen(model: Writer, stream: Stream) -> _Pen | _CachedPen:
+    """The quickest way of writing that the model has."""
+    if isinstance(model, TokenWriter) and (cache := model.open_segment()) is not None:
+        return _CachedPen(model, stream, cache)
+    return _Pen(model, stream)
 
 
 @torch.no_grad()
@@ -132,14 +227,14 @@ def generate(
         raise ValueError("generate: a row holds no token; give it at least one to go on from")
     going = torch.ones(len(input_ids), 1, dtype=torch.long, device=input_ids.device)
     ids, mask = [input_ids[:, :0]], [input_ids[:, :0]]
+    pen = _pen(model, stream)
     while len(ids) <= max_new_tokens and going.any():
-        hidden, _ = model.step(stream.segment, stream.state)
-        token = choose(model.logits(stream.segment.last_token(hidden)).float())
+        token = choose(pen.scores())
         ids.append(token * going)
         mask.append(going)
-        stream = read(model, token, going, stream)
+        pen.write(token, going)
         going = going * ~torch.isin(token, stop)
-    return Generation(torch.cat(ids, dim=1), torch.cat(mask, dim=1), stream)
+    return Generation(torch.cat(ids, dim=1), torch.cat(mask, dim=1), pen.stream)
 
 
 def _holds_text(segment: Segment) -> Tensor:

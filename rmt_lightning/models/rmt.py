@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.models.backbone import Decoder, Encoder, Transformer
+from rmt_lightning.models.backbone import Decoder, Encoder, SegmentCache, Transformer
 from rmt_lightning.models.memory import Layout, MemoryTokens
 from rmt_lightning.models.recurrence import Segment
-from rmt_lightning.models.segment_model import touch
+from rmt_lightning.models.segment_model import SegmentModel, touch
 from rmt_lightning.models.update import Replace, Update
 
 
@@ -268,6 +268,50 @@ class RMTDecoder(MemoryModel):
         length = before.new_tensor([[ids.shape[1]]]) if text_mask is None else text_mask.sum(dim=1, keepdim=True)
         after = self.memory_size + length + torch.arange(self.memory_size, device=ids.device)
         return torch.cat([before.expand(len(after), -1), after], dim=1)
+
+    def open_segment(self) -> SegmentCache | None:
+        """What holds a segment that is read token by token; None if the backbone reads whole ones only."""
+        # A subclass may read segments in a way of its own.
+        same = type(self).step is SegmentModel.step and type(self).read_segment is RMTDecoder.read_segment
+        return SegmentCache(self.segment_length) if same and self.decoder.reads_pieces(self.text_length) else None
+
+    def continue_segment(self, input_ids: Tensor, start: Tensor, memory: Tensor | None, cache: SegmentCache) -> Tensor:
+        """Read some tokens of a segment: the first, or more.
+
+        Args:
+            input_ids: (B, G).
+            start: (B, 1), how many tokens of the segment's text come before them.
+            memory: (B, M, D), if the segment of any row begins here; read again, it is the same. None otherwise.
+            cache: what has been read of the segment.
+
+        Returns:
+            Their hidden states (B, G, D).
+        """
+        words = self.decoder.embed(input_ids)
+        places = self.memory_size + start + torch.arange(words.shape[1], device=words.device)
+        if memory is None:
+            return self.decoder.go_on(words, places, places + 1, cache)
+        before, seen = self._memory_from(0, memory)
+        embeddings = torch.cat([self._embed(memory, words), words], dim=1)
+        places, seen = torch.cat([before, places], dim=1), torch.cat([seen, places + 1], dim=1)
+        return self.decoder.go_on(embeddings, places, seen, cache)[:, self.memory_size :]
+
+    def close_segment(self, memory: Tensor, cache: SegmentCache) -> Tensor:
+        """The next memory (B, M, D), after a full segment that is in the cache and has begun with `memory`.
+
+        Text does not see the write memory, so that can be read after it.
+        """
+        if not self.memory_size:
+            return memory
+        embedded = self._embed(memory, self.decoder.embed(memory.new_zeros(0).long()))
+        places, seen = self._memory_from(self.memory_size + self.text_length, memory)
+        return self.next_memory(self.decoder.go_on(embedded, places, seen, cache), memory)
+
+    def _memory_from(self, first: int, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Where its tokens stand if the first one stands there, and how many tokens each of them sees: (B, M) both."""
+        places = torch.arange(first, first + self.memory_size, device=memory.device).expand(len(memory), -1)
+        free = self.memory_attention == "free"
+        return places, torch.full_like(places, first + self.memory_size) if free else places + 1
 
     def readout(self, hidden: Tensor, segment: Segment) -> Tensor:
         # A classifier has no use for the weights that only words are read off with.

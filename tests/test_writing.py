@@ -1,0 +1,156 @@
+"""Writing with a cache is writing by reading whole segments, with random weights everywhere."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from test_decoder import CONFIGS, WINDOWED
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from rmt_lightning.models.backbone import Decoder, SegmentCache
+from rmt_lightning.models.generation import _CachedPen, _Pen, _pen, generate, read
+from rmt_lightning.models.rmt import RMTDecoder
+from rmt_lightning.models.transformer_xl import TransformerXL
+from rmt_lightning.models.update import Gated
+
+S = 7
+Make = Callable[..., RMTDecoder]
+# These normalize in single precision, whatever the precision of the rest.
+SINGLE = ("llama", "qwen2", "qwen3", "mistral", "phi3", "gemma3_text", "qwen2 windowed")
+WIDE = {**CONFIGS, **copy.deepcopy(WINDOWED)}
+for config in WIDE.values():
+    if getattr(config, "sliding_window", None):
+        config.sliding_window = 64
+
+
+@pytest.fixture
+def make(tokenizer: PreTrainedTokenizerBase) -> Make:
+    def make(kind: str = "gpt2", memory_size: int = 3, whole: bool = False, **options: object) -> RMTDecoder:
+        torch.manual_seed(0)
+        gpt = AutoModelForCausalLM.from_config(copy.deepcopy((WINDOWED if whole else WIDE)[kind]))
+        model = RMTDecoder(Decoder(gpt, tokenizer), S + 2 * memory_size, memory_size, **options)
+        for weight in model.parameters():
+            nn.init.normal_(weight, std=0.3)
+        return model.double().eval()
+
+    return make
+
+
+def ragged() -> tuple[Tensor, Tensor]:
+    """Rows of unequal length, some at a border, with padding before, after and among their tokens."""
+    generator = torch.Generator().manual_seed(2)
+    mask = torch.zeros(6, 2 * S + 4, dtype=torch.long)
+    for row, length in zip(mask, (1, S - 1, S, S + 1, 2 * S, 2 * S + 3), strict=True):
+        row[torch.randperm(len(row), generator=generator)[:length]] = 1
+    return torch.randint(5, 600, mask.shape, generator=generator), mask
+
+
+def follow(pen: _Pen | _CachedPen, words: Tensor, ends: Tensor) -> list[Tensor]:
+    """The scores (B, V) before each of the words (B, G), which rows write until their `ends`; and what is left."""
+    scores = []
+    for number in range(words.shape[1]):
+        scores.append(pen.scores())
+        pen.write(words[:, number, None], (number < ends).long()[:, None])
+    scores.append(pen.scores())
+    return [*scores, *(pen.stream.state if pen.stream.state.numel() else ())]
+
+
+def assert_same(model: RMTDecoder, precision: float) -> None:
+    words, ends = torch.randint(5, 600, (6, 3 * S)), torch.tensor([3 * S, 2 * S + 2, 3 * S, 9, 3 * S, 1])
+    with torch.no_grad():
+        stream = read(model, *ragged())
+        plain, quick = _Pen(model, stream), _pen(model, stream)
+        assert isinstance(quick, _CachedPen)
+        for expected, found in zip(follow(plain, words, ends), follow(quick, words, ends), strict=True):
+            assert found.dtype == expected.dtype
+            assert (found - expected).abs().max() <= precision * expected.abs().max()
+    before, after = plain.stream.segment, quick.stream.segment
+    assert torch.equal(after.attention_mask, before.attention_mask)
+    assert torch.equal(after.input_ids * after.attention_mask, before.input_ids * before.attention_mask)
+
+
+@pytest.mark.parametrize("kind", WIDE)
+def test_scores_and_memory(make: Make, kind: str) -> None:
+    model = make(kind, update=Gated)
+    assert_same(model, 1e-5 if kind in SINGLE else 1e-10)
+    assert_same(model.float(), 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "gpt_neox", "llama"])
+def test_causal_memory(make: Make, kind: str) -> None:
+    assert_same(make(kind, memory_attention="causal"), 1e-5 if kind in SINGLE else 1e-10)
+
+
+def test_without_memory(make: Make) -> None:
+    assert_same(make(memory_size=0), 1e-10)
+
+
+def test_bfloat16_autocast(make: Make) -> None:
+    model = make(update=Gated).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same(model, 0.05)
+
+
+@pytest.mark.parametrize("stops", [(), range(5, 300, 7)])
+def test_words(make: Make, stops: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (ids, mask) = make("gpt_neox"), ragged()
+    quick = generate(model, ids, 4 * S, mask, stop_tokens=stops)
+    again = generate(model, ids[:, :0], S, stream=quick.stream, temperature=1.0, generator=torch.manual_seed(0))
+    monkeypatch.setattr(RMTDecoder, "open_segment", lambda _model: None)
+    plain = generate(model, ids, 4 * S, mask, stop_tokens=stops)
+    assert torch.equal(quick.input_ids, plain.input_ids)
+    assert torch.equal(quick.attention_mask, plain.attention_mask)
+    assert len(set(quick.attention_mask.sum(dim=1).tolist())) > 1 or not stops
+    expected = generate(model, ids[:, :0], S, stream=plain.stream, temperature=1.0, generator=torch.manual_seed(0))
+    assert torch.equal(again.input_ids, expected.input_ids)
+    torch.testing.assert_close(again.stream, expected.stream)
+
+
+def test_a_token_is_read_once(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_on, rows = Decoder.go_on, []
+
+    def count(self: Decoder, embeddings: Tensor, *given: object) -> Tensor:
+        rows.append(embeddings.shape[1])
+        return read_on(self, embeddings, *given)
+
+    model = make()
+    model.open_segment()
+    monkeypatch.setattr(Decoder, "go_on", count)
+    generate(model, ragged()[0][:1, :2], S)
+    # The memory and what is given, words one by one, the memory that is written, and that memory with the next word.
+    assert rows == [3 + 2, *[1] * (S - 2), 3, 3 + 1]
+
+
+class _Own(RMTDecoder):
+    def read_segment(self, *given: object) -> tuple[Tensor, Tensor]:
+        hidden, memory = super().read_segment(*given)
+        return 2 * hidden, memory
+
+
+def test_whole_segments_where_a_cache_would_not_do(make: Make, tokenizer: PreTrainedTokenizerBase) -> None:
+    assert isinstance(make().open_segment(), SegmentCache)
+    assert make().train().open_segment() is None
+    with (model := make()).recorded():
+        assert model.open_segment() is None
+    for kind in WINDOWED:
+        assert make(kind, whole=True).open_segment() is None
+    backbone = make().decoder
+    assert _Own(backbone, S + 6, 3).open_segment() is None
+    other = TransformerXL(tokenizer, S, width=8, layers=1, heads=2)
+    assert isinstance(_pen(other, read(other, ragged()[0])), _Pen)
+
+
+def test_a_family_with_a_cache_of_its_own(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that fills what it is given in another way, or does not look at it."""
+    ids = ragged()[0]
+    expected = generate(make(), ids, S)
+    for wrong in (lambda _cache, keys, values, *_: (keys, values), lambda *_: None):
+        with monkeypatch.context() as patch:
+            patch.setattr(SegmentCache, "update", wrong)
+            model = make()
+            assert model.open_segment() is None
+            assert torch.equal(generate(model, ids, S).input_ids, expected.input_ids)
