@@ -131,13 +131,21 @@ class _Own(RMTDecoder):
         return 2 * hidden, memory
 
 
-def test_whole_segments_where_a_cache_would_not_do(make: Make, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_whole_segments_where_a_cache_would_not_do(
+    make: Make, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert isinstance(make().open_segment(), SegmentCache)
     assert make().train().open_segment() is None
     with (model := make()).recorded():
         assert model.open_segment() is None
     for kind in WINDOWED:
         assert make(kind, whole=True).open_segment() is None
+    # Its rotations are others as soon as a text reaches beyond twelve positions.
+    factors = {"long_factor": [4.0, 5.0], "short_factor": [1.0, 1.0], "original_max_position_embeddings": 12}
+    rotation = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.8, **factors}
+    monkeypatch.setattr(WIDE["llama"], "rope_parameters", rotation)
+    assert make("llama").open_segment() is None
+    assert make("llama", memory_size=1).open_segment() is not None
     backbone = make().decoder
     assert _Own(backbone, S + 6, 3).open_segment() is None
     other = TransformerXL(tokenizer, S, width=8, layers=1, heads=2)

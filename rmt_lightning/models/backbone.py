@@ -524,8 +524,8 @@ class Decoder(Transformer):
         if model.get_output_embeddings() is None:
             raise UserError(f"backbone: {kind} comes without what words are read off with; give AutoModelForCausalLM")
         super().__init__(model, tokenizer)
-        # Whether pieces make the whole, which is not known before it is tried.
-        self._in_pieces: bool | None = None
+        # Whether pieces make the whole, by its size, which is not known before it is tried.
+        self._in_pieces: dict[int, bool] = {}
 
     def _fault(self, words: Tensor) -> str | None:
         length = words.shape[1]
@@ -604,32 +604,30 @@ class Decoder(Transformer):
         )[0]
         return hidden
 
-    def reads_pieces(self, length: int) -> bool:
-        """Whether a segment with so many tokens of text may be read by `go_on`."""
+    def reads_pieces(self, size: int) -> bool:
+        """Whether a segment of so many tokens may be read by `go_on`."""
         if self.model.training or self.model.config.output_attentions:
             # Dropout would stay with a token, layers that compute activations again take no cache, and maps of
             # attention are those of whole segments.
             return False
-        if self._in_pieces is None:
-            self._in_pieces = self._try_pieces()
-        return (
-            self._in_pieces and self._windows(self.embed(torch.zeros(1, length).long().to(self.model.device))) is None
-        )
+        if size not in self._in_pieces:
+            self._in_pieces[size] = self._try_pieces(size)
+        return self._in_pieces[size]
 
-    def _try_pieces(self) -> bool:
-        words = self._some_words(min(6, self.max_positions))
-        size = words.shape[1]
-        places = torch.arange(size, device=words.device).expand(2, -1)
-        seen = (places + 1).clamp(min=2)
+    def _try_pieces(self, size: int) -> bool:
+        words = self._some_words(6)
+        # The last one stands at the end, for there are rotations that depend on how far a text reaches.
+        places, seen = (words.new_tensor([x, x]) for x in ((0, 1, 2, 3, 4, size - 1), (2, 2, 3, 4, 5, 5)))
         # Families fail in ways of their own.
         with _tried(self.model), suppress(Exception):
             embedded, cache = self.embed(words), SegmentCache(size)
-            whole = self(embedded, places[:, None] < seen[..., None], places, slice(2, size))
+            whole = self(embedded, torch.arange(6, device=words.device) < seen[..., None], places, slice(2, 6))
             made = [
                 self.go_on(embedded[:, piece], places[:, piece], seen[:, piece], cache)
-                for piece in (slice(size - 2), slice(size - 2, size - 1), slice(size - 1, size))
+                for piece in (slice(4), slice(4, 5), slice(5, 6))
             ]
-            return _alike(torch.cat(made, dim=1), whole)
+            unbounded = self._windows(embedded[:1, :1].expand(-1, size, -1)) is None
+            return unbounded and _alike(torch.cat(made, dim=1), whole)
         return False
 
     def go_on(self, embeddings: Tensor, position_ids: Tensor, seen: Tensor, cache: SegmentCache) -> Tensor:

@@ -273,7 +273,7 @@ class RMTDecoder(MemoryModel):
         """What holds a segment that is read token by token; None if the backbone reads whole ones only."""
         # A subclass may read segments in a way of its own.
         same = type(self).step is SegmentModel.step and type(self).read_segment is RMTDecoder.read_segment
-        return SegmentCache(self.segment_length) if same and self.decoder.reads_pieces(self.text_length) else None
+        return SegmentCache(self.segment_length) if same and self.decoder.reads_pieces(self.segment_length) else None
 
     def continue_segment(self, input_ids: Tensor, start: Tensor, memory: Tensor | None, cache: SegmentCache) -> Tensor:
         """Read some tokens of a segment: the first, or more.
