@@ -15,9 +15,10 @@ from conftest import Run
 LOG = """
 import logging, sys, warnings
 from pathlib import Path
-from rmt_lightning.app.console import start_logging
+from rmt_lightning.app.console import start_logging, take_over_lightning
 
 start_logging(Path("run.log"), first_process=sys.argv[1] == "0")
+take_over_lightning()
 assert not Path("run.log").exists(), "a folder that is refused is left as it was"
 logging.getLogger("rmt_lightning.train").info("go on with resume=%s", "a/[long]/path" * 20)
 logging.getLogger("lightning.pytorch.utilities").info("Lightning's daily news")

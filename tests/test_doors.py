@@ -15,7 +15,8 @@ from test_rooms import DOORS
 DRIVER = """
 import runpy, sys
 
-slow = "torch lightning transformers wandb wandb_workspaces datasets matplotlib plotly pandas scipy".split()
+slow = "torch lightning torchmetrics transformers scipy".split()
+slow += "wandb wandb_workspaces datasets matplotlib plotly pandas".split()
 del sys.argv[0]
 try:
     runpy.run_module(f"rmt_lightning.{sys.argv[0]}", run_name="__main__")
@@ -32,6 +33,26 @@ def test_help_and_spelling_mistakes_wait_for_nothing(door: str, environment: dic
         result = subprocess.run([*command, word], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert result.returncode == code and said in result.stdout + result.stderr, result
         assert (tmp_path / "imported").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("word", "needed"),
+    [
+        ("seed=-1", set()),
+        ("noise.documents=x", set()),
+        ("optim.lr=-1", set()),
+        # What `from rmt_lightning import RMTEncoder` needs; transformers bring scipy.
+        ("model.memory_size=-1", {"torch", "transformers", "scipy"}),
+    ],
+)
+def test_a_wrong_value_waits_for_its_class_alone(
+    word: str, needed: set[str], environment: dict[str, str], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", DRIVER, "train", f"hydra.run.dir={tmp_path / 'run'}", word]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.startswith(f"error: {word}: must be "), result
+    assert set((tmp_path / "imported").read_text().split()) <= needed
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("door", sorted(DOORS))

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConfig, PreTrainedModel
 
-from rmt_lightning import Decoder, Detect, Encoder, RMTDecoder, RMTEncoder, TinyBert
+from rmt_lightning import Decoder, Detect, Encoder, RMTDecoder, RMTEncoder, TinyBert, generate
 from rmt_lightning.core.files import write_csv
 from rmt_lightning.training.callbacks.hardware import host_memory, multiply_fast
 from rmt_lightning.training.optimization import WarmupDecay
@@ -252,7 +252,7 @@ def write(segment: int, batch: int) -> Case:
     options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
     variants = {
         "Hugging Face, no memory": lambda: plain.generate(ids, attention_mask=torch.ones_like(ids), **options),
-        "ours": lambda: ours.generate(ids, max_new_tokens=new),
+        "ours": lambda: generate(ours, ids, new),
     }
     return Case(f"write/tiny/segment {segment}, batch {batch}", variants, batch * new)
 
@@ -265,19 +265,13 @@ def start(name: str) -> Case:
     return Case(name, {"ours": work}, 1, "starts")
 
 
+TRAIN = ("-m", "rmt_lightning.train")
 STARTS = {
     "start/import": ("-c", "import rmt_lightning"),
     "start/import of a model": ("-c", "from rmt_lightning import RMTEncoder"),
-    "start/--help": ("-m", "rmt_lightning.train", "--help"),
-    "start/typing mistake": ("-m", "rmt_lightning.train", "optim.rl=1"),
-    # What is left out of a run by this is its test.
-    "start/run of one step": (
-        "-m",
-        "rmt_lightning.train",
-        "trainer.max_steps=1",
-        "test.segments=[1]",
-        "test.samples=1",
-    ),
+    "start/--help": (*TRAIN, "--help"),
+    "start/typing mistake": (*TRAIN, "optim.rl=1"),
+    "start/run of one step": (*TRAIN, "trainer.max_steps=1", "test.segments=[1]", "test.samples=1"),
 }
 CASES: dict[str, Callable[[], Case]] = {
     **{f"train/{n}/{t} segments": lambda n=n, t=t: train_encoder(n, t) for n in SIZES for t in (7, 14)},

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from rmt_lightning.analysis.attention import AttentionMap, curve_from_rows, maps_to_rows, rewriting_curve
 from rmt_lightning.app.build import find_device, load
-from rmt_lightning.app.console import start_logging
+from rmt_lightning.app.console import start_logging, take_over_lightning
 from rmt_lightning.app.results import tell_folder, watch_clearest
 from rmt_lightning.app.resume import other_text, provenance
 from rmt_lightning.core.errors import UserError
@@ -32,6 +32,7 @@ from rmt_lightning.tasks.placement import Placement, Sample
 def attend(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: Path) -> None:
     """Draw the heatmaps and then, unless an earlier call has, the curve."""
     start_logging(None, first_process=True)
+    take_over_lightning()
     device, hardware = find_device(config.device)
     placement, module, sha256 = load(run_config, run, checkpoint)
     model = module.model

@@ -174,26 +174,34 @@ class LogFile(logging.FileHandler):
 def start_logging(file: Path | None, first_process: bool) -> None:
     """Send our log to the screen and, with dates, to `file` if there is one. Other ranks only report trouble.
 
-    (Hydra could do so before a job begins; Lightning, imported later, would add a handler and reset levels.)
+    (Hydra could do so before a job begins, but not with this file.)
     """
     logging.captureWarnings(True)
     for pattern in _NOT_FOR_US:
         warnings.filterwarnings("ignore", message=f".*{pattern}.*")
-    # Lightning sets up its own log when it is imported; ours has to come after.
-    import lightning.pytorch  # noqa: F401
-
     handlers: list[logging.Handler] = [ConsoleHandler(logging.INFO if first_process else logging.WARNING)]
     if file:
         handlers.append(LogFile(own_file(file), delay=True, encoding="utf-8", errors="backslashreplace"))
         handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    for name in ("rmt_lightning", "lightning", "py.warnings"):
+    for name in ("rmt_lightning", "py.warnings"):
         logging.getLogger(name).handlers = handlers
         logging.getLogger(name).propagate = False
-    logging.getLogger("lightning.pytorch").handlers = []
-    logging.getLogger("lightning.pytorch").propagate = True
     # The Hub's client tells of each retry; that it has failed is told once, by us. Matplotlib tells of its fonts.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
-    logging.getLogger("lightning").setLevel(logging.WARNING)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("rmt_lightning").setLevel(logging.INFO)
+
+
+def take_over_lightning() -> None:
+    """Send what Lightning logs where our log goes, which has been started.
+
+    It sets up a log of its own when it is imported, which spelling mistakes do not wait for; so this comes after.
+    """
+    import lightning.pytorch  # noqa: F401
+
+    ours, theirs = logging.getLogger("rmt_lightning"), logging.getLogger("lightning")
+    theirs.handlers, theirs.propagate = ours.handlers, False
+    logging.getLogger("lightning.pytorch").handlers = []
+    logging.getLogger("lightning.pytorch").propagate = True
+    theirs.setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

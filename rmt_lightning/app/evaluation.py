@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rmt_lightning.analysis.extrapolation import LengthResult, evaluate_length
 from rmt_lightning.analysis.retention import follow
 from rmt_lightning.app.build import find_device, load, testable
-from rmt_lightning.app.console import start_logging
+from rmt_lightning.app.console import start_logging, take_over_lightning
 from rmt_lightning.app.results import length_table, tell_folder, tell_limit
 from rmt_lightning.app.resume import other_text, provenance
 from rmt_lightning.app.schema import instantiate
@@ -73,6 +73,7 @@ def evaluate(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: 
         UserError: if a checkpoint cannot be opened, a length not be read, or the device is missing or too small.
     """
     start_logging(None, first_process=True)
+    take_over_lightning()
     keep_heap_flat()
     multiply_fast()
     device, hardware = find_device(config.device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -52,21 +53,33 @@ def check(config: DictConfig, root: type) -> None:
     Raises:
         UserError: naming the key, the value and what is allowed.
     """
-    _check_nodes(config, "")
+    _check_missing(config, "")
     given = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     _check_settings(root, {str(name): value for name, value in given.items() if not isinstance(value, dict)}, "")
+    # Mistakes are where something was typed, and need not wait for what the classes of other parts import.
+    typed = {re.split(r"[.@=/]", word.lstrip("+~"))[0] for word in sys.argv[1:]}
+    parts = [str(name) for name in config if isinstance(config[name], DictConfig)]
+    for name in sorted(parts, key=lambda part: part not in typed):
+        _check_nodes(config[name], f"{name}.")
 
 
 def check_parts(config: DictConfig, names: Iterable[str]) -> None:
     """Compare some parts of a config that was saved with the signatures of what they name; raises as `check`."""
     for name in names:
+        _check_missing(config[name], f"{name}.")
         _check_nodes(config[name], f"{name}.")
+
+
+def _check_missing(config: DictConfig, path: str) -> None:
+    for name in map(str, config):
+        if OmegaConf.is_missing(config, name):
+            raise UserError(f"{path}{name}: is missing; give {path}{name}=…")
+        if isinstance(config[name], DictConfig):
+            _check_missing(config[name], f"{path}{name}.")
 
 
 def _check_nodes(config: DictConfig, path: str) -> None:
     for name in map(str, config):
-        if OmegaConf.is_missing(config, name):
-            raise UserError(f"{path}{name}: is missing; give {path}{name}=…")
         if isinstance(config[name], DictConfig):
             _check_nodes(config[name], f"{path}{name}.")
     if "_target_" in config:

@@ -16,6 +16,7 @@ from rich import get_console
 from torch.distributed import DistNetworkError
 
 from rmt_lightning.app.build import construct, save_architecture
+from rmt_lightning.app.console import take_over_lightning
 from rmt_lightning.app.recipes import Recipe, build_phases, build_recipe, check_memory, phase_groups
 from rmt_lightning.app.results import phase_table, tell_folder
 from rmt_lightning.app.resume import (
@@ -61,6 +62,7 @@ def train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pat
         UserError: if something cannot be built, or does not go together; nothing has been written then. Later on, if
             the run folder is gone or the text is damaged.
     """
+    take_over_lightning()
     code = 1
     try:
         code = _train(config, folder, source, checkpoint)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from annotated_types import Ge, Gt, Le, MinLen
-from torch import nn
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import AdamW
+    from torch.optim.lr_scheduler import LambdaLR
 
 Number = TypeVar("Number", int, float)
 # AdamW divides it, and must stay within float32.
@@ -49,6 +51,10 @@ class WarmupDecay:
             num_segments: the stage.
             fused: update all of them at once, which is faster, but does not go together with scaled gradients.
         """
+        # Imported when used: settings are checked without torch.
+        from torch.optim import AdamW
+        from torch.optim.lr_scheduler import LambdaLR
+
         steps = at_stage(self.steps, num_segments)
         optimizer = AdamW(parameters, lr=at_stage(self.lr, num_segments), weight_decay=self.weight_decay, fused=fused)
         rising = self.warmup * steps
