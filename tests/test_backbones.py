@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,7 +51,7 @@ from rmt_lightning.models.backbone import Decoder, Encoder, Transformer
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.rmt import RMTDecoder, RMTEncoder
 from rmt_lightning.models.sources import Pretrained, Restored
-from rmt_lightning.models.tiny import TinyBert
+from rmt_lightning.models.tiny import TinyBert, TinyGPT, TrainingText
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 CONFIGS: dict[str, tuple[PreTrainedConfig, int]] = {
@@ -398,6 +401,40 @@ def test_the_tiny_tokenizer_is_the_same_every_time(tokenizer: PreTrainedTokenize
     texts = [f"Mary went to the {word}" for word in ("garden", "gardens", "gardener", "kitchen", "kitten")] * 3
     vocabularies = [TinyBert(vocabulary_size=320).tokenizer(texts).get_vocab() for _ in range(5)]
     assert all(vocabulary == vocabularies[0] for vocabulary in vocabularies)
+
+
+@pytest.mark.fault("a trained tokenizer in the cache is damaged", "it is trained again")
+def test_a_tokenizer_is_trained_once(tmp_path: Path) -> None:
+    texts = [f"Mary went to the {word}" for word in ("garden", "gardener", "Kitchen", "kitten")]
+    read: list[str] = []
+
+    def sentences() -> Iterator[str]:
+        for text in texts:
+            read.append(text)
+            yield text
+
+    def trained(backbone: TinyBert | TinyGPT, name: str = "a text") -> str:
+        """What becomes of the text, or of what was kept of it: `read` tells which."""
+        read.clear()
+        tokenizer: Any = backbone.tokenizer(TrainingText(sentences(), lambda: name, str(tmp_path)))
+        return str(tokenizer.backend_tokenizer.to_str())
+
+    bert = TinyBert(vocabulary_size=320)
+    plain: Any = bert.tokenizer(texts)
+    first = plain.backend_tokenizer.to_str()
+    assert trained(bert) == first and read
+    (kept,) = tmp_path.rglob("tokenizers/*")
+    assert trained(bert) == first and not read
+    for backbone, name in ((TinyGPT(vocabulary_size=320), "a text"), (TinyBert(), "a text"), (bert, "another")):
+        trained(backbone, name)
+        assert read, "nothing else may be taken for it"
+    damaged = kept.read_bytes().replace(b"garden", b"burden", 1)
+    for damage in (partial(kept.write_bytes, damaged), partial(os.truncate, kept, 99), kept.unlink):
+        damage()
+        assert trained(bert) == first and read
+    shutil.rmtree(tmp_path)
+    tmp_path.write_text("no folder")
+    assert trained(bert) == first and read
 
 
 def test_bfloat16_autocast(tokenizer: PreTrainedTokenizerBase) -> None:

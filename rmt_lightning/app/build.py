@@ -28,6 +28,7 @@ from rmt_lightning.models.answerer import Answerer
 from rmt_lightning.models.pretrained import check_reopens
 from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.models.sources import Backbone, Restored, parts_for
+from rmt_lightning.models.tiny import TrainingText
 from rmt_lightning.tasks.corpus import Corpus, tokenize
 from rmt_lightning.tasks.facts import Split, Task
 from rmt_lightning.tasks.noise import Noise, counted
@@ -62,7 +63,12 @@ def build_foundation(config: DictConfig, run: Path | None, trained: bool, senten
     noise: Noise = instantiate(config.noise, _convert_="all")
     fresh: Backbone = instantiate(config.backbone, _convert_="all")
     earlier = Restored(run / TOKENIZER, run / BACKBONE) if run and (run / TOKENIZER).is_dir() else None
-    text = chain(sentences, chain.from_iterable(counted(noise.documents("train"), "train")))
+    to_learn = list(sentences)
+    text = TrainingText(
+        chain(to_learn, chain.from_iterable(counted(noise.documents("train"), "train"))),
+        lambda: f"{noise.fingerprint()} {to_learn}",
+        config.cache_dir,
+    )
     tokenizer = (earlier or fresh).tokenizer(text)
     model = _model(config.model, earlier if earlier and trained else fresh, tokenizer)
     return Foundation(tokenizer, model, tokenize(noise, tokenizer, config.cache_dir))

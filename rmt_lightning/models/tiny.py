@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
+import tokenizers
 from annotated_types import Ge, Gt, Le, Lt
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
@@ -22,10 +27,49 @@ from transformers import (
 )
 
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.files import write_atomically
 from rmt_lightning.models.backbone import Decoder, Encoder
 from rmt_lightning.models.segment_model import check_weights
 
 _LONG_WORD = re.compile(r"\S{1000}(?=\S)")
+
+
+@dataclass(frozen=True)
+class TrainingText:
+    """Text that a tokenizer may be trained on. What comes of it is kept: making and reading it anew takes seconds.
+
+    Attributes:
+        texts: not read before they are needed.
+        fingerprint: a name for their content.
+        cache_dir: where trained tokenizers are kept.
+    """
+
+    texts: Iterable[str]
+    fingerprint: Callable[[], str]
+    cache_dir: str
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.texts)
+
+    def trained(self, settings: str, train: Callable[[], Tokenizer]) -> Tokenizer:
+        """What `train` makes of the text with these settings, or has made of it before.
+
+        A cache that cannot be used, or is damaged, does not matter.
+        """
+        key = hashlib.sha256(f"{self.fingerprint()}|{settings}|v1".encode()).hexdigest()[:32]
+        # RuntimeError: where home is, is unknown.
+        with suppress(OSError, RuntimeError):
+            checksum, _, content = self._place(key).read_bytes().partition(b"\n")
+            if hashlib.sha256(content).hexdigest().encode() == checksum:
+                return Tokenizer.from_str(content.decode())
+        tokenizer = train()
+        content = tokenizer.to_str().encode()
+        with suppress(OSError, RuntimeError):
+            write_atomically(self._place(key), hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+        return tokenizer
+
+    def _place(self, key: str) -> Path:
+        return Path(self.cache_dir).expanduser() / "tokenizers" / key
 
 
 class Tiny:
@@ -70,16 +114,22 @@ class Tiny:
         tokenizer.normalizer = normalizer
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=self.vocabulary_size,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            special_tokens=list(special.values()),
-            show_progress=False,
-        )
-        whole = [texts] if isinstance(texts, str) else texts
-        # The time it takes grows with the square of the longest word.
-        tokenizer.train_from_iterator((_LONG_WORD.sub(r"\g<0> ", text) for text in whole), trainer)
-        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+        settings = f"{tokenizers.__version__} {self.vocabulary_size} {special} {tokenizer.to_str()}"
+
+        def train() -> Tokenizer:
+            trainer = trainers.BpeTrainer(
+                vocab_size=self.vocabulary_size,
+                initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                special_tokens=list(special.values()),
+                show_progress=False,
+            )
+            whole = [texts] if isinstance(texts, str) else texts
+            # The time it takes grows with the square of the longest word.
+            tokenizer.train_from_iterator((_LONG_WORD.sub(r"\g<0> ", text) for text in whole), trainer)
+            return tokenizer
+
+        trained = texts.trained(settings, train) if isinstance(texts, TrainingText) else train()
+        return PreTrainedTokenizerFast(tokenizer_object=trained, **special)
 
 
 class TinyBert(Tiny):
