@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from rmt_lightning.models.rmt import RMTEncoder
 from rmt_lightning.models.tiny import TinyBert
 from rmt_lightning.tasks.corpus import Corpus
-from rmt_lightning.tasks.datamodule import FactDataModule
+from rmt_lightning.tasks.datamodule import FactDataModule, FactDataset
 from rmt_lightning.tasks.facts import PLACES, Carried, Detect, Reasoning, Split, Task
 from rmt_lightning.tasks.placement import Key, Placement
 from rmt_lightning.training.optimization import WarmupDecay
@@ -51,6 +51,26 @@ def test_a_batch(placement: Placement) -> None:
         assert batch.distance.shape == (4,) and batch.distance.max() < 3
         for answer in batch.answer:
             assert data.placement.tokenizer.decode(answer[answer >= 0]).strip() in PLACES
+
+
+def test_validation_samples_are_made_once(placement: Placement) -> None:
+    samples = FactDataset(placement, "validation", kept=2**20)
+    again = FactDataset(placement, "validation", kept=0)
+    keys = [Key(segments, number) for segments in (1, 3) for number in range(4)]
+    first = [samples[key] for key in keys]
+    for key, before in zip(keys, first, strict=True):
+        assert samples[key] is before
+        assert all(map(torch.equal, again[key], before))
+
+
+def test_no_more_samples_are_kept_than_there_is_room_for(placement: Placement) -> None:
+    one = sum(part.nbytes for part in FactDataset(placement, "validation")[Key(2, 0)])
+    samples = FactDataset(placement, "validation", kept=3 * one)
+    for number in range(20):
+        assert samples[Key(2, number)] is samples[Key(2, number)]
+        assert len(samples._made) <= 3
+    # One that is too large by itself is made each time.
+    assert samples[Key(9, 0)] is not samples[Key(9, 0)]
 
 
 def test_uniform_lengths_cover_all_up_to_the_stage(placement: Placement) -> None:

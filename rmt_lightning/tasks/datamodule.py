@@ -20,6 +20,9 @@ from rmt_lightning.core.errors import UserError
 from rmt_lightning.tasks.facts import Split
 from rmt_lightning.tasks.placement import Key, Placement
 
+# Bytes of validation samples that are kept, for every validation of a stage asks for the same ones.
+_KEPT = 2**26
+
 Data = TypeVar("Data", bound="ShortEpochs")
 Data_contra = TypeVar("Data_contra", bound="ShortEpochs", contravariant=True)
 
@@ -140,17 +143,38 @@ class FactBatch(NamedTuple):
 
 
 class FactDataset(Dataset[FactBatch]):
-    """Samples by key. What a key means never changes, so copies of the data set in loader workers cannot be stale."""
+    """Samples by key. What a key means never changes, so copies of the data set in loader workers cannot be stale.
 
-    def __init__(self, placement: Placement, split: Split) -> None:
+    Args:
+        placement: makes the samples.
+        split: of which.
+        kept: how many bytes of them are kept, to be asked for again.
+    """
+
+    def __init__(self, placement: Placement, split: Split, kept: int = 0) -> None:
         self.placement = placement
         self.split = split
+        self.kept = kept
+        self._made: dict[Key, FactBatch] = {}
+        self._size = 0
         # Mere noise asks nothing, as often as the task could ask something.
         questions = 1 + len(placement.task.draw(np.random.default_rng(0), split).also)
         sizes = (placement.text_length, placement.longest_answer)
         self.nothing = tuple(np.full((questions, size), -1) for size in sizes)
 
     def __getitem__(self, key: Key) -> FactBatch:
+        if key in self._made:
+            return self._made[key]
+        made = self._make(key)
+        self._size += (size := sum(part.nbytes for part in made))
+        if self._size > self.kept:
+            # Of another stage, most likely.
+            self._made, self._size = {}, size
+        if size <= self.kept:
+            self._made[key] = made
+        return made
+
+    def _make(self, key: Key) -> FactBatch:
         sample = self.placement.sample(self.split, key)
         pieces = list(sample.pieces)
         first, last = min(sample.homes, default=0), max(sample.homes, default=0)
@@ -210,4 +234,4 @@ class FactDataModule(ShortEpochs):
         return self.loader(FactDataset(self.placement, "train"), batch_sampler=TrainingKeys(self))
 
     def val_dataloader(self) -> DataLoader[FactBatch]:
-        return self.loader(FactDataset(self.placement, "validation"), batch_sampler=ValidationKeys(self))
+        return self.loader(FactDataset(self.placement, "validation", kept=_KEPT), batch_sampler=ValidationKeys(self))
