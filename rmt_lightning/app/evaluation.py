@@ -32,10 +32,12 @@ from rmt_lightning.tasks.corpus import text_digest
 from rmt_lightning.tasks.facts import Finite, Task
 from rmt_lightning.tasks.placement import Key, Placement
 from rmt_lightning.training.answering import FactClassifier, FactModule
-from rmt_lightning.training.callbacks.hardware import host_memory, keep_heap_flat, multiply_fast
+from rmt_lightning.training.callbacks.hardware import host_memory, keep_heap, multiply_fast
 
 log = logging.getLogger(__name__)
 
+# Samples side by side, unless a number is given: on GPUs as many as fit, on CPUs as many as caches hold.
+_SIDE_BY_SIDE = {"cuda": 256, "cpu": 32}
 _FILES = ("evaluation.csv", "distances.csv", "retention.csv", "evaluation.json")
 
 
@@ -74,7 +76,7 @@ def evaluate(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: 
     """
     start_logging(None, first_process=True)
     take_over_lightning()
-    keep_heap_flat()
+    keep_heap()
     multiply_fast()
     device, hardware = find_device(config.device)
     placement, module, sha256 = load(run_config, run, checkpoint)
@@ -197,7 +199,7 @@ def _test(
     """Test one length, with smaller batches if they do not fit, and put what was found and measured into a row."""
     on_gpu = device.type == "cuda"
     samples = placement.asked("test", config.samples, Key(num_segments, 0))
-    batch_size = min(samples, 256 if config.batch_size == "auto" else config.batch_size)
+    batch_size = min(samples, _SIDE_BY_SIDE[device.type] if config.batch_size == "auto" else config.batch_size)
     while True:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)

@@ -96,15 +96,18 @@ def _error_of_products() -> float:
     return float((left @ right - exact).abs().max() / exact.abs().max())
 
 
-def keep_heap_flat() -> None:
-    """Give blocks of a megabyte and more back to the system as soon as they are free.
+def keep_heap() -> None:
+    """Keep memory that is freed for what comes next, and do not give it back to the system meanwhile.
 
-    glibc would learn from the first large tensors to keep such blocks, and its heap would then grow by fragments: by a
-    third within 256 segments of 64 samples. Other C libraries have no such setting and are left as they are.
+    What a segment takes, the next one takes again. glibc gives most of it back in between, and pages that come anew are
+    zeroed: much of the time of a small model. At most 64 MB stay at the end of the heap, and blocks above 32 MB, which
+    is glibc's limit, come and go. Other C libraries have no such settings and are left as they are.
     """
     with suppress(AttributeError, OSError, TypeError):
-        # M_MMAP_THRESHOLD, which also ends the learning
-        ctypes.CDLL(None).mallopt(-3, 2**20)
+        libc = ctypes.CDLL(None)
+        # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD
+        libc.mallopt(-3, 2**25)
+        libc.mallopt(-1, 2**26)
 
 
 def _earlier(path: Path) -> list[Any]:
