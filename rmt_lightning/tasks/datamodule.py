@@ -163,6 +163,8 @@ class FactDataset(Dataset[FactBatch]):
         self.nothing = tuple(np.full((questions, size), -1) for size in sizes)
 
     def __getitem__(self, key: Key) -> FactBatch:
+        if not self.kept:
+            return self._make(key)
         if key in self._made:
             return self._made[key]
         made = self._make(key)

@@ -287,8 +287,9 @@ class Placement:
         """
         if answer not in self.task.answers:
             raise UserError(f"task={self.task.name}: answers {answer!r}, which is not among its answers; name it there")
-        ids = self._ids(answer)
-        return np.pad(ids, (0, self.longest_answer - len(ids)), constant_values=-1)
+        ids, padded = self._ids(answer), np.full(self.longest_answer, -1)
+        padded[: len(ids)] = ids
+        return padded
 
     @cached_property
     def longest_answer(self) -> int:
