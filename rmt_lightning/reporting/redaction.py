@@ -81,11 +81,17 @@ def public(value: Any, name: str = "") -> Any:
 
 def public_text(text: str) -> str:
     """A text in which home folders are called ~ and keys are hidden."""
+    return _cleaned(text, *_home_and_user(*map(os.environ.get, ("HOME", "LOGNAME", "USER", "LNAME", "USERNAME"))))
+
+
+@lru_cache
+def _home_and_user(*_environment: str | None) -> tuple[str, str]:
+    """The user's home folder and name, which the environment tells, or else the system, which takes its time."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):
         user = ""
-    return _cleaned(text, os.path.expanduser("~"), user)
+    return os.path.expanduser("~"), user
 
 
 # Runs have most of their settings in common.

@@ -9,11 +9,12 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from io import StringIO
 from itertools import chain, repeat
 from math import isfinite, isnan, nan
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import pandas as pd
@@ -280,7 +281,9 @@ def _read_run(folder: Path) -> Run:
     logged = _metrics(folder / METRICS, problems)
     phases = _json(folder / PHASES, list[Phase], problems) or []
     passed = _rows(folder / STAGES, problems, ("stage", "steps", "seconds", "accuracy", "converged"))
-    stages = _stages(passed, logged[_titles(logged, phases) == ""], config)
+    titles, validations = _titles(logged, phases), _validations(logged)
+    staged = titles == ""
+    stages = _stages(passed, validations[staged[validations.index]], logged["step"][staged].min(), config)
     phases = phases or _phases_of_earlier_versions(config, stages, logged)
     tests = _rows(folder / EVALUATION, problems, _LENGTHS, ("documents", "tokens", "perplexity", "bits_per_byte"))
     of_text = bool(tests) and "documents" in tests[0]
@@ -289,7 +292,7 @@ def _read_run(folder: Path) -> Run:
         config=config,
         phases=[_with_rows(phase, folder, problems) for phase in phases],
         stages=stages,
-        curves=_curves(logged, stages, phases),
+        curves=_curves(logged, validations, stages, phases),
         evaluations=list(_evaluations(folder, [] if of_text else tests, config, problems)),
         # There is no rate where no memory has been carried on yet.
         losses=[
@@ -446,7 +449,7 @@ def _validations(logged: pd.DataFrame) -> pd.DataFrame:
 _SEGMENTS = re.compile(r"val/accuracy_segments_(\d+)")
 
 
-def _stages(passed: list[Row], logged: pd.DataFrame, config: dict[str, Any]) -> list[Stage]:
+def _stages(passed: list[Row], validations: pd.DataFrame, first_step: float, config: dict[str, Any]) -> list[Stage]:
     """Stages that are over, as stages.csv has them, and the one that goes on, as the validations tell it."""
     stages = {
         int(row["stage"]): Stage(
@@ -454,8 +457,7 @@ def _stages(passed: list[Row], logged: pd.DataFrame, config: dict[str, Any]) -> 
         )
         for row in passed
     }
-    validations = _validations(logged)
-    began = 0 if 1 in validations["stage"].values else logged["step"].min()
+    began = 0 if 1 in validations["stage"].values else first_step
     for number, last in validations.groupby("stage"):
         step, _, accuracy = last.iloc[-1]
         known = stages.get(number)
@@ -468,9 +470,11 @@ def _stages(passed: list[Row], logged: pd.DataFrame, config: dict[str, Any]) -> 
     return [stages[number] for number in sorted(stages)]
 
 
-def _curves(logged: pd.DataFrame, stages: list[Stage], phases: list[Phase]) -> dict[str, list[Point]]:
+def _curves(
+    logged: pd.DataFrame, validations: pd.DataFrame, stages: list[Stage], phases: list[Phase]
+) -> dict[str, list[Point]]:
     """What was logged, by metric: of validation whatever there is, except for slices of an accuracy."""
-    stage = _validations(logged)["stage"].reindex(logged.index)
+    stage = validations["stage"].reindex(logged.index)
     # A value belongs to the stage of the next validation; after the last one, to the stage that then goes on.
     last = stage.max() if stage.notna().any() else 0
     going_on = last + (last in {0, *(known.number for known in stages if known.converged)})
@@ -481,14 +485,16 @@ def _curves(logged: pd.DataFrame, stages: list[Stage], phases: list[Phase]) -> d
         # The only phase needs no name.
         places[:] = ""
     # Accuracy on the easier samples of a lesson is not that of the task.
-    easier = logged["lesson"] > 0 if "lesson" in logged else pd.Series(False, index=logged.index)
+    easier = (logged["lesson"] if "lesson" in logged else 0 * logged["step"]).to_numpy() > 0
+    # Cell by cell, pandas would take most of the time of a report.
+    steps, named = logged["step"].to_numpy().astype(int) + 1, places.to_numpy()
     curves: dict[str, list[Point]] = {}
     for name in logged:
         validated = name.startswith("val/") and not _SLICE.search(name)
         if validated or name in (LOSS, SPEED, HOST_MEMORY, DEVICE_MEMORY):
-            known = logged[name].notna() & ~(easier & validated)
-            columns = (logged["step"][known].astype(int) + 1, places[known], logged[name][known])
-            # Cell by cell, pandas would take most of the time of a report.
+            values = logged[name].to_numpy()
+            known = ~np.isnan(values) & ~(easier & validated)
+            columns = (steps[known], named[known], values[known])
             points = [Point(*cells) for cells in zip(*(column.tolist() for column in columns), strict=True)]
             curves |= {public_text(name): points} if points else {}
     return curves
@@ -578,12 +584,19 @@ def _pictures(folder: Path, problems: list[str]) -> Iterator[tuple[str, bytes]]:
 def _json(path: Path, kind: type[Content], problems: list[str]) -> Content | None:
     """What a json file holds; None without it, or if it is of another kind."""
     try:
-        return TypeAdapter(kind).validate_json(path.read_bytes())
+        content: Content = _adapter(cast(Any, kind)).validate_json(path.read_bytes())
+        return content
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         problems.append(f"{path}: {_reason(error)}")
         return None
+
+
+# Making one takes longer than reading a file.
+@lru_cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def _reason(error: Exception) -> str:
