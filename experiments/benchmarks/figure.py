@@ -36,7 +36,7 @@ def speeds(rows: list[dict[str, str]]) -> Figure:
     axes.set(xlabel="times as fast as the first variant of the case")
     axes.spines[["top", "right"]].set_visible(False)
     named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    axes.legend(named.values(), named.keys(), fontsize=8, frameon=False, loc="lower right")
+    figure.legend(named.values(), named.keys(), fontsize=8, frameon=False, loc="outside upper right", ncols=4)
     return figure
 
 

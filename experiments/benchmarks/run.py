@@ -11,6 +11,7 @@ product that was measured in the same process, and counts the products of all ro
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from transformers import AutoModel, AutoModelForCausalLM, BertConfig, GPT2Config
 
 from rmt_lightning import Decoder, Detect, Encoder, RMTDecoder, RMTEncoder, TinyBert, generate
 from rmt_lightning.core.files import write_csv
-from rmt_lightning.training.callbacks.hardware import host_memory, multiply_fast
+from rmt_lightning.training.callbacks.hardware import multiply_fast
 from rmt_lightning.training.optimization import WarmupDecay
 
 SEGMENT, MEMORY, VOCABULARY = 128, 10, 2000
@@ -71,7 +72,9 @@ def llama(attention: str = "sdpa") -> PreTrainedModel:
 
 def gpt() -> PreTrainedModel:
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=VOCABULARY, n_embd=128, n_layer=4, n_head=4, n_positions=1024)
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_embd=128, n_layer=4, n_head=4, n_positions=1024, bos_token_id=None, eos_token_id=None
+    )
     return AutoModelForCausalLM.from_config(config).to(DEVICE).eval()
 
 
@@ -191,11 +194,17 @@ def train_encoder(name: str, segments: int) -> Case:
 def memory_of_a_step(variant: str, segments: int) -> float:
     """MB of a step above what one on a single segment has taken. To be called in a process of its own."""
     encoder_step("tiny", variant, 1)()
-    before = host_memory()
+    before = peak()
     step = encoder_step("tiny", variant, segments)
     step()
     step()
-    return host_memory() - before
+    return peak() - before
+
+
+def peak() -> float:
+    """Largest resident memory of this process so far, in MB (Linux), without that of the process which has begun it."""
+    (line,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(line) * 1024 / 1e6
 
 
 def train_decoder(segments: int) -> Case:
@@ -329,7 +338,7 @@ def main() -> None:
             print("  ".join(f"{value}" for value in row.values()), flush=True)
             rows.append(row)
         write_csv(options.output, rows)
-    if DEVICE == "cpu" and "memory".startswith(options.only[:6]):
+    if DEVICE == "cpu" and sys.platform == "linux" and "memory".startswith(options.only[:6]):
         # A process for each measurement, for a process never gives its peak back.
         with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
             tried = [(v, n) for n in (7, 64) for v in ("published, sdpa", "ours", "ours, checkpointing")]
