@@ -197,11 +197,10 @@ def take_over_lightning() -> None:
 
     It sets up a log of its own when it is imported, which spelling mistakes do not wait for; so this comes after.
     """
-    import lightning.pytorch  # noqa: F401
+    import lightning.pytorch
 
-    ours, theirs = logging.getLogger("rmt_lightning"), logging.getLogger("lightning")
-    theirs.handlers, theirs.propagate = ours.handlers, False
-    logging.getLogger("lightning.pytorch").handlers = []
-    logging.getLogger("lightning.pytorch").propagate = True
-    theirs.setLevel(logging.WARNING)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    whole, inner = (logging.getLogger(package.__name__) for package in (lightning, lightning.pytorch))
+    whole.handlers, whole.propagate = logging.getLogger("rmt_lightning").handlers, False
+    inner.handlers, inner.propagate = [], True
+    whole.setLevel(logging.WARNING)
+    inner.setLevel(logging.WARNING)
