@@ -27,14 +27,14 @@ from rmt_lightning.models.memory import MemoryTokens
 from rmt_lightning.reporting import figures
 from rmt_lightning.tasks.corpus import text_digest
 from rmt_lightning.tasks.placement import Placement, Sample
-from rmt_lightning.training.callbacks.hardware import keep_heap
+from rmt_lightning.training.callbacks.hardware import make_fast
 
 
 def attend(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: Path) -> None:
     """Draw the heatmaps and then, unless an earlier call has, the curve."""
     start_logging(None, first_process=True)
     take_over_lightning()
-    keep_heap()
+    make_fast()
     device, hardware = find_device(config.device)
     placement, module, sha256 = load(run_config, run, checkpoint)
     model = module.model

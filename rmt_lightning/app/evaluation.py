@@ -32,7 +32,7 @@ from rmt_lightning.tasks.corpus import text_digest
 from rmt_lightning.tasks.facts import Finite, Task
 from rmt_lightning.tasks.placement import Key, Placement
 from rmt_lightning.training.answering import FactClassifier, FactModule
-from rmt_lightning.training.callbacks.hardware import host_memory, keep_heap, multiply_fast
+from rmt_lightning.training.callbacks.hardware import host_memory, make_fast
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +76,7 @@ def evaluate(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: 
     """
     start_logging(None, first_process=True)
     take_over_lightning()
-    keep_heap()
-    multiply_fast()
+    make_fast()
     device, hardware = find_device(config.device)
     placement, module, sha256 = load(run_config, run, checkpoint)
     module.to(device).eval()

@@ -45,7 +45,7 @@ from rmt_lightning.training.callbacks.checkpoints import (
     read_newest,
     write_phases,
 )
-from rmt_lightning.training.callbacks.hardware import Hardware, describe, keep_heap
+from rmt_lightning.training.callbacks.hardware import Hardware, describe, make_fast
 from rmt_lightning.training.callbacks.progress import PhaseProgress
 from rmt_lightning.training.callbacks.ranks import together, wait_for_others
 from rmt_lightning.training.callbacks.wandb_run import PhaseRecords, WandbRun
@@ -64,7 +64,7 @@ def train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pat
     """
     take_over_lightning()
     code = 1
-    keep_heap()
+    make_fast()
     try:
         code = _train(config, folder, source, checkpoint)
     except OSError:

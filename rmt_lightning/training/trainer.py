@@ -20,7 +20,6 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.training.callbacks.checkpoints import AtomicCheckpointIO
-from rmt_lightning.training.callbacks.hardware import multiply_fast
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +76,6 @@ class RunTrainer(L.Trainer):
         detect_anomaly: bool = False,
     ) -> None:
         self.budget = TimeBudget(max_time) if max_time is not None else None
-        multiply_fast()
         on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
         if not on_gpu and accelerator != "mps":
             _check_cpu(accelerator, devices, precision)
