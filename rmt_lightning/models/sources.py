@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,6 +64,17 @@ def parts_for(
     return parts
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from warning, in tables and guesses: what matters of it is told once, by us."""
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+
+
 class Pretrained:
     """An encoder or causal language model with pretrained weights.
 
@@ -81,10 +93,12 @@ class Pretrained:
         return config
 
     def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
+        # It tells what is wrong with the folder; for want of a config, transformers guesses a tokenizer.
+        config = self.config()
         tokenizer: PreTrainedTokenizerBase = self._load(AutoTokenizer)
         # Without its files, transformers makes one that knows special tokens alone.
         words = len(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
-        rows = getattr(self.config().get_text_config(), "vocab_size", 0)
+        rows = getattr(config.get_text_config(), "vocab_size", 0)
         if words <= rows // 10:
             raise UserError(
                 f"backbone.name={self.name}: its tokenizer knows {words} words, and the model {rows}; put the model's "
@@ -118,16 +132,10 @@ class Pretrained:
                 f"backbone.name={self.name}: its weights are quantized, and such cannot be trained; give the model "
                 "that they were made from"
             )
-        verbosity = hf_logging.get_verbosity()
-        # Of what is missing it tells in a table, over many lines.
-        hf_logging.set_verbosity_error()
-        try:
-            # from_pretrained would keep the checkpoint's precision; training needs full precision weights.
-            model, found = self._load(
-                auto_class, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-            )
-        finally:
-            hf_logging.set_verbosity(verbosity)
+        # from_pretrained would keep the checkpoint's precision; training needs full precision weights.
+        model, found = self._load(
+            auto_class, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
         for name, given, needed in sorted(found["mismatched_keys"]):
             raise UserError(
                 f"backbone.name={self.name}: its weights do not fit its config.json ({name} has shape "
@@ -152,7 +160,8 @@ class Pretrained:
             # What was loaded before is in the Hub's cache.
             options["local_files_only"] = True
         try:
-            return auto_class.from_pretrained(self.name, trust_remote_code=False, **options)
+            with _quiet():
+                return auto_class.from_pretrained(self.name, trust_remote_code=False, **options)
         except Exception as error:  # each library raises classes of its own
             if "custom code" in str(error):
                 raise UserError(
@@ -192,7 +201,8 @@ class Restored:
 
     def _load(self, auto_class: Any, folder: Path) -> Any:
         try:
-            return auto_class.from_pretrained(folder, trust_remote_code=False)
+            with _quiet():
+                return auto_class.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # each library raises classes of its own
             raise UserError(
                 f"{folder.parent}: holds no whole model ({folder.name}: {told(error)}); put back its {folder.name}/"
