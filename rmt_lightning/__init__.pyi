@@ -4,12 +4,12 @@ from .analysis.extrapolation import LengthTest as LengthTest
 from .analysis.perplexity import DocumentTest as DocumentTest
 from .core.errors import UserError as UserError
 from .models.answerer import Answerer as Answerer
-from .models.backbone import Decoder as Decoder
-from .models.backbone import Encoder as Encoder
 from .models.baselines.full_attention import FullAttention as FullAttention
 from .models.baselines.lstm import LSTM as LSTM
 from .models.baselines.memory_network import MemoryNetwork as MemoryNetwork
 from .models.baselines.ntm import NeuralTuringMachine as NeuralTuringMachine
+from .models.decoder import Decoder as Decoder
+from .models.encoder import Encoder as Encoder
 from .models.generation import generate as generate
 from .models.recurrence import Segment as Segment
 from .models.recurrence import unroll as unroll

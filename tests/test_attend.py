@@ -36,7 +36,7 @@ from rmt_lightning.analysis.attention import (
 )
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import read_csv, write_csv
-from rmt_lightning.models.backbone import Encoder
+from rmt_lightning.models.encoder import Encoder
 from rmt_lightning.models.rmt import RMTDecoder, RMTEncoder
 from rmt_lightning.models.tiny import TinyGPT
 from rmt_lightning.models.transformer_xl import TransformerXL

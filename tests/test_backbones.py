@@ -47,7 +47,9 @@ from transformers.models.auto.modeling_auto import AutoModel
 
 from rmt_lightning.app.build import save_architecture
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.models.backbone import Decoder, Encoder, Transformer
+from rmt_lightning.models.backbone import Transformer
+from rmt_lightning.models.decoder import Decoder
+from rmt_lightning.models.encoder import Encoder
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.rmt import RMTDecoder, RMTEncoder
 from rmt_lightning.models.sources import Pretrained, Restored

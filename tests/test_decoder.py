@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.models.backbone import Decoder
+from rmt_lightning.models.decoder import Decoder
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.rmt import RMTDecoder
 from rmt_lightning.models.sources import Pretrained, Restored

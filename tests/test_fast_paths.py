@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import AutoModel
 
 from rmt_lightning.models import bert
-from rmt_lightning.models.backbone import Encoder
+from rmt_lightning.models.encoder import Encoder
 from rmt_lightning.models.recurrence import unroll
 from rmt_lightning.training.callbacks import hardware
 from rmt_lightning.training.callbacks.hardware import multiply_fast

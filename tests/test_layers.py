@@ -21,7 +21,9 @@ from transformers import (
 )
 
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.models.backbone import SPARSE, Decoder, Encoder, Transformer
+from rmt_lightning.models.backbone import SPARSE, Transformer
+from rmt_lightning.models.decoder import Decoder
+from rmt_lightning.models.encoder import Encoder
 from rmt_lightning.models.rmt import RMTDecoder, RMTEncoder
 
 DECODERS = DECODERS | {

@@ -11,7 +11,7 @@ from test_decoder import CONFIGS, WINDOWED
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from rmt_lightning.models.backbone import Decoder, SegmentCache
+from rmt_lightning.models.decoder import Decoder, SegmentCache
 from rmt_lightning.models.generation import _CachedPen, _Pen, _pen, generate, read
 from rmt_lightning.models.rmt import RMTDecoder
 from rmt_lightning.models.transformer_xl import TransformerXL

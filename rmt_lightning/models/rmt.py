@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.models.backbone import Decoder, Encoder, SegmentCache, Transformer
+from rmt_lightning.models.backbone import Transformer
+from rmt_lightning.models.decoder import Decoder, SegmentCache
+from rmt_lightning.models.encoder import Encoder
 from rmt_lightning.models.memory import Layout, MemoryTokens
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.segment_model import SegmentModel, touch

@@ -23,7 +23,9 @@ from transformers.utils import logging as hf_logging
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.hub import out_of_reach
-from rmt_lightning.models.backbone import Decoder, Encoder, told
+from rmt_lightning.models.backbone import told
+from rmt_lightning.models.decoder import Decoder
+from rmt_lightning.models.encoder import Encoder
 
 
 class Backbone(Protocol):

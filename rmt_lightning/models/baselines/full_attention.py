@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.models.backbone import Encoder
+from rmt_lightning.models.encoder import Encoder
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.segment_model import SegmentModel
 
