@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import AutoModel
 
+from rmt_lightning import RMTDecoder, RMTEncoder, Segment, TinyGPT, TransformerXL
 from rmt_lightning.models import bert
 from rmt_lightning.models.encoder import Encoder
+from rmt_lightning.models.memory import MemoryTokens
 from rmt_lightning.models.recurrence import unroll
 from rmt_lightning.training.callbacks import hardware
 from rmt_lightning.training.callbacks.hardware import multiply_fast
@@ -120,6 +123,65 @@ def test_products_are_as_exact_as_before(monkeypatch: pytest.MonkeyPatch) -> Non
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def reads_in_training(kind: str, tokenizer: PreTrainedTokenizerBase) -> MemoryTokens[Any]:
+    """A small model with dropout off and random weights everywhere, in double precision."""
+    torch.manual_seed(0)
+    backbone = TinyGPT(vocabulary_size=200, width=16, layers=2, heads=2) if kind == "decoder" else None
+    model: MemoryTokens[Any] = {
+        "encoder": lambda: RMTEncoder(make("bert", tokenizer), 20, 3),
+        "electra": lambda: RMTEncoder(make("electra", tokenizer), 20, 3),
+        "decoder": lambda: RMTDecoder(backbone.decoder(tokenizer), 20, 3),  # type: ignore[union-attr]
+        "transformer_xl": lambda: TransformerXL(tokenizer, 20, 16, 2, 2, 8, 3),
+    }[kind]()
+    for weight in model.parameters():
+        nn.init.normal_(weight, std=0.3)
+    return model.double().eval()
+
+
+@pytest.mark.parametrize("bptt_depth", [-1, 1])
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("kind", ["encoder", "electra", "decoder", "transformer_xl"])
+def test_words_are_looked_up_once(
+    kind: str, padded: bool, bptt_depth: int, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = reads_in_training(kind, tokenizer)
+    model.bptt_depth = bptt_depth
+    ids = torch.randint(5, len(tokenizer), (2, 3 * model.text_length), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    mask[1, : model.text_length + 4] = 0 if padded else 1
+    given = (ids, mask) if padded else (ids.view(2, 3, -1), None)
+    looked_up: list[Tensor] = []
+    embed = model.embed
+    monkeypatch.setattr(model, "embed", lambda tokens: looked_up.append(tokens) or embed(tokens))
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        hidden, _ = model(*given)
+        (
+            hidden * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1), dtype=hidden.dtype)
+        ).sum().backward()
+        return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+    found = gradients()
+    assert len(looked_up) == 1
+    monkeypatch.setattr(model, "looked_up", lambda segments: segments)
+    expected = gradients()
+    assert len(looked_up) == 4
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_words_are_not_kept_where_memory_counts(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = reads_in_training("encoder", tokenizer)
+    segments = [Segment(torch.full((1, 14), 7)) for _ in range(3)]
+    assert all(segment.words is not None for segment in model.looked_up(segments))
+    with torch.no_grad():
+        assert model.looked_up(segments) is segments
+    model.gradient_checkpointing = True
+    assert model.looked_up(segments) is segments
 
 
 @pytest.mark.parametrize("segments", [[0, 1, 2, 3], iter([0, 1, 2, 3])], ids=["known", "stream"])

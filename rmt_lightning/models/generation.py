@@ -146,7 +146,7 @@ class _CachedPen:
         self._known = stream
         self._written: list[tuple[Tensor, Tensor]] = []
         # What `scores` reads next: tokens, and where in the segment they stand. All segments begin.
-        self._state, (self._tokens, mask) = stream
+        self._state, (self._tokens, mask, _) = stream
         assert mask is not None
         self._length = mask.sum(dim=1, keepdim=True)
         self._start = torch.zeros_like(self._length)

@@ -22,10 +22,12 @@ class Segment(NamedTuple):
     Attributes:
         input_ids: (B, S) tokens of the text, without special tokens.
         attention_mask: (B, S), 1 for text and 0 for padding, text first; None if every row is full.
+        words: (B, S, E), or with special tokens beside them: what the model has looked up beforehand, if it has.
     """
 
     input_ids: Tensor
     attention_mask: Tensor | None = None
+    words: Tensor | None = None
 
     def last_token(self, hidden: Tensor) -> Tensor:
         """What stands at the last token of each row: (B, S, D) -> (B, D)."""

@@ -86,11 +86,14 @@ class MemoryModel(MemoryTokens[Tensor]):
     def architecture(self) -> PretrainedConfig:
         return self.backbone.model.config
 
+    def embed(self, input_ids: Tensor) -> Tensor:
+        return self.backbone.embed(input_ids)
+
     def initial_state(self, batch_size: int) -> Tensor:
         """The memory before the first segment, (B, M, D): the trained vectors, the same for all."""
         return self.memory.expand(batch_size, -1, -1)
 
-    def _embed(self, memory: Tensor, words: Tensor) -> Tensor:
+    def _as_words(self, memory: Tensor, words: Tensor) -> Tensor:
         """The memory as the backbone reads it, beside words (B, S, E): (B, M, D) -> (B, M, E)."""
         # Under autocast hidden states are bf16 while embeddings stay fp32; the memory follows the embeddings.
         embedded: Tensor = self.to_embedding(memory)
@@ -151,6 +154,16 @@ class RMTEncoder(MemoryModel):
         blocks = (("[CLS]", 1), ("memory", self.memory_size), ("[SEP]", 1), ("text", length), ("[SEP]", 1))
         return Layout(blocks, written="memory")
 
+    def tokens(self, segment: Segment) -> Tensor:
+        """[CLS], [SEP], text and [SEP], with which padding follows: (B, 3 + S)."""
+        ids, mask, _ = segment
+        special = ids.new_tensor([self.encoder.cls_token_id, self.encoder.sep_token_id]).expand(len(ids), -1)
+        if mask is None:
+            text = nn.functional.pad(ids, (0, 1), value=self.encoder.sep_token_id)
+        else:
+            text = nn.functional.pad(ids, (0, 1)).scatter(1, mask.sum(dim=1, keepdim=True), self.encoder.sep_token_id)
+        return torch.cat([special, text], dim=1)
+
     def read_segment(self, segment: Segment, memory: Tensor) -> tuple[Tensor, Tensor]:
         """`mem_τ+1` are the rows of `Transformer([mem_τ ∘ H_τ])` at the memory's places (section 3).
 
@@ -158,25 +171,13 @@ class RMTEncoder(MemoryModel):
             Hidden states (B, 1 + M, D) of [CLS] and memory, which are all that is ever read; and the next memory
             (B, M, D).
         """
-        layout = self.layout(segment.input_ids.shape[1])
-        text, mask = self._append_separator(segment)
-        special = text.new_tensor([self.encoder.cls_token_id, self.encoder.sep_token_id]).expand(len(text), -1)
-        # Looked up at once: the gradient of each look-up is as large as the whole table.
-        words = self.encoder.embed(torch.cat([special, text], dim=1))
-        embeddings = torch.cat([words[:, :1], self._embed(memory, words), words[:, 1:]], dim=1)
+        layout, mask, words = self.layout(segment.input_ids.shape[1]), segment.attention_mask, self.words(segment)
+        embeddings = torch.cat([words[:, :1], self._as_words(memory, words), words[:, 1:]], dim=1)
         if mask is not None:
-            mask = nn.functional.pad(mask, (layout.place("text").start, 0), value=1)
+            # All is seen up to the [SEP] after the text.
+            mask = nn.functional.pad(mask, (layout.place("text").start + 1, 0), value=1)
         hidden = self.encoder(embeddings, mask, layout.place("memory"), rows=layout.place(layout.written).stop)
         return hidden, self.next_memory(hidden[:, layout.place(layout.written)], memory)
-
-    def _append_separator(self, segment: Segment) -> tuple[Tensor, Tensor | None]:
-        """Put [SEP] after each row's text: (B, S) -> ids and mask (B, S + 1)."""
-        ids, mask = segment
-        if mask is None:
-            return nn.functional.pad(ids, (0, 1), value=self.encoder.sep_token_id), None
-        length = mask.sum(dim=1, keepdim=True)
-        ids = nn.functional.pad(ids, (0, 1)).scatter(1, length, self.encoder.sep_token_id)
-        return ids, (torch.arange(ids.shape[1], device=ids.device) <= length).long()
 
     def readout(self, hidden: Tensor, segment: Segment) -> Tensor:
         """The hidden state of [CLS]."""
@@ -240,8 +241,8 @@ class RMTDecoder(MemoryModel):
         Returns:
             Hidden states of the text (B, S, D), and the next memory (B, M, D).
         """
-        words = self.decoder.embed(segment.input_ids)
-        read = self._embed(memory, words)
+        words = self.words(segment)
+        read = self._as_words(memory, words)
         layout = self.layout(words.shape[1])
         embeddings = torch.cat([read, words, read], dim=1)
         hidden = self.decoder(embeddings, self._visible(segment), self._positions(segment), layout.place("text"))
@@ -249,7 +250,7 @@ class RMTDecoder(MemoryModel):
 
     def _visible(self, segment: Segment) -> Tensor:
         """(B or 1, N, N) bool: what reads what, from 0 … N - 1 to 0 … N - 1."""
-        ids, text_mask = segment
+        ids, text_mask, _ = segment
         end_of_text = self.memory_size + ids.shape[1]
         length = end_of_text + self.memory_size
         visible = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
@@ -265,7 +266,7 @@ class RMTDecoder(MemoryModel):
 
     def _positions(self, segment: Segment) -> Tensor:
         """(B or 1, N): the write memory stands right after the text, wherever the padding is."""
-        ids, text_mask = segment
+        ids, text_mask, _ = segment
         before = torch.arange(self.memory_size + ids.shape[1], device=ids.device)[None]
         length = before.new_tensor([[ids.shape[1]]]) if text_mask is None else text_mask.sum(dim=1, keepdim=True)
         after = self.memory_size + length + torch.arange(self.memory_size, device=ids.device)
@@ -289,12 +290,12 @@ class RMTDecoder(MemoryModel):
         Returns:
             Their hidden states (B, G, D).
         """
-        words = self.decoder.embed(input_ids)
+        words = self.embed(input_ids)
         places = self.memory_size + start + torch.arange(words.shape[1], device=words.device)
         if memory is None:
             return self.decoder.go_on(words, places, places + 1, cache)
         before, seen = self._memory_from(0, memory)
-        embeddings = torch.cat([self._embed(memory, words), words], dim=1)
+        embeddings = torch.cat([self._as_words(memory, words), words], dim=1)
         places, seen = torch.cat([before, places], dim=1), torch.cat([seen, places + 1], dim=1)
         return self.decoder.go_on(embeddings, places, seen, cache)[:, self.memory_size :]
 
@@ -305,7 +306,7 @@ class RMTDecoder(MemoryModel):
         """
         if not self.memory_size:
             return memory
-        embedded = self._embed(memory, self.decoder.embed(memory.new_zeros(0).long()))
+        embedded = self._as_words(memory, self.embed(memory.new_zeros(0).long()))
         places, seen = self._memory_from(self.memory_size + self.text_length, memory)
         return self.next_memory(self.decoder.go_on(embedded, places, seen, cache), memory)
 

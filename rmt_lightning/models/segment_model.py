@@ -134,8 +134,9 @@ class SegmentModel(nn.Module, SavedModel, ABC, Generic[State]):
             state: what to start from; by default `initial_state`.
         """
         batch_size, segments = self._segments(input_ids, attention_mask)
-        to_read = segments
-        if isinstance(segments, Iterator):
+        if isinstance(segments, list):
+            to_read: Iterable[Segment] = self.looked_up(segments)
+        else:
             segments, to_read = tee(segments)
         if state is None:
             state = self.initial_state(batch_size)
@@ -146,7 +147,7 @@ class SegmentModel(nn.Module, SavedModel, ABC, Generic[State]):
 
     def _segments(
         self, input_ids: Tensor | Iterable[Tensor], attention_mask: Tensor | None
-    ) -> tuple[int, Iterable[Segment]]:
+    ) -> tuple[int, list[Segment] | Iterator[Segment]]:
         """B, and the segments of an input, given as to `read`."""
         if not isinstance(input_ids, Tensor):
             stream = iter(input_ids)
@@ -155,6 +156,10 @@ class SegmentModel(nn.Module, SavedModel, ABC, Generic[State]):
         if input_ids.dim() == 2:
             return len(input_ids), self.cut(input_ids, attention_mask)
         return len(input_ids), [Segment(ids) for ids in input_ids.unbind(dim=1)]
+
+    def looked_up(self, segments: list[Segment]) -> list[Segment]:
+        """The same segments, for training with their `words` if the model can make use of them; by default without."""
+        return segments
 
     def trained_state(self) -> list[nn.Parameter]:
         """The parameters that a loss may not reach: if only `initial_state` uses them, or only the next segment."""

@@ -144,6 +144,10 @@ class TransformerXL(MemoryTokens[XLState], LayeredModel[XLState]):
         blocks = (("read memory", memory), ("cache", cache), ("text", length), ("write memory", memory))
         return Layout(blocks, written="write memory", unread="cache")
 
+    def embed(self, input_ids: Tensor) -> Tensor:
+        embedded: Tensor = self.embedding(input_ids)
+        return embedded
+
     def memory_of(self, state: XLState) -> Tensor:
         return state.memory
 
@@ -180,7 +184,7 @@ class TransformerXL(MemoryTokens[XLState], LayeredModel[XLState]):
 
     def enter(self, segment: Segment, state: XLState) -> tuple[Tensor, Shared]:
         layout = self.layout(segment.input_ids.shape[1]).readers
-        words = self.embedding(segment.input_ids) * self.width**0.5
+        words = self.words(segment) * self.width**0.5
         memory = state.memory.to(words.dtype)
         hidden = self.dropout(torch.cat([memory, words, memory], dim=1))  # (B, Q, D)
         return hidden, Shared(layout, segment.attention_mask, self._relations(segment, state.cached, words.dtype))

@@ -103,6 +103,8 @@ class LanguageModeler(SegmentModule):
         depth, checkpointing = self.model.bptt_depth, self.model.gradient_checkpointing
         size = batch["starts"].shape[1] if depth < 0 else depth + 1
         while window := list(islice(pieces, size)):
+            segments = self.model.looked_up([piece.segment for piece in window])
+            window = [piece._replace(segment=segment) for piece, segment in zip(window, segments, strict=True)]
             readings = unroll(self._step, window, tree.detach(state), checkpointing=checkpointing)
             for losses, state in readings:
                 yield losses, state

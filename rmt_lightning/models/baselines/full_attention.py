@@ -7,7 +7,7 @@ Shapes: B batch, S text tokens of a segment, N tokens of the text read so far, D
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated
 
 import torch
@@ -85,7 +85,7 @@ class FullAttention(SegmentModel[Segment]):
             UserError: if the text is longer than the backbone's positions.
         """
         text = joined([text, segment])
-        ids, mask = text
+        ids, mask, _ = text
         if ids.shape[1] > self.max_tokens:
             raise UserError(
                 f"input: {ids.shape[1]} tokens are too long for positions; the backbone sees at most {self.max_tokens} "
@@ -104,7 +104,7 @@ class FullAttention(SegmentModel[Segment]):
 
     def _segments(
         self, input_ids: Tensor | Iterable[Tensor], attention_mask: Tensor | None
-    ) -> tuple[int, Iterable[Segment]]:
+    ) -> tuple[int, list[Segment] | Iterator[Segment]]:
         # As one segment, so that the backbone reads the input once instead of after each of its segments.
         batch_size, segments = super()._segments(input_ids, attention_mask)
         return batch_size, [joined(list(segments))]
@@ -115,7 +115,7 @@ def joined(segments: Sequence[Segment]) -> Segment:
     ids = torch.cat([segment.input_ids for segment in segments], dim=1)
     if all(segment.attention_mask is None for segment in segments):
         return Segment(ids)
-    masks = [torch.ones_like(ids) if mask is None else mask for ids, mask in segments]
+    masks = [torch.ones_like(ids) if mask is None else mask for ids, mask, _ in segments]
     mask = torch.cat(masks, dim=1)
     order = mask.argsort(dim=1, descending=True, stable=True)[:, : int(mask.sum(dim=1).max())]
     return Segment(ids.gather(1, order), mask.gather(1, order))

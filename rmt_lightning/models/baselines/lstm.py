@@ -70,7 +70,7 @@ class LSTM(SegmentModel[LSTMState]):
 
     def read_segment(self, segment: Segment, state: LSTMState) -> tuple[Tensor, LSTMState]:
         """Hidden states of the last layer (B, S, D) and the state after it."""
-        ids, mask = segment
+        ids, mask, _ = segment
         # torch puts layers before the batch.
         before = (state.hidden.transpose(0, 1).contiguous(), state.cell.transpose(0, 1).contiguous())
         if mask is None:

@@ -94,7 +94,7 @@ class MemoryNetwork(SegmentModel[Sentences]):
 
     def _embed(self, segment: Segment) -> Sentences:
         """The sentences of a segment, the first one first: Σⱼ lⱼ · E xⱼ, with section 4.1's weights l of positions."""
-        ids, mask = segment
+        ids, mask, _ = segment
         mask = torch.ones_like(ids) if mask is None else mask
         ends = self.ends[ids].long()
         sentence = ends.cumsum(dim=1) - ends  # (B, S), which sentence a token belongs to

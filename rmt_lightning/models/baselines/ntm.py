@@ -102,7 +102,7 @@ class NeuralTuringMachine(SegmentModel[Machine]):
         Returns:
             Controller and read heads after each time step (B, S / window, D + H·W), and the machine after the last one.
         """
-        ids, mask = segment
+        ids, mask, _ = segment
         missing = -ids.shape[1] % self.window
         words = self.words(ids)
         if mask is not None:
