@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import Run, final
 from test_backbones import CONFIGS
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
@@ -200,6 +203,35 @@ def test_the_last_segment_is_not_computed_again(segments: Iterable[int]) -> None
     expected = torch.ones(3, requires_grad=True)
     expected.sin().sin().sin().sin().sum().backward()
     torch.testing.assert_close(state.grad, expected.grad)
+
+
+@pytest.mark.soak
+def test_a_compiled_run_is_the_same_run(train: Run, tmp_path: Path) -> None:
+    """It learns the same, and can be resumed without being compiled."""
+    options = ("trainer.max_steps=6", "test.segments=[1,3]", "trainer.threads=1")
+    for name, more in (("plain", ()), ("compiled", ("trainer.compile=default",))):
+        result = train(*options, *more, f"hydra.run.dir={name}")
+        assert result.returncode == 0, result.stderr
+    plain, compiled = (final(tmp_path / name) for name in ("plain", "compiled"))
+    assert plain.keys() == compiled.keys()
+    for name, weight in plain.items():
+        torch.testing.assert_close(compiled[name], weight, rtol=1e-3, atol=1e-5, msg=name)
+    hardware = json.loads((tmp_path / "compiled" / "hardware.json").read_text())
+    assert hardware[-1]["threads"] == 1
+    again = train("resume=compiled", "trainer.max_steps=8", "trainer.compile=null", small=False)
+    assert again.returncode == 0, again.stderr
+
+
+def test_nothing_can_be_compiled_here(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(*_: object, **__: object) -> None:
+        raise RuntimeError("no working C++ compiler found\nin many lines")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    told = refused("noise.documents=20", "trainer.compile=default")
+    assert told == (
+        "error: trainer.compile=default: nothing can be compiled here (no working C++ compiler found); install a C++ "
+        "compiler, or leave it out\n"
+    )
 
 
 def test_the_fused_optimizer_takes_the_same_steps() -> None:

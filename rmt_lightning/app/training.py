@@ -104,6 +104,7 @@ def _train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pa
     )
     # Lightning would do so once it has loaded weights, which may be more precise than those of a fresh module.
     trainer.precision_plugin.convert_module(recipe.module)
+    trainer.compile(recipe.model)
 
     # Nothing has been written so far, and all that can be wrong with the settings has been found.
     hydra = HydraConfig.get()

@@ -19,6 +19,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.training.callbacks.checkpoints import AtomicCheckpointIO
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,9 @@ class RunTrainer(L.Trainer):
         deterministic: whether torch may use nothing else.
         benchmark: whether cuDNN looks for the fastest way.
         detect_anomaly: whether autograd says where a NaN comes from.
+        threads: of each process on a CPU; None is torch's choice. Several runs at once on one machine share its cores.
+        compile: torch.compile's mode for the step of a segment; None does not compile. It takes a minute before the
+            first step; reduce-overhead replays CUDA graphs.
 
     Raises:
         UserError: if this machine has not got what is asked for, or something does not go together.
@@ -74,7 +78,12 @@ class RunTrainer(L.Trainer):
         deterministic: bool | Literal["warn"] = False,
         benchmark: bool | None = None,
         detect_anomaly: bool = False,
+        threads: Annotated[int, Ge(1)] | None = None,
+        compile: Literal["default", "reduce-overhead", "max-autotune"] | None = None,
     ) -> None:
+        if threads:
+            torch.set_num_threads(threads)
+        self.compile_mode = compile
         self.budget = TimeBudget(max_time) if max_time is not None else None
         on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
         if not on_gpu and accelerator != "mps":
@@ -110,6 +119,26 @@ class RunTrainer(L.Trainer):
         except Exception as error:  # each setting, device and cluster has its own way to say that it is not there
             raise UserError(f"trainer: {' '.join(str(error).split()) or type(error).__name__}") from error
         self._check_processes()
+
+    def compile(self, model: SegmentModel[Any]) -> None:
+        """Let the model take its steps compiled, if that has been asked for.
+
+        One segment is compiled, not all of them: another number of segments would be another program.
+
+        Raises:
+            UserError: if this machine cannot compile.
+        """
+        if self.compile_mode is None:
+            return
+        try:
+            torch.compile(torch.neg, mode=self.compile_mode)(torch.ones(2, device=self.strategy.root_device))
+        except Exception as error:  # compilers fail in ways of their own
+            raise UserError(
+                f"trainer.compile={self.compile_mode}: nothing can be compiled here "
+                f"({str(error).splitlines()[0][:150]}); install a C++ compiler, or leave it out"
+            ) from None
+        # As an attribute of this object, for a compiled module would name its weights otherwise.
+        vars(model)["step"] = torch.compile(model.step, mode=self.compile_mode)
 
     def _check_processes(self) -> None:
         """Whether the processes that are asked for are there, or are about to be started."""
