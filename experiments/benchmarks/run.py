@@ -19,6 +19,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
+from itertools import chain, count
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,16 +29,34 @@ import torch
 from published import PublishedDecoder, PublishedEncoder
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import default_collate
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConfig, PreTrainedModel
 
-from rmt_lightning import Decoder, Detect, Encoder, RMTDecoder, RMTEncoder, TinyBert, generate
+from rmt_lightning import (
+    Decoder,
+    Detect,
+    Encoder,
+    FactClassifier,
+    Placement,
+    Prose,
+    RMTDecoder,
+    RMTEncoder,
+    TinyBert,
+    generate,
+)
+from rmt_lightning.analysis.extrapolation import evaluate_length
 from rmt_lightning.core.files import write_csv
-from rmt_lightning.training.callbacks.hardware import multiply_fast
+from rmt_lightning.tasks.corpus import tokenize
+from rmt_lightning.tasks.datamodule import FactDataset
+from rmt_lightning.tasks.placement import Key
+from rmt_lightning.training.callbacks.hardware import make_fast, multiply_fast
 from rmt_lightning.training.optimization import WarmupDecay
 
 SEGMENT, MEMORY, VOCABULARY = 128, 10, 2000
+TEXT = SEGMENT - MEMORY - RMTEncoder.NUM_SPECIAL_TOKENS
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TOKENIZER = TinyBert(vocabulary_size=VOCABULARY).tokenizer(Detect().sentences())
+PROSE = Prose(documents=200)
+TOKENIZER = TinyBert(vocabulary_size=VOCABULARY).tokenizer(chain.from_iterable(PROSE.documents("train")))
 
 
 class Size(NamedTuple):
@@ -167,9 +187,14 @@ def training_step(model: nn.Module, loss: Callable[[], Tensor], fused: bool, pre
     return step
 
 
+def in_fp32_or_bf16(name: str, work: Callable[[str], Callable[[], object]]) -> dict[str, Callable[[], object]]:
+    """Our variants of a case, with bf16 where that pays."""
+    return {name: work("")} | ({f"{name}, bf16": work("bf16")} if bf16_is_fast() else {})
+
+
 def encoder_step(name: str, variant: str, segments: int) -> Callable[[], None]:
     size = SIZES[name]
-    ids = torch.randint(5, VOCABULARY, (size.batch, segments, SEGMENT - MEMORY - 3), device=DEVICE)
+    ids = torch.randint(5, VOCABULARY, (size.batch, segments, TEXT), device=DEVICE)
     answers = torch.randint(6, (size.batch,), device=DEVICE)
     head = nn.Linear(size.width, 6).to(DEVICE)
     who, _, how = variant.partition(", ")
@@ -191,18 +216,20 @@ def train_encoder(name: str, segments: int) -> Case:
     return Case(f"train/{name}/{segments} segments", steps, tokens, flops=flops)
 
 
-def memory_of_a_step(variant: str, segments: int) -> float:
-    """MB of a step above what one on a single segment has taken. To be called in a process of its own."""
+def memory_of_a_step(variant: str, segments: int) -> tuple[float]:
+    """MB of a step above what one on a single segment has taken. For a process of its own."""
     encoder_step("tiny", variant, 1)()
     before = peak()
     step = encoder_step("tiny", variant, segments)
     step()
     step()
-    return peak() - before
+    return (round(peak() - before),)
 
 
 def peak() -> float:
-    """Largest resident memory of this process so far, in MB (Linux), without that of the process which has begun it."""
+    """Largest memory so far, in MB: of the GPU, or of this process (Linux) without that of the one which began it."""
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
     (line,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return int(line) * 1024 / 1e6
 
@@ -225,31 +252,89 @@ def train_decoder(segments: int) -> Case:
 
         return training_step(model, loss, True, precision)
 
-    variants = {"published, sdpa": published("sdpa"), "published, eager": published("eager"), "ours": ours("")}
-    if bf16_is_fast():
-        variants["ours, bf16"] = ours("bf16")
+    variants = {"published, sdpa": published("sdpa"), "published, eager": published("eager")}
+    variants |= in_fp32_or_bf16("ours", ours)
     tokens = segments * SEGMENT
     return Case(f"train/Llama-135M/{segments} segments", variants, tokens, flops=3 * products(llama(), tokens, SEGMENT))
 
 
 def stream(name: str, batch: int, segments: int) -> Case:
     size = SIZES[name]
-    ids = torch.randint(5, VOCABULARY, (batch, segments, SEGMENT - MEMORY - 3), device=DEVICE)
-    published = PublishedEncoder(size.encoder(), MEMORY).to(DEVICE).eval()
-    ours = RMTEncoder(Encoder(size.encoder(), TOKENIZER), SEGMENT, MEMORY).to(DEVICE).eval()
+    ids = torch.randint(5, VOCABULARY, (batch, segments, TEXT), device=DEVICE)
+    published = reader("published", name)
+    ours, compiled = reader("ours", name), reader("ours", name)
+    vars(compiled)["step"] = torch.compile(compiled.step, mode="default" if DEVICE == "cpu" else "reduce-overhead")
 
-    def read(precision: str) -> Callable[[], Tensor]:
+    def read(model: nn.Module, precision: str = "") -> Callable[[], Tensor]:
         def work() -> Tensor:
             with torch.inference_mode(), autocast(precision):
-                return ours.encode(iter(ids.unbind(dim=1)))
+                return model.encode(iter(ids.unbind(dim=1)))
 
         return work
 
-    variants = {"published, sdpa": torch.no_grad()(lambda: published(ids)), "ours": read("")}
-    if bf16_is_fast():
-        variants["ours, bf16"] = read("bf16")
+    variants = {"published, sdpa": torch.no_grad()(lambda: published(ids))}
+    variants |= in_fp32_or_bf16("ours", partial(read, ours))
+    if segments > 8:  # to compile takes as long as many segments
+        variants["ours, compiled"] = read(compiled)
     tokens = batch * segments * SEGMENT
     return Case(f"stream/{name}/batch {batch}", variants, tokens, flops=products(size.encoder(), tokens, SEGMENT))
+
+
+def reader(who: str, name: str) -> Any:
+    """The published loop or our model around a backbone of a size, for reading."""
+    if who == "published":
+        return PublishedEncoder(SIZES[name].encoder(), MEMORY).to(DEVICE).eval()
+    return RMTEncoder(Encoder(SIZES[name].encoder(), TOKENIZER), SEGMENT, MEMORY).to(DEVICE).eval()
+
+
+def growth(variant: str, segments: int) -> tuple[float, float]:
+    """Seconds and MB to read a text of one row, the memory above that of a single segment. For a process of its own."""
+    make_fast()
+    model = reader(variant, "tiny")
+    read = model if variant == "published" else lambda ids: model.encode(iter(ids.unbind(dim=1)))
+    with torch.no_grad():
+        ids = torch.randint(5, VOCABULARY, (1, segments, TEXT), device=DEVICE)
+        read(ids[:, :1])
+        before, began = peak(), time.perf_counter()
+        synchronized(lambda: read(ids))()
+        return round(time.perf_counter() - began, 3), round(peak() - before)
+
+
+def placement(folder: str) -> Placement:
+    return Placement(Detect(), tokenize(PROSE, TOKENIZER, folder), TOKENIZER, TEXT, seed=1)
+
+
+def evaluating(segments: int = 16, samples: int = 64) -> Case:
+    """What `evaluate` does: questions are made, set into noise, read, answered; the published loop reads the same."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = placement(folder)
+        module = FactClassifier(reader("ours", "tiny"), made.task.answers).to(DEVICE).eval()
+        published, batch = reader("published", "tiny"), 32 if DEVICE == "cpu" else 256
+
+        def loop() -> None:
+            for start in range(0, samples, batch):
+                rows = range(start, min(start + batch, samples))
+                stream, _, _ = made.stream("test", segments, rows)
+                with torch.no_grad():
+                    published(torch.stack(list(stream), dim=1).to(DEVICE))
+
+        variants: dict[str, Callable[[], object]] = {
+            "published, sdpa": loop,
+            "ours": lambda: evaluate_length(module, made, segments, samples, batch, torch.device(DEVICE)),
+        }
+        return Case(f"evaluate/tiny/{segments} segments", variants, samples * segments * SEGMENT)
+
+
+def data(segments: int = 7) -> Case:
+    """The samples of a training step, beside the step itself."""
+    with tempfile.TemporaryDirectory() as folder:
+        samples, size = FactDataset(placement(folder), "train"), SIZES["tiny"].batch
+        numbers = count()
+        variants: dict[str, Callable[[], object]] = {
+            "ours, the step": encoder_step("tiny", "ours", segments),
+            "ours, its samples": lambda: default_collate([samples[Key(segments, next(numbers))] for _ in range(size)]),
+        }
+        return Case(f"data/tiny/{segments} segments", variants, size * segments * SEGMENT)
 
 
 def write(segment: int, batch: int) -> Case:
@@ -290,8 +375,23 @@ CASES: dict[str, Callable[[], Case]] = {
     **{f"train/{n}/{t} segments": lambda n=n, t=t: train_encoder(n, t) for n, t in LENGTHS},
     "train/Llama-135M/7 segments": lambda: train_decoder(7),
     **{f"stream/{n}/batch {b}": lambda n=n, b=b, t=t: stream(n, b, t) for n, b, t in STREAMS},
+    "evaluate/tiny": evaluating,
+    "data/tiny": data,
     **{f"write/tiny/segment {s}, batch {b}": lambda s=s, b=b: write(s, b) for s in (128, 512) for b in (1, 16)},
     **{name: lambda name=name: start(name) for name in STARTS},
+}
+# What is measured in a process of its own, what of, and the names of what comes out.
+ALONE: dict[str, tuple[Callable[[str, int], tuple[float, ...]], list[tuple[str, int]], tuple[str, ...]]] = {
+    "memory": (
+        memory_of_a_step,
+        [(who, n) for n in (7, 64) for who in ("published, sdpa", "ours", "ours, checkpointing")],
+        ("megabytes",),
+    ),
+    "growth": (
+        growth,
+        [(who, n) for n in (1, 16, 256, 4096) for who in ("published", "ours")],
+        ("seconds", "megabytes"),
+    ),
 }
 
 
@@ -338,18 +438,19 @@ def main() -> None:
             print("  ".join(f"{value}" for value in row.values()), flush=True)
             rows.append(row)
         write_csv(options.output, rows)
-    if DEVICE == "cpu" and sys.platform == "linux" and "memory".startswith(options.only[:6]):
+    if DEVICE == "cpu" and sys.platform != "linux":
+        return
+    for name, (measure_alone, tried, columns) in ALONE.items():
+        if not name.startswith(options.only):
+            continue
         # A process for each measurement, for a process never gives its peak back.
         with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-            tried = [(v, n) for n in (7, 64) for v in ("published, sdpa", "ours", "ours, checkpointing")]
-            measured = pool.starmap(memory_of_a_step, tried, chunksize=1)
-        table = [
-            {"variant": variant, "segments": segments, "megabytes": round(megabytes)}
-            for (variant, segments), megabytes in zip(tried, measured, strict=True)
-        ]
-        for row in table:
-            print("memory/tiny", *row.values(), sep="  ")
-        write_csv(options.output.parent / "memory.csv", table)
+            measured = pool.starmap(measure_alone, tried, chunksize=1)
+        table: list[dict[str, object]] = []
+        for (variant, segments), found in zip(tried, measured, strict=True):
+            table.append({"variant": variant, "segments": segments} | dict(zip(columns, found, strict=True)))
+            print(name, *table[-1].values(), sep="  ", flush=True)
+        write_csv(options.output.parent / f"{name}.csv", table)
 
 
 if __name__ == "__main__":
