@@ -32,6 +32,7 @@ from .tasks.facts import Carried as Carried
 from .tasks.facts import Detect as Detect
 from .tasks.facts import Memorize as Memorize
 from .tasks.facts import Reasoning as Reasoning
+from .tasks.facts import Whereabouts as Whereabouts
 from .tasks.language import DocumentDataModule as DocumentDataModule
 from .tasks.language import LanguageModeling as LanguageModeling
 from .tasks.language import RunningText as RunningText

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,10 @@ from rmt_lightning.tasks.facts import (
     Reasoning,
     Split,
     Task,
+    Whereabouts,
 )
 
-BUILT_IN: list[Task] = [Memorize(), Detect(), Reasoning(), Carried()]
+BUILT_IN: list[Task] = [Memorize(), Detect(), Whereabouts(), Reasoning(), Carried()]
 
 
 def generator(seed: int = 0) -> np.random.Generator:
@@ -55,6 +57,44 @@ def test_detect_and_memorize(split: Split) -> None:
             assert re.fullmatch(r"\w+ (moved|went|went back|journeyed|travelled) to the \w+\.", fact)
             assert example.question == f"Where is {fact.split()[0]}?"
             assert fact.endswith(f" {example.answer}.")
+
+
+def where_people_are(facts: tuple[str, ...]) -> dict[str, str]:
+    """As somebody would tell who has listened."""
+    moves = (re.fullmatch(r"(\w+) (?:moved|went|went back|journeyed|travelled) to the (\w+)\.", f) for f in facts)
+    return dict(move.groups() for move in moves)
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_whereabouts(split: Split) -> None:
+    rng = generator()
+    numbers, nowhere, again = Counter(), 0, 0
+    for _ in range(2000):
+        example = Whereabouts().draw(rng, split)
+        there = where_people_are(example.facts)
+        questions = {example.question: example.answer, **dict(example.also)}
+        assert questions == {f"Where is {person}?": there.get(person, "nowhere") for person in PEOPLE}
+        numbers[len(example.facts)] += 1
+        nowhere += example.answer == "nowhere"
+        again += len(there) < len(example.facts)
+        # Nobody goes where they are.
+        for person in there:
+            visited = [fact.split()[-1] for fact in example.facts if fact.startswith(person)]
+            assert all(a != b for a, b in pairwise(visited))
+        if example.answer != "nowhere":
+            (needed,) = example.support
+            assert example.facts[needed].startswith(example.question[9:-1])
+            assert example.facts[needed].endswith(f" {example.answer}.")
+        else:
+            assert len(example.support) == len(example.facts)
+    assert sorted(numbers) == [1, 2, 3, 4] and min(numbers.values()) > 400
+    assert 100 < nowhere < 300 and again > 600
+
+
+def test_the_easier_whereabouts_have_fewer_moves() -> None:
+    rng = generator()
+    assert [max(len(t.draw(rng, "train").facts) for _ in range(50)) for t in Whereabouts().easier] == [1, 2]
+    assert Whereabouts(moves=1).easier == ()
 
 
 def test_reasoning() -> None:
@@ -157,11 +197,12 @@ def test_training_tells_every_reasoning_world() -> None:
 @pytest.mark.parametrize("task", BUILT_IN, ids=lambda task: task.name)
 def test_answers_are_even_and_statements_are_held_out(task: Task) -> None:
     rng = generator()
-    train = [task.draw(rng, "train") for _ in range(3000)]
-    held_out = [task.draw(rng, "validation") for _ in range(3000)]
+    train = [task.draw(rng, "train") for _ in range(9000)]
+    held_out = [task.draw(rng, "validation") for _ in range(9000)]
     for examples in (train, held_out):
         shares = Counter(example.answer for example in examples)
         assert len(shares) == len(task.answers)
+        shares.pop("nowhere", None)
         assert max(shares.values()) < 1.25 * min(shares.values())
     stories = {story for example in train for story in stories_of(task, example)}
     assert not stories & {stories_of(task, example)[0] for example in held_out}

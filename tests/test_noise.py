@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.models.tiny import TinyBert
 from rmt_lightning.tasks.corpus import Corpus, OnDisk, token_ids, tokenize
-from rmt_lightning.tasks.facts import PEOPLE, PLACES, Split
+from rmt_lightning.tasks.facts import PEOPLE, PLACES, Detect, Split
 from rmt_lightning.tasks.language import RunningText
 from rmt_lightning.tasks.noise import SPLITS, Files, Hub, Prose, sentences, spaced
 from rmt_lightning.tasks.text_files import TextFiles
@@ -42,6 +42,20 @@ def test_prose_is_varied_and_never_names_the_people_or_places_of_the_tasks() -> 
     assert 0.01 < len(look_alikes) / len(said) < 0.1
     assert all(s[0].isupper() or s[0] == '"' for s in said)
     assert not re.search(r"\b[Aa] [aeiou]", " ".join(said))
+
+
+def test_people_and_rooms_are_named_on_demand_and_nobody_is_moved() -> None:
+    parts = {split: [s for d in Prose(100, mentions=0.2).documents(split) for s in d] for split in SPLITS}
+    said = [sentence for part in parts.values() for sentence in part]
+    named = [s for s in said if {*PEOPLE, *PLACES} & set(re.findall(r"\w+", s))]
+    assert 0.15 < len(named) / len(said) < 0.25
+    words = set(re.findall(r"\w+", " ".join(named)))
+    assert {*PEOPLE, *PLACES} <= words
+    facts = set(Detect().sentences()) - {f"Where is {person}?" for person in PEOPLE}
+    assert not facts & set(said)
+    # No sentence of the test can have been learned by heart.
+    assert len(set.union(*map(set, parts.values()))) == sum(len(set(part)) for part in parts.values())
+    assert [len(part) for part in parts.values()] == [6000, 600, 600]
 
 
 def test_prose_splits_share_no_document_and_depend_on_the_seed() -> None:

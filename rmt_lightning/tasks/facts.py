@@ -19,9 +19,10 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import numpy as np
+from annotated_types import Ge
 
 from rmt_lightning.core.errors import UserError
 
@@ -35,6 +36,8 @@ OBJECTS = ("apple", "football", "milk")
 PICK_UPS = ("picked up", "took", "got", "grabbed")
 OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
 DIRECTIONS = tuple(OPPOSITE)
+# How often a question is asked about somebody who has not moved.
+NOWHERE = 0.1
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,62 @@ class Memorize(Detect):
 
     name = "memorize"
     where = "start"
+
+
+class Whereabouts:
+    """Who is where, after several people have moved, some of them more than once (in the manner of bAbI task 1).
+
+    ```
+    noise John went to the office. noise Mary moved to the garden. noise Mary journeyed to the kitchen. noise
+    Where is Mary?   -> kitchen
+    ```
+
+    Of each person the latest move counts. Who has not moved is nowhere, which is asked once in ten times.
+
+    Args:
+        moves: how many there are at most.
+
+    Raises:
+        UserError: if there are none.
+    """
+
+    name = "whereabouts"
+    where: Literal["start", "anywhere"] = "anywhere"
+    answers = (*PLACES, "nowhere")
+    repeated = 1
+
+    def __init__(self, moves: Annotated[int, Ge(1)] = 4) -> None:
+        self.moves = moves
+
+    @property
+    def easier(self) -> tuple[Whereabouts, ...]:
+        """What to begin with (see `SegmentCurriculum`): a single move, then two."""
+        return tuple(Whereabouts(moves) for moves in (1, 2) if moves < self.moves)
+
+    def draw(self, rng: np.random.Generator, split: Split) -> Example:
+        facts: list[str] = []
+        # Of each person who has moved: where to, and which fact tells it.
+        latest: dict[int, tuple[int, int]] = {}
+        for number in range(int(rng.integers(1, self.moves + 1))):
+            while True:
+                person, verb, place = pick(rng, split, len(PEOPLE), len(VERBS), len(PLACES))
+                if latest.get(person, (None,))[0] != place:
+                    break
+            latest[person] = place, number
+            facts.append(f"{PEOPLE[person]} {VERBS[verb]} to the {PLACES[place]}.")
+        still = [person for person in range(len(PEOPLE)) if person not in latest]
+        asked = int(rng.choice(still if still and rng.random() < NOWHERE else list(latest)))
+        (question, answer), *also = (
+            (f"Where is {PEOPLE[person]}?", PLACES[latest[person][0]] if person in latest else "nowhere")
+            for person in sorted(range(len(PEOPLE)), key=lambda person: person != asked)
+        )
+        # That somebody has not moved is told by nothing, and not known before the end.
+        support = (latest[asked][1],) if asked in latest else tuple(range(len(facts)))
+        return Example(tuple(facts), question, answer, support, tuple(also))
+
+    def sentences(self) -> Iterator[str]:
+        yield "nowhere"
+        yield from Detect().sentences()
 
 
 class Reasoning:

@@ -11,6 +11,7 @@ import logging
 import re
 import time
 import unicodedata
+import zlib
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import islice
@@ -79,22 +80,38 @@ class Prose:
     Args:
         documents: how many training documents of 60 sentences; validation and test get a tenth each on top.
         seed: of the generator.
+        mentions: which share of the sentences names people and rooms of the tasks, without telling where anybody is.
+            With any, splits have no sentence in common.
     """
 
     def __init__(
-        self, documents: Annotated[int, Ge(10), Le(10**6)] = 1000, seed: Annotated[int, Ge(0), Le(2**32 - 1)] = 0
+        self,
+        documents: Annotated[int, Ge(10), Le(10**6)] = 1000,
+        seed: Annotated[int, Ge(0), Le(2**32 - 1)] = 0,
+        mentions: Annotated[float, Ge(0), Le(1)] = 0.0,
     ) -> None:
         self.count = documents
         self.seed = seed
+        self.mentions = mentions
 
     def documents(self, split: Split) -> Iterator[list[str]]:
         count = self.count if split == "train" else self.count // 10
+
+        def allowed(sentence: str) -> bool:
+            return not self.mentions or _split_of(sentence) == split
+
         # Philox keys that differ in one number give unrelated streams, so each split has its own seed.
-        yield from prose.documents(3 * self.seed + SPLITS.index(split), count)
+        seed = 3 * self.seed + SPLITS.index(split)
+        yield from prose.documents(seed, count, mentions=self.mentions, allowed=allowed)
 
     def fingerprint(self) -> str:
         source = Path(prose.__file__).read_bytes()
-        return f"prose-{self.count}-{self.seed}-{hashlib.sha256(source).hexdigest()}"
+        return f"prose-{self.count}-{self.seed}-{self.mentions}-{hashlib.sha256(source).hexdigest()}"
+
+
+def _split_of(sentence: str) -> Split:
+    """A split for each sentence: one in ten is for validation, and one in ten for the test."""
+    return SPLITS[max(0, zlib.crc32(sentence.encode()) % 10 - 7)]
 
 
 class Files:

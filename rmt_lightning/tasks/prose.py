@@ -1,17 +1,18 @@
 """A seeded generator of English narrative, so that a first run needs no file and no network.
 
-The text is meant as noise for the fact tasks: it never names their people and rooms, but its own people walk
-to other rooms and pick up other things in the very words of the facts.
+The text is meant as noise for the fact tasks: its own people walk to other rooms and pick up other things in the very
+words of the facts. People and rooms of the tasks are named on demand, in sentences that do not tell where anybody is.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import islice
 
 import numpy as np
 
-from rmt_lightning.tasks.facts import DIRECTIONS, PICK_UPS, VERBS
+from rmt_lightning.tasks.facts import DIRECTIONS, PEOPLE, PICK_UPS, PLACES, VERBS
 
 # The share of sentences that look like a fact: other people go to other rooms, and other things are picked up.
 LOOK_ALIKES = 0.1
@@ -98,17 +99,53 @@ LOOK_ALIKE = (
     "Where is {name}?",
 )
 
+# The people and the rooms of the facts, in sentences that do not tell where any of these people is. So a model cannot
+# just keep the last room that was named, or all that is said of a person.
+MENTIONS = (
+    "The {room} was {adjective}, and the {land} looked {adjective}.",
+    "There was a {adjective} {thing} in the {room}.",
+    "The {room} is {direction} of the {building}.",
+    "{person} {verb} to the {room}.",
+    "{person} {verb} to the {room}.",
+    "{person} waited for {somebody} in the {room}.",
+    "{somebody} did not go to the {room}.",
+    "{somebody} never went back to the {room}.",
+    "{somebody} wanted to go to the {room}.",
+    "{somebody} dreamed of the {adjective} {room}.",
+    "{somebody} and {person} {work}.",
+    "{somebody} {said} that {opinion}.",
+    "Nobody had seen {somebody} {time}.",
+    "Where is {somebody}?",
+    "Is {somebody} in the {room}?",
+)
+
 _SLOT = re.compile(r"\{(\w+)\}")
 _ARTICLE = re.compile(r"(?<=\b[Aa])(?= [aeiou])")
 
 
-def documents(seed: int, count: int, sentences: int = 60) -> Iterator[list[str]]:
-    """Yield `count` documents, each a list of sentences; document i depends on (seed, i) alone."""
+def documents(
+    seed: int,
+    count: int,
+    sentences: int = 60,
+    mentions: float = 0.0,
+    allowed: Callable[[str], bool] = lambda sentence: True,
+) -> Iterator[list[str]]:
+    """Yield `count` documents, each a list of sentences; document i depends on (seed, i) and what follows alone.
+
+    Args:
+        seed: of the random numbers.
+        count: how many.
+        sentences: of each.
+        mentions: which share of them names people or rooms of the tasks.
+        allowed: which sentences may be said.
+    """
     for number in range(count):
-        yield list(_document(np.random.Generator(np.random.Philox(key=[seed, number])), sentences))
+        said = _document(np.random.Generator(np.random.Philox(key=[seed, number])), mentions)
+        yield list(islice(filter(allowed, said), sentences))
 
 
-def _document(rng: np.random.Generator, sentences: int) -> Iterator[str]:
+def _document(rng: np.random.Generator, mentions: float) -> Iterator[str]:
+    """Yield sentences without end."""
     # A small cast makes a document hang together: the same few people turn up again and again.
     cast = [str(name) for name in rng.choice(WORDS["name"], size=3, replace=False)]
     cast += [str(rng.choice(WORDS["role"]))]
@@ -130,13 +167,19 @@ def _document(rng: np.random.Generator, sentences: int) -> Iterator[str]:
                 return choose(PICK_UPS)
             case "direction":
                 return choose(DIRECTIONS)
+            case "somebody":
+                return choose(PEOPLE)
+            case "room":
+                return choose(PLACES)
             case word:
                 return choose(WORDS[word])
 
-    for _ in range(sentences):
+    while True:
         template = choose(NARRATIVE)
         if rng.random() < LOOK_ALIKES:
             template = choose(LOOK_ALIKE)
+        if mentions and rng.random() < mentions:
+            template = choose(MENTIONS)
         sentence = _ARTICLE.sub("n", _SLOT.sub(fill, template))
         start = 1 if sentence.startswith('"') else 0
         yield sentence[:start] + sentence[start].upper() + sentence[start + 1 :]
