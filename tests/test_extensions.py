@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import SMALL, Run
 
-HELD = ("hold=state_passing", "hold.steps=3", "hold.pool=8")
+HELD = ("hold=state_passing", "hold.steps=3", "hold.pool=8", "hold.until_rate=1")
 Own = Callable[..., "subprocess.CompletedProcess[str]"]
 
 MODULE = '''
@@ -111,6 +111,7 @@ def test_a_task_a_noise_a_model_and_a_metric_are_two_files_each(own: Own, tmp_pa
         "metrics=errors",
         "hold=state_passing",
         "hold.steps=3",
+        "hold.until_rate=1",
     )
     result = own("train", *typed, "hydra.run.dir=run", "trainer.max_steps=19")
     assert result.returncode == 0, result.stdout + result.stderr

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,10 +31,11 @@ from rmt_lightning.training.metrics import SlicedAccuracy
 from rmt_lightning.training.optimization import WarmupDecay
 from rmt_lightning.training.phases.curriculum import SegmentCurriculum
 from rmt_lightning.training.phases.phase import Outcome, Phases, Start
-from rmt_lightning.training.phases.state_passing import Plan, StatePassing
+from rmt_lightning.training.phases.state_passing import Losses, Plan, StatePassing
 
 # As in the other tests of a run, but the last stage is followed by two short epochs with old memories.
-HELD = ("hydra.run.dir=run", "hold=state_passing", "hold.steps=6", "hold.pool=8", "backbone.dropout=0.1")
+SHORT = ("hydra.run.dir=run", "hold=state_passing", "hold.steps=6", "hold.pool=8", "backbone.dropout=0.1")
+HELD = (*SHORT, "hold.until_rate=1")
 
 
 class Phase:
@@ -358,7 +361,7 @@ def test_a_run_with_old_memories_that_was_interrupted_ends_with_the_same_weights
 @pytest.mark.soak
 def test_the_phase_can_be_added_to_a_run_that_has_ended(train: Run, tmp_path: Path) -> None:
     assert train("hydra.run.dir=run").returncode == 0
-    added = train("resume=run", "hold=state_passing", "hold.steps=6", "hold.pool=8", small=False)
+    added = train("resume=run", "hold=state_passing", "hold.steps=6", "hold.pool=8", "hold.until_rate=1", small=False)
     assert added.returncode == 0, added.stderr
     assert held_at(tmp_path / "run") == [21, 24]
     again = train("resume=run", small=False)
@@ -366,6 +369,67 @@ def test_the_phase_can_be_added_to_a_run_that_has_ended(train: Run, tmp_path: Pa
     more = train("resume=run", "curriculum.max_segments=4", small=False)
     assert more.returncode == 0, more.stderr
     assert held_at(tmp_path / "run") == [21, 24, 33, 36]
+
+
+@pytest.mark.parametrize(
+    ("windows", "verdicts", "stuck"),
+    [
+        # Steps of ten; lost in 10,000 segments each. What was lost before the last quarter does not count.
+        ([500, 500, 500, 20], ["go on", "go on", "go on", "end"], False),
+        ([0, 0, 0, 21, 0, 0, 0, 20], ["go on"] * 3 + ["restart"] + ["go on"] * 3 + ["end"], False),
+        ([0, 0, 0, 21, 0, 0, 0, 21], ["go on"] * 3 + ["restart"] + ["go on"] * 3 + ["end"], True),
+    ],
+    ids=["holds", "holds after a second round", "does not hold"],
+)
+def test_rounds_follow_until_memory_holds(
+    windows: list[int], verdicts: list[str], stuck: bool, make_model: Callable[..., RMTEncoder], placement: Placement
+) -> None:
+    def made() -> StatePassing:
+        hold = StatePassing(steps=40, lr=1e-3, until_rate=2e-3, rounds=2)
+        phases = Phases([SegmentCurriculum(3, steps=10), hold], WarmupDecay(steps=10, lr=1e-3), seed=0)
+        data = FactDataModule(placement, phases, segment_length=37, batch_size=4)
+        phases.prepare(FactClassifier(make_model(37, 4, double=False), PLACES), data)
+        return hold
+
+    hold, given = made(), []
+    hold.begin(100)
+    for number, lost in enumerate(windows, start=1):
+        hold.counts |= {"lost": lost, "segments": 10_000}
+        given.append(hold.validate(100 + 10 * number, {}, lambda counts: counts))
+        restored = made()
+        restored.load_state_dict(json.loads(json.dumps(hold.state_dict())))
+        for name in ("finished", "stuck", "begins", "last_step"):
+            assert getattr(restored, name) == getattr(hold, name), name
+        hold = restored
+    assert given == verdicts
+    assert (hold.finished, hold.stuck) == (True, stuck)
+    if stuck:
+        assert "21 of the old memories were lost in 10,000 segments, 0.21% a segment" in hold.advice("resume=run")
+
+
+def test_a_model_that_answers_nothing_has_not_converged() -> None:
+    hold = StatePassing(steps=4, lr=1e-3)
+    assert not hold.finished and not hold.stuck
+    for number in range(3):
+        hold.first_step, hold.round, hold.round_step = 0, number + 1, 4 * number
+        hold.history.append(Losses(step=4 * number + 4, segments=0, lost=0, age=0.0, told=6, missed=6))
+        assert (hold.finished, hold.stuck) == ((True, True) if number == 2 else (False, False))
+    assert hold.advice("resume=run").startswith("memory does not hold yet: no memory was worth keeping")
+
+
+@pytest.mark.fault("memory that does not hold", "more rounds, then a line that says so and exit code 1")
+def test_a_run_whose_memory_does_not_hold_says_so(train: Run, tmp_path: Path) -> None:
+    never = train(*SHORT, "hold.until_rate=1e-9", "hold.rounds=2", "hold.lr=1e-9")
+    assert never.returncode == 1
+    assert held_at(tmp_path / "run") == [21, 24, 27, 30]
+    assert "another round of 6 steps" in never.stdout
+    assert re.search(r"does not hold yet: .* hold.until_rate=1e-09; raise hold.rounds or hold.steps", never.stdout)
+    phases = json.loads((tmp_path / "run" / "phases.json").read_text())
+    assert [phase["stuck"] for phase in phases] == [False, True]
+    # One round more, from the beginning of a schedule on, not from the end of the last one.
+    more = train("resume=run", "hold.rounds=3", small=False)
+    assert more.returncode == 1, more.stderr
+    assert held_at(tmp_path / "run") == [21, 24, 27, 30, 33, 36]
 
 
 class Forgetful(RMTEncoder):

@@ -13,7 +13,7 @@ from conftest import SMALL, Run, assert_identical, final
 
 from rmt_lightning.app.resume import composed_again
 
-HELD = ("hold=state_passing", "hold.steps=6", "hold.pool=8")
+HELD = ("hold=state_passing", "hold.steps=6", "hold.pool=8", "hold.until_rate=1")
 
 
 def phases(folder: Path) -> list[dict]:
@@ -221,7 +221,7 @@ AGAIN = [
     ("noise=quality noise.limit=9", "noise=prose", "noise=prose"),
     ("logger=wandb logger.mode=offline", "logger=csv", "logger=csv"),
     ("logger=wandb", "logger.mode=offline", "logger=wandb logger.mode=offline"),
-    ("hold=state_passing hold.steps=6 seed=2", "~hold", "seed=2 ~hold"),
+    ("hold=state_passing hold.steps=6 hold.until_rate=1 seed=2", "~hold", "seed=2 ~hold"),
     ("trainer.devices=4 +trainer.x=2", "trainer=ddp_cpu", "trainer.devices=4 +trainer.x=2 trainer=ddp_cpu"),
     ("experiment=paper_detect noise.limit=7", "noise=pg19", "experiment=paper_detect noise.limit=7 noise=pg19"),
     ("+metrics.f1.num_classes=6", "~metrics.f1", "+metrics.f1.num_classes=6 ~metrics.f1"),

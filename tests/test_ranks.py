@@ -213,7 +213,8 @@ def test_sigterm(everyone: bool, uninterrupted: Path, train: Run, tmp_path: Path
 @pytest.mark.parametrize("steps", [4, 14])
 @pytest.mark.fault("trainer.max_steps ends a run of two ranks inside an epoch, in either of its phases", SAME)
 def test_max_steps_inside_an_epoch(steps: int, train: Run, tmp_path: Path) -> None:
-    held = ("hold=state_passing", "hold.steps=6", "hold.pool=8", "data.segment_length=48", "curriculum.max_segments=2")
+    held = ("hold=state_passing", "hold.steps=6", "hold.pool=8", "hold.until_rate=1", "curriculum.max_segments=2")
+    held = (*held, "data.segment_length=48")
     assert train(*RUN, *held, "hydra.run.dir=whole").returncode == 0
     assert train(*RUN, *held, f"trainer.max_steps={steps}").returncode == 0
     resumed = train("resume=run", "trainer.max_steps=-1", small=False)

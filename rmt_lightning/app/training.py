@@ -206,6 +206,9 @@ def _tell(recipe: Recipe, folder: Path, trainer: L.Trainer, logger: Logger | Non
 
 def _end(recipe: Recipe, trainer: RunTrainer, again: str) -> int:
     """Say why the run has ended; `again` is what goes on with it. Returns the exit code."""
+    if stuck := [phase for phase in recipe.phases if phase.stuck]:
+        log.error(stuck[0].advice(again))
+        return 1
     if recipe.phases.finished:
         return 0
     if trainer.budget and trainer.budget.over:
@@ -214,8 +217,5 @@ def _end(recipe: Recipe, trainer: RunTrainer, again: str) -> int:
     if trainer.global_step == trainer.max_steps:
         log.info("stopped by trainer.max_steps=%d; raise it and go on with %s", trainer.max_steps, again)
         return 0
-    log.error(
-        "stage %d did not converge: raise curriculum.steps and go on with %s, lower curriculum.threshold, "
-        "or set curriculum.when_stuck=continue", recipe.phases.current.num_segments, again,
-    )  # fmt: skip
+    log.error(recipe.phases.current.advice(again))
     return 1

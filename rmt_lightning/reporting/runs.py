@@ -165,10 +165,10 @@ class Run:
 
     @property
     def status(self) -> Status:
-        if all(phase.finished for phase in self.phases):
-            return "finished"
         if any(phase.stuck for phase in self.phases):
             return "did not converge"
+        if all(phase.finished for phase in self.phases):
+            return "finished"
         if any(phase.out_of_time for phase in self.phases):
             return "stopped at max_time"
         stopped = 0 <= _limit(self.config, "trainer", "max_steps") <= self.steps

@@ -157,6 +157,12 @@ class SegmentCurriculum(Phase):
     def stuck(self) -> bool:
         return any(result.stage == self.num_segments and not self._goes_on(result) for result in self.results)
 
+    def advice(self, again: str) -> str:
+        return (
+            f"stage {self.num_segments} did not converge: raise curriculum.steps and go on with {again}, lower "
+            "curriculum.threshold, or set curriculum.when_stuck=continue"
+        )
+
     def _goes_on(self, result: StageResult) -> bool:
         return result.converged or self.when_stuck == "continue"
 

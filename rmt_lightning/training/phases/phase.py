@@ -150,8 +150,12 @@ class Phase(ABC):
 
     @property
     def stuck(self) -> bool:
-        """Whether it has ended short of that."""
+        """Whether it has ended short of what it is for."""
         return False
+
+    def advice(self, again: str) -> str:
+        """Why it is stuck, and what to do about it; `again` is what goes on with the run."""
+        return f"{self.title} did not come to its end; go on with {again}"
 
     @property
     def milestones(self) -> Sequence[str]:
@@ -310,6 +314,8 @@ class Phases(Callback):
             verdict = "restart"
         if verdict == "restart":
             trainer.strategy.setup_optimizers(trainer)
+            # What seemed to be the last step is not.
+            trainer.should_stop = False
         if verdict == "end":
             trainer.should_stop = True
 

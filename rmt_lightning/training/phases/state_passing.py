@@ -155,8 +155,8 @@ class StatePassing(Phase):
     answer and telling the others again is what is added here.
 
     Args:
-        steps: optimizer steps of the phase.
-        lr: highest learning rate; it rises over the first 20 steps and falls linearly to 0.
+        steps: optimizer steps of a round.
+        lr: highest learning rate; in each round it rises over the first 20 steps and falls linearly to 0.
         weight_decay: of all weights.
         share: part of each batch that is carried on.
         pool: P, how many memories of facts are kept on each device; beside them an eighth as many of nothing.
@@ -166,6 +166,9 @@ class StatePassing(Phase):
             pull them back to where they belong.
         fragments: how many pieces of facts stand in a segment of noise on average. What destroys memory is text that
             looks like a fact: "the kitchen cabinet", "I walked to the door".
+        until_rate: memory holds if no more memories than these are lost a segment in the last quarter of a round, amid
+            the fragments.
+        rounds: how many there are at most until then.
 
     Raises:
         UserError: by `prepare`, if there is no memory to carry, or nowhere to carry it.
@@ -185,6 +188,8 @@ class StatePassing(Phase):
         youth: Annotated[int, Ge(1)] = 10,
         jitter: Annotated[float, Ge(0)] = 0.0,
         fragments: Annotated[float, Ge(0)] = 1.0,
+        until_rate: Annotated[float, Gt(0), Le(1)] = 2e-3,
+        rounds: Annotated[int, Ge(1)] = 3,
     ) -> None:
         self.steps = steps
         self.own = WarmupDecay(steps, lr, weight_decay, warmup=min(1.0, 20 / steps))
@@ -193,6 +198,11 @@ class StatePassing(Phase):
         self.youth = youth
         self.jitter = jitter
         self.fragments = fragments
+        self.until_rate = until_rate
+        self.rounds = rounds
+        # The present round, and the optimizer step of the run at which it began.
+        self.round = 0
+        self.round_step = 0
         self.history: list[Losses] = []
         self.counts = dict.fromkeys(_COUNTS, 0)
 
@@ -225,11 +235,21 @@ class StatePassing(Phase):
         # Those of nothing are much alike; fewer of them grow older.
         self.blank = Pool(max(1, self.size // 8), self.like.state)
 
+    @property
+    def begins(self) -> bool:
+        # A run that had come to its end may have been resumed for one more round.
+        return self.first_step is None or self._goes_on
+
     def begin(self, step: int) -> None:
-        super().begin(step)
-        # The pools of an earlier phase are those of shorter inputs.
-        self._empty_pools()
-        log.info("%s: %d samples of each batch go on with old memories", self.title, self.carried)
+        if self.first_step is None:
+            super().begin(step)
+            # The pools of an earlier phase are those of shorter inputs.
+            self._empty_pools()
+            log.info("%s: %d samples of each batch go on with old memories", self.title, self.carried)
+        else:
+            log.info("%s: %s; another round of %d steps", self.title, self._told_rate, self.steps)
+        self.round += 1
+        self.round_step = step
 
     def training_keys(self, data: FactDataModule, batch: int) -> list[Key]:
         num_segments = draw_length(data.placement.seed, batch, self.num_segments)
@@ -248,13 +268,55 @@ class StatePassing(Phase):
 
     @property
     def last_step(self) -> int:
-        return (self.first_step or 0) + self.steps
+        return self.round_step + self.steps
+
+    @property
+    def _over(self) -> bool:
+        """Whether the present round is."""
+        return self.first_step is not None and bool(self.history) and self.history[-1].step >= self.last_step
+
+    @property
+    def _last_quarter(self) -> list[Losses]:
+        return [losses for losses in self.history if losses.step > self.round_step + 3 * self.steps // 4]
+
+    @property
+    def rate(self) -> LossRate:
+        """How many memories were lost in the last quarter of the present round."""
+        last = self._last_quarter
+        return LossRate(sum(losses.lost for losses in last), sum(losses.segments for losses in last))
+
+    @property
+    def _lost_too_many(self) -> bool:
+        if self.rate.exposure or self.until_rate == 1:
+            return self.rate.rate > self.until_rate
+        # A model that cannot answer at all has no memory to lose.
+        return any(losses.missed for losses in self._last_quarter)
+
+    @property
+    def _goes_on(self) -> bool:
+        """Whether another round follows."""
+        return self._over and self._lost_too_many and self.round < self.rounds
 
     @property
     def finished(self) -> bool:
-        if self.first_step is None or not self.history:
-            return False
-        return self.history[-1].step - self.first_step >= self.steps
+        return self._over and not self._goes_on
+
+    @property
+    def stuck(self) -> bool:
+        return self.finished and self._lost_too_many
+
+    @property
+    def _told_rate(self) -> str:
+        rate = self.rate
+        if not rate.exposure:
+            return "no memory was worth keeping, for late facts were missed"
+        return f"{rate.lost} of the old memories were lost in {rate.exposure:,} segments, {rate.rate:.2%} a segment"
+
+    def advice(self, again: str) -> str:
+        return (
+            f"memory does not hold yet: {self._told_rate}, which is more than hold.until_rate={self.until_rate:g}; "
+            f"raise hold.rounds or hold.steps and go on with {again}"
+        )
 
     def validate(self, step: int, metrics: Mapping[str, Tensor], total: Callable[[Tensor], Tensor]) -> Verdict:
         counts = dict(zip(_COUNTS, total(torch.tensor(list(self.counts.values()))).tolist(), strict=True))
@@ -264,14 +326,17 @@ class StatePassing(Phase):
         self.counts = dict.fromkeys(_COUNTS, 0)
         log.info(
             "%s: step %d of %d, lost %d memories in %d segments, missed %d of %d late facts, mean age %.0f",
-            self.title, step - (self.first_step or 0), self.steps, losses.lost, losses.segments, losses.missed,
+            self.title, step - self.round_step, self.steps, losses.lost, losses.segments, losses.missed,
             losses.told, losses.age,
         )  # fmt: skip
+        if self._goes_on:
+            self.begin(step)
+            return "restart"
         return "end" if self.finished else "go on"
 
     def progress(self, step: int, metrics: Mapping[str, Tensor]) -> Progress:
         rate = f"{self.history[-1].lost} lost in {self.history[-1].segments:,} segments" if self.history else "–"
-        return Progress(f"{self.title} · {rate}", step - (self.first_step or 0), self.steps)
+        return Progress(f"{self.title} · {rate}", step - self.round_step, self.steps)
 
     def rows(self) -> list[dict[str, Any]]:
         return [asdict(losses) | LossRate(losses.lost, losses.segments).row() for losses in self.history]
@@ -409,10 +474,15 @@ class StatePassing(Phase):
 
     def state_dict(self) -> dict[str, Any]:
         history = [asdict(losses) for losses in self.history]
-        return {"first_step": self.first_step, "counts": self.counts, "history": history}
+        reached = {"first_step": self.first_step, "round": self.round, "round_step": self.round_step}
+        return reached | {"counts": self.counts, "history": history}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.first_step, self.counts = state["first_step"], state["counts"]
+        # Version 0.1 knew one round.
+        begun = self.first_step is not None
+        self.round = state.get("round", self.rounds if begun else 0)
+        self.round_step = state.get("round_step", self.first_step or 0)
         self.history = [Losses(**losses) for losses in state["history"]]
 
     def tensors(self) -> list[Tensor]:
