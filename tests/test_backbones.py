@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -21,6 +24,7 @@ from transformers import (
     BartConfig,
     BertConfig,
     BertForMaskedLM,
+    BertModel,
     BigBirdConfig,
     CanineConfig,
     ConvBertConfig,
@@ -461,3 +465,55 @@ def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCap
     assert time.monotonic() - began < 10
     said = [record.getMessage() for record in caplog.records if record.name.startswith("rmt")]
     assert said == ["backbone.name=somebody/bert: asking the Hugging Face Hub"]
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """As much of the Hub as a model needs that is somebody/bert there; its files stand in `server.folder`."""
+
+    def do_GET(self) -> None:
+        file = self.server.folder / self.path.rpartition("/")[2]
+        known = {"/": b"", "/api/models/somebody/bert": json.dumps({"id": "somebody/bert", "sha": "0" * 40}).encode()}
+        content = file.read_bytes() if file.is_file() else known.get(self.path)
+        self.send_response(404 if content is None else 200)
+        self.send_header("ETag", f'"{hashlib.sha256(content or b"").hexdigest()}"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("Content-Length", str(len(content or b"")))
+        if content is None:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.end_headers()
+        self.wfile.write(content if content and self.command == "GET" else b"")
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.fault("HF_HOME cannot be written to", "one line says so; what has been loaded before is used")
+def test_the_place_of_what_is_loaded(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    there = tmp_path / "there"
+    BertModel(CONFIGS["bert"][0]).save_pretrained(there)
+    tokenizer.save_pretrained(there)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    server.folder = there
+    Thread(target=server.serve_forever, daemon=True).start()
+    address, files = f"http://127.0.0.1:{server.server_port}", "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", address + files)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    backbone = Pretrained("somebody/bert")
+    for place in ("/proc/hub/hub", str(there / "config.json" / "hub")):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", place)
+        with pytest.raises(UserError, match=r"be loaded \(.*\); give a folder that can be written in HF_HOME, or one"):
+            backbone.tokenizer([])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert backbone.encoder(backbone.tokenizer([])).width == 16
+    for folder, _, _ in os.walk(tmp_path / "hub"):
+        os.chmod(folder, 0o555)
+    assert backbone.encoder(backbone.tokenizer([])).width == 16
+    for folder, _, _ in os.walk(tmp_path / "hub"):
+        os.chmod(folder, 0o755)
+    server.shutdown()
+    server.server_close()

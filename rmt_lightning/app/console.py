@@ -186,8 +186,7 @@ def start_logging(file: Path | None, first_process: bool) -> None:
     for name in ("rmt_lightning", "py.warnings"):
         logging.getLogger(name).handlers = handlers
         logging.getLogger(name).propagate = False
-    # The Hub's client tells of each retry; that it has failed is told once, by us. Matplotlib tells of its fonts.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    # It tells of its fonts.
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     logging.getLogger("rmt_lightning").setLevel(logging.INFO)
 

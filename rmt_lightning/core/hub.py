@@ -9,6 +9,8 @@ from huggingface_hub import constants
 from huggingface_hub.utils import get_session
 
 log = logging.getLogger(__name__)
+# Its client tells of each retry; that it has failed is told once, by us. When it is imported, it sets a level itself.
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 _SECONDS = 10
 

@@ -84,7 +84,7 @@ class Transformer(nn.Module, ABC):
             except UserError:
                 raise
             except Exception as error:  # families fail in ways of their own
-                fault = f"cannot be run on embeddings ({told(error)})"
+                fault = f"cannot be run on embeddings under a mask ({told(error)})"
         if fault:
             raise UserError(f"backbone: {self.model.config.model_type} {fault}; choose {self.OTHERS}")
 

@@ -172,9 +172,11 @@ class Pretrained:
                 ) from None
             # The Hub's checks of a config tell what is wrong in their last line.
             reason = str(error).splitlines()[-1].strip() if isinstance(error, StrictDataclassError) else told(error)
+            hint = "give a folder that holds a model, or a Hugging Face Hub id while the network is there"
+            if isinstance(error, OSError) and error.filename and not Path(self.name).is_dir():
+                hint = "give a folder that can be written in HF_HOME, or one that holds a model"
             raise UserError(
-                f"backbone.name={self.name}: cannot be loaded ({reason}); give a folder that holds a model, or a "
-                "Hugging Face Hub id while the network is there, or use backbone=tiny_bert or tiny_gpt"
+                f"backbone.name={self.name}: cannot be loaded ({reason}); {hint}, or use backbone=tiny_bert or tiny_gpt"
             ) from None
 
 
