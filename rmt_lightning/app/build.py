@@ -226,10 +226,11 @@ def save_architecture(model: SegmentModel[Any], folder: Path) -> None:
             partial = removed(folder / f".{name}.partial")
             try:
                 part.save_pretrained(partial)
-            except OSError:
-                raise
+                os.rename(partial, folder / name)
             except Exception as error:  # fast tokenizers are written by Rust, which has the system's error in its words
-                if (number := re.search(r"\(os error (\d+)\)", str(error))) is None:
+                told = re.search(r"\(os error (\d+)\)", str(error))
+                number = error.errno if isinstance(error, OSError) else told and int(told[1])
+                if number is None:
                     raise
-                raise OSError(int(number[1]), os.strerror(int(number[1])), str(partial)) from None
-            os.rename(partial, folder / name)
+                # Which of its files it was is not told by all.
+                raise OSError(number, os.strerror(number), str(folder / name)) from None

@@ -71,7 +71,8 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
 def trouble(error: OSError) -> str:
     """What the system says about a file. An error that is about none goes on as it is."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no space left while writing {error.filename or 'the run folder'}: free some and resume the run"
+        place = error.filename or "the run folder"
+        return f"no space left while writing {place}: free some, and resume the run or repeat the command"
     if error.filename is None or error.strerror is None:
         raise error
     return f"{os.fsdecode(error.filename)}: {error.strerror}"

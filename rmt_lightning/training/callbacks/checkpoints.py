@@ -331,6 +331,9 @@ def keep(path: Path, name: Path) -> None:
         except OSError:
             shutil.copyfile(path, partial)
         os.replace(partial, name)
+    except OSError as error:
+        error.filename = str(name)
+        raise
     finally:
         # Of two names of one file, nothing is moved.
         partial.unlink(missing_ok=True)
