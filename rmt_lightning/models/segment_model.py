@@ -201,8 +201,13 @@ def check_weights(key: str, count: int, size: int = 4) -> None:
 
 def machine_memory() -> int:
     """The memory of this machine or of its GPU, whichever is larger, in bytes."""
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(there, torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0)
+    gpu = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+    return max(installed_memory(), gpu)
+
+
+def installed_memory() -> int:
+    """The memory of this machine beside that of GPUs, in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 class LayerMajor(Protocol):

@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import Callback
 
 from rmt_lightning.core.files import write_atomically
 from rmt_lightning.core.run_folder import HARDWARE
+from rmt_lightning.models.segment_model import installed_memory
 
 _CHECKOUT = Path(__file__).parents[2]
 
@@ -59,7 +60,7 @@ def describe(trainer: L.Trainer) -> dict[str, Any]:
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "host_memory_mb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e6,
+        "host_memory_mb": installed_memory() / 1e6,
         "gpus": [torch.cuda.get_device_name(device) for device in trainer.device_ids] if on_gpu else [],
         "processes": trainer.world_size,
         "precision": str(trainer.precision),
