@@ -280,19 +280,22 @@ def test_weights_that_this_machine_cannot_hold(settings: dict[str, int], monkeyp
 
 
 def test_a_budget_of_time(train: Run, tmp_path: Path) -> None:
-    one = ("curriculum.max_segments=1", "curriculum.steps=4", "data.steps_per_epoch=3")
-    short = train("trainer.max_time=00:00:00:00", *one, "hydra.run.dir=run")
+    two = ("curriculum.max_segments=2", "curriculum.steps=3", "data.steps_per_epoch=3")
+    held = ("hold=state_passing", "hold.steps=2", "hold.pool=8")
+    short = train("trainer.max_time=00:00:00:00", *two, *held, "hydra.run.dir=run")
     assert short.returncode == 0, short.stderr
     assert "stopped by trainer.max_time=00:00:00:00; go on with resume=run" in short.stdout
     assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 1
     assert (tmp_path / "run/evaluation.csv").exists()
     (run,), _ = read_runs([str(tmp_path / "run")])
-    assert run.status == "stopped at max_time"
+    assert run.status == "stopped at max_time" and [phase.out_of_time for phase in run.phases] == [True, False]
     resumed = train("resume=run", "trainer.max_time=null", small=False)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    phase = json.loads((tmp_path / "run/phases.json").read_text())[0]
-    # Not with the epoch, two steps later.
-    assert phase["finished"] and phase["steps"] == 4
+    phases = json.loads((tmp_path / "run/phases.json").read_text())
+    # Not with the epoch, a step later.
+    assert [(phase["finished"], phase["steps"], phase["out_of_time"]) for phase in phases] == [
+        (True, 6, False), (True, 2, False),
+    ]  # fmt: skip
 
 
 def test_a_budget_of_steps_within_an_epoch(train: Run, tmp_path: Path) -> None:

@@ -300,7 +300,7 @@ def gone(folder: Path) -> UserError:
 
 
 def write_phases(folder: Path, phases: Phases, step: int, out_of_time: bool = False) -> None:
-    """Write what phases have found, how far each has come and whether time was up, for those who read the folder."""
+    """Write what phases have found, how far each has come and in which one time was up, for who reads the folder."""
     told = []
     for phase, after in zip_longest(phases, [*phases][1:]):
         if phase.table and (rows := phase.rows()):
@@ -314,7 +314,7 @@ def write_phases(folder: Path, phases: Phases, step: int, out_of_time: bool = Fa
                 "steps": 0 if first is None else end - first,
                 "finished": phase.finished,
                 "stuck": phase.stuck,
-                "out_of_time": out_of_time,
+                "out_of_time": out_of_time and phase is phases.current,
                 "table": phase.table,
             }
         )
