@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from rmt_lightning.core.errors import UserError
 from rmt_lightning.models.rmt import RMTEncoder
 from rmt_lightning.models.tiny import TinyBert
 from rmt_lightning.tasks.corpus import Corpus
@@ -61,6 +62,16 @@ def test_validation_samples_are_made_once(placement: Placement) -> None:
     for key, before in zip(keys, first, strict=True):
         assert samples[key] is before
         assert all(map(torch.equal, again[key], before))
+
+
+@pytest.mark.fault("a loader worker meets what the user has done wrong", "the same line as without workers")
+def test_what_a_worker_tells(placement: Placement, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_data: FactDataset, _key: Key) -> None:
+        raise UserError("task.path=qa.txt: line 3 is no line")
+
+    monkeypatch.setattr(FactDataset, "__getitem__", refuse)
+    with pytest.raises(UserError, match=r"^task\.path=qa\.txt: line 3 is no line$"):
+        next(iter(module(placement, num_workers=2).train_dataloader()))
 
 
 def test_no_more_samples_are_kept_than_there_is_room_for(placement: Placement) -> None:

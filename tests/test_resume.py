@@ -184,15 +184,16 @@ run()
 def test_signals_save_and_exit_cleanly(
     signum: int, code: int, uninterrupted: Path, train: Run, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-c", SLOW_STEPS, *SMALL, *RUN]
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=pipe, stderr=pipe, text=True)
+    command = [sys.executable, "-c", SLOW_STEPS, *SMALL, *RUN, "data.num_workers=1"]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, **options)
     log = tmp_path / "run" / "train.log"
     deadline = time.monotonic() + 120
     while not (log.exists() and "stage 1: step 3" in log.read_text()) and time.monotonic() < deadline:
         time.sleep(0.02)
     time.sleep(0.4)  # into the second epoch
-    process.send_signal(signum)
+    # All processes, loader workers too, as a terminal and a scheduler send it.
+    os.killpg(process.pid, signum)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors
     assert "resume=run" in output and "Traceback" not in output + errors
@@ -508,7 +509,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(uninterrupted: Path, train: 
 
 
 MEANWHILE = """
-import os, shutil
+import multiprocessing, os, shutil, time
 from pathlib import Path
 from rmt_lightning.train import run
 from rmt_lightning.training import answering
@@ -528,10 +529,15 @@ if __name__ == "__main__":  # loader workers import it too
 """
 
 
-@pytest.mark.fault("the run folder is removed or renamed, or its text shortened, while it runs", "one line says so")
+@pytest.mark.fault("a worker is killed, or the run folder or its text goes away, while a run goes on", "a line says so")
 @pytest.mark.parametrize(
     ("what", "told"),
     [
+        pytest.param(
+            "[os.kill(worker.pid, 9) for worker in multiprocessing.active_children()], time.sleep(9)",
+            "data.num_workers=1: one of them has died, perhaps for want of memory (DataLoader worker (pid",
+            marks=pytest.mark.soak,
+        ),
         ("shutil.rmtree('run')", "run: was removed or renamed"),
         ("os.rename('run', 'moved')", "run: was removed or renamed"),
         pytest.param(
@@ -542,7 +548,7 @@ if __name__ == "__main__":  # loader workers import it too
     ],
 )
 def test_what_a_run_stands_on_goes_away(what: str, told: str, train: Run, tmp_path: Path) -> None:
-    workers = ("cache_dir=own", "data.num_workers=1") if "own" in what else ()
+    workers = ("cache_dir=own", "data.num_workers=1") if "own" in what or "worker" in what else ()
     result = train(*RUN, *workers, driver=MEANWHILE.format(what=what))
     assert result.returncode == 2, result.stderr
     assert result.stderr.startswith("error: ") and told in result.stderr and result.stderr.count("\n") == 1

@@ -187,6 +187,14 @@ def _fit(trainer: L.Trainer, recipe: Recipe, checkpoint: Path | None, folder: Pa
         kept = f"the last good checkpoint is {shown(good)}" if good.exists() else "there is no good checkpoint"
         print(f"error: {error}; {kept}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        # Killed by the system, or by somebody.
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise UserError(
+            f"data.num_workers={trainer.datamodule.num_workers}: one of them has died, perhaps for want of memory "  # type: ignore[attr-defined]
+            f"({str(error).rstrip(' .')}); give fewer, and go on with {again}"
+        ) from None
     return 0
 
 

@@ -6,6 +6,7 @@ Shapes: B batch, T segments, S text tokens of a segment, A tokens of the longest
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from typing import Annotated, Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -84,8 +85,18 @@ class ShortEpochs(L.LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=leave_signals_to_the_run,
             **options,
         )
+
+
+def leave_signals_to_the_run(_worker: int) -> None:
+    """Let a loader worker go on when a signal reaches all processes of a run: the one that trains saves, and ends it.
+
+    Ctrl-C does, and so do schedulers. A second SIGTERM ends the worker, for torch and Python end those by it that hang.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 class TrainingKeys(Sampler[list[Any]], Generic[Data]):
