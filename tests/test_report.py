@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from html.parser import HTMLParser
 from math import log
@@ -210,6 +211,21 @@ def test_all_runs_in_a_folder_and_their_differences(here: Path) -> None:
     ]
     assert [trace["meta"] for trace in page.figures["val_accuracy"]["data"]] == [0, 1, 2]
     assert page.text.count("all settings") == 3
+
+
+@pytest.mark.parametrize("many", [60, pytest.param(1000, marks=[pytest.mark.soak, pytest.mark.timeout(900)])])
+@pytest.mark.fault("a report on many runs", "it takes a twentieth of a second a run, however many there are")
+def test_a_report_on_many_runs(many: int, here: Path) -> None:
+    for number in range(many - 1):
+        folder = here / f"run{number}"
+        shutil.copytree(here / "good", folder, ignore=shutil.ignore_patterns("*.ckpt", "tokenizer"))
+        text = (folder / "config.yaml").read_text()
+        (folder / "config.yaml").write_text(re.sub(r"^seed: .*", f"seed: {number}", text, flags=re.MULTILINE))
+    # Of this process, for others may be busy.
+    began = time.process_time()
+    page = made(".")
+    assert time.process_time() - began < 5 + 0.05 * many
+    assert f"show the last 50 of {many:,} runs" in page.text and len(page.tables["runs"]) == many + 1
 
 
 def test_of_many_runs_the_last_are_shown(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import importlib.util
 import itertools
 import json
@@ -30,6 +31,7 @@ from test_report import Page
 from rmt_lightning import report
 from rmt_lightning import train as front_door
 from rmt_lightning.app.processes import RANK
+from rmt_lightning.app.sweep import Sweep as Callback
 from rmt_lightning.app.sweep import _known_settings, _name, _reason, _sweep_name, _swept
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.reporting import figures
@@ -262,6 +264,30 @@ REFUSED = [
     ("model=lstm,lsmt --multirun", "model=lsmt: no such choice; did you mean lstm?"),
     ("model.memory_size=2,3", "model.memory_size=2,3: a comma separates the values of a sweep"),
 ]
+
+
+@pytest.mark.fault("the disk is full while a sweep's tables are written", "one line, exit code 1; those before stay")
+def test_a_full_disk_at_the_end(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished_run, tmp_path / "seed_1")
+    (tmp_path / "seed_1" / "job.json").write_text('{"number": 0, "settings": {"seed": 1}, "failed": null}')
+    sum_up(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.*")}
+    assert {path.name for path in before} == {"summary.csv", "sweep.csv", "sweep.pdf", "sweep.png"}
+    callback = Callback({"seed": "1"})
+    callback.folder = tmp_path
+
+    def no_space(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patched, pytest.raises(SystemExit, match="1"):
+            patched.setattr(os, name, no_space)
+            callback.on_multirun_end(OmegaConf.create())
+        told = capsys.readouterr().err
+        assert told.startswith(f"error: no space left while writing {tmp_path}/sweep.csv: free some, and ")
+        assert told.count("\n") == 1 and {path: path.read_bytes() for path in tmp_path.glob("*.*")} == before
 
 
 @pytest.mark.parametrize(("typed", "message"), REFUSED, ids=[typed for typed, _ in REFUSED])

@@ -80,8 +80,9 @@ class Sweep(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         from rmt_lightning.reporting.sweeps import SETTLED, sum_up
 
-        (self.folder / STOP).unlink(missing_ok=True)
-        jobs = sum_up(self.folder).jobs
+        with told_in_one_line("train"):
+            (self.folder / STOP).unlink(missing_ok=True)
+            jobs = sum_up(self.folder).jobs
         if self.signum is not None:
             print(f"stopped by {signal.Signals(self.signum).name}; the same command goes on", flush=True)
             sys.exit(128 + self.signum)

@@ -192,7 +192,7 @@ def _fit(trainer: L.Trainer, recipe: Recipe, checkpoint: Path | None, folder: Pa
         if not str(error).startswith("DataLoader worker"):
             raise
         raise UserError(
-            f"data.num_workers={trainer.datamodule.num_workers}: one of them has died, perhaps for want of memory "  # type: ignore[attr-defined]
+            f"data.num_workers={recipe.data.num_workers}: one of them has died, perhaps for want of memory "
             f"({str(error).rstrip(' .')}); give fewer, and go on with {again}"
         ) from None
     return 0
