@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -506,6 +507,60 @@ def test_a_full_disk_leaves_the_previous_checkpoint(uninterrupted: Path, train: 
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["last.ckpt"]
     assert train("resume=run", small=False).returncode == 0
     assert_identical(final(uninterrupted), final(tmp_path / "run"))
+
+
+FULL_AT = """
+import errno, os
+from rmt_lightning.train import run
+
+original, calls = os.replace, {calls}
+
+def replace(source, target):
+    global calls
+    calls -= os.path.basename(target) == {name!r}
+    if calls <= 0:
+        # From there on, the disk stays full.
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source))
+    return original(source, target)
+
+os.replace = os.rename = replace
+run()
+"""
+
+
+HELD = (*RUN, "curriculum.max_segments=2", "hold=state_passing", "hold.steps=6", "hold.pool=8")
+
+
+@pytest.fixture(scope="module")
+def held(trained: Callable[..., Path]) -> Path:
+    return trained(*HELD)
+
+
+@pytest.mark.soak
+@pytest.mark.fault(
+    "the disk becomes full after the first stage, at any file", f"the line names it; all else stays; {SAME}"
+)
+@pytest.mark.parametrize(
+    ("name", "calls"),
+    [
+        ("stage-2.ckpt", 1), ("stages.csv", 2), ("phases.json", 3), ("previous.ckpt", 2), ("last.ckpt", 4),
+        ("metrics.csv", 2), ("hold.csv", 1), ("evaluation.csv", 1), ("curriculum.png", 1),
+    ],
+)  # fmt: skip
+def test_a_full_disk_after_the_first_stage(name: str, calls: int, held: Path, train: Run, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    result = train(*HELD, driver=FULL_AT.format(name=name, calls=calls))
+    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
+    assert re.match(rf"error: no space left while writing {run}/(\S+/)?{name}: free some, and resume", result.stderr)
+    assert all(read_checkpoint(path) for path in (run / "checkpoints").iterdir())
+    assert list(run.rglob("*.partial")) == []
+    resumed = train("resume=run", small=False)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_identical(final(held), final(run))
+    assert logged(run) == logged(held)
+    for table in ("stages.csv", "hold.csv", "evaluation.csv"):
+        found, expected = ([*csv.DictReader((folder / table).open())] for folder in (run, held))
+        assert [row | {"seconds": ""} for row in found] == [row | {"seconds": ""} for row in expected]
 
 
 MEANWHILE = """
