@@ -62,6 +62,9 @@ def saved_config(run: Path, trust: Trust) -> DictConfig:
     try:
         config = OmegaConf.load(run / CONFIG)
         content = OmegaConf.to_container(config)
+    except PermissionError as error:
+        # What cannot be read is not written anew.
+        raise UserError(f"{place}: cannot be read ({error.strerror}); ask whose it is for that") from None
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError):
         content = None
     if (
