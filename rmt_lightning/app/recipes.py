@@ -26,7 +26,7 @@ from rmt_lightning.app.schema import CONF, instantiate
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import write_atomically, write_csv
 from rmt_lightning.core.run_folder import EVALUATION
-from rmt_lightning.models.segment_model import SegmentModel, check_weights, machine_memory
+from rmt_lightning.models.segment_model import SegmentModel, check_room, check_weights, state_size
 from rmt_lightning.reporting import figures
 from rmt_lightning.tasks.corpus import Corpus
 from rmt_lightning.tasks.datamodule import FactDataModule, ShortEpochs
@@ -191,7 +191,9 @@ def build_recipe(config: DictConfig, run: Path | None = None, trained: bool = Fa
                 f"{group}: a {given.__name__} does not go with task={getattr(task, 'name', task.__name__)}, which "
                 f"needs a {kind.__name__}; leave out {group}=…"
             )
-    return recipe(config, run, trained)
+    built = recipe(config, run, trained)
+    check_room("model: its state takes", state_size(built.model), "make it smaller")
+    return built
 
 
 def build_phases(config: DictConfig) -> Phases:
@@ -223,16 +225,13 @@ def phase_groups(config: DictConfig) -> list[str]:
 def check_memory(recipe: Recipe) -> None:
     """Refuse what this machine cannot hold by far: weights with what AdamW keeps of them, and a batch.
 
-    Of a batch count its token ids, and one vector for each of a segment.
+    Of a batch count its token ids, one vector for each of a segment, and its first state.
     """
     check_weights("model", sum(part.numel() for part in recipe.module.parameters() if part.requires_grad), size=16)
     data, longest = recipe.data, max(phase.longest for phase in recipe.phases)
-    needed = data.batch_size * data.segment_length * (8 * longest + 2 * recipe.model.width)
-    if needed > (there := machine_memory()):
-        raise UserError(
-            f"data.batch_size={data.batch_size}: a batch of {longest} segments takes at least {needed / 1e9:,.0f} GB, "
-            f"and this machine has {there / 1e9:,.0f}; give less"
-        )
+    of_tokens = data.segment_length * (8 * longest + 2 * recipe.model.width)
+    needed = data.batch_size * (of_tokens + state_size(recipe.model))
+    check_room(f"data.batch_size={data.batch_size}: a batch of {longest} segments takes at least", needed, "give less")
 
 
 def _check_room(placement: Placement, segment_length: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.models import state as tree
@@ -192,11 +193,22 @@ class SegmentModel(nn.Module, SavedModel, ABC, Generic[State]):
 
 def check_weights(key: str, count: int, size: int = 4) -> None:
     """Raise UserError, naming a setting, if so many weights of so many bytes are more than this machine can hold."""
-    if (needed := count * size) > (there := machine_memory()):
-        raise UserError(
-            f"{key}: its {count:,} weights take {needed / 1e9:,.0f} GB, and this machine has {there / 1e9:,.0f}; "
-            "make it smaller"
-        )
+    check_room(f"{key}: its {count:,} weights take", count * size, "make it smaller")
+
+
+def check_room(what: str, needed: int, hint: str) -> None:
+    """Raise UserError, which begins with what takes so many bytes, if they are more than this machine can hold."""
+    if needed > (there := machine_memory()):
+        raise UserError(f"{what} {needed / 1e9:,.0f} GB, and this machine has {there / 1e9:,.0f}; {hint}")
+
+
+def state_size(model: SegmentModel[Any]) -> int:
+    """How many bytes the first state of a sample takes, of which none is made; 0 if that cannot be told."""
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            return tree.size(model.initial_state(1))
+    except Exception:  # a model of one's own may look at values, which there are none of
+        return 0
 
 
 def machine_memory() -> int:

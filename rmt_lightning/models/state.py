@@ -68,6 +68,11 @@ def detach(state: State) -> State:
     return map(Tensor.detach, state)
 
 
+def size(state: State) -> int:
+    """How many bytes it takes."""
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves(state))
+
+
 def leaves(state: Any) -> list[Tensor]:
     """The tensors of a state in order: what a checkpoint keeps, for it opens no classes."""
     return [part for part in tree_leaves(state) if isinstance(part, Tensor)]

@@ -20,7 +20,7 @@ from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.run_folder import HOLD
 from rmt_lightning.core.statistics import LossRate
 from rmt_lightning.models import state as tree
-from rmt_lightning.models.segment_model import SegmentModel
+from rmt_lightning.models.segment_model import SegmentModel, check_room
 from rmt_lightning.tasks.datamodule import FactBatch, FactDataModule, FactDataset
 from rmt_lightning.tasks.placement import Key
 from rmt_lightning.training.optimization import Rate, WarmupDecay
@@ -186,7 +186,7 @@ class StatePassing(Phase):
         share: Annotated[float, Gt(0), Lt(1)] = 0.5,
         pool: Annotated[int, Ge(1)] = 256,
         youth: Annotated[int, Ge(1)] = 10,
-        jitter: Annotated[float, Ge(0)] = 0.0,
+        jitter: Annotated[float, Ge(0), Le(100)] = 0.0,
         fragments: Annotated[float, Ge(0)] = 1.0,
         until_rate: Annotated[float, Gt(0), Le(1)] = 2e-3,
         rounds: Annotated[int, Ge(1)] = 3,
@@ -220,6 +220,11 @@ class StatePassing(Phase):
         self.num_segments = before.longest if before else 1
         if self.num_segments < 2:
             raise UserError("curriculum.max_segments=1: leaves no memory to carry; give 2 or more, or leave out hold=")
+        if self.fragments > data.placement.text_length:
+            raise UserError(
+                f"hold.fragments={self.fragments:g}: more pieces than a segment of {data.placement.text_length} tokens "
+                "has room for; give less"
+            )
         self.carried = min(data.batch_size - 1, max(1, round(self.share * data.batch_size)))
         sample, state = FactDataset(data.placement, "train")[Key(1, 0)], model.initial_state(1)
         batch = FactBatch(*(part[None].to(tree.leaves(state)[0].device) for part in sample))
@@ -228,6 +233,7 @@ class StatePassing(Phase):
             [torch.from_numpy(data.placement.answer_ids(a)) for a in data.placement.task.answers]
         )
         self.like = self._memories(self._plan(batch), state, waits=batch.border)
+        check_room(f"hold.pool={self.size}: that many memories take", self.size * tree.size(self.like), "give less")
         self._empty_pools()
 
     def _empty_pools(self) -> None:
