@@ -41,8 +41,15 @@ CHECKED = [
     *((f"trainer.{name}", 1, "no such setting; ") for name in sorted(REFUSED)),
     ("trainer.profiler", 1, "no such setting; allowed: accelerator, devices, "),
     ("data.sampels", 1, "no such setting; allowed: segment_length, batch_size, "),
-    ("data.keys", 3, "must be an instance of Keys"),
-    ("model.encoder", 3, "must be an instance of Encoder"),
+    # what the run sets itself
+    *((key, value, "is set by the run itself; leave it out") for key, value in (
+        ("data.keys", 3), ("data.placement", 1), ("model.encoder", 3), ("answer.model", "bert"), ("answer.phases", 1),
+        ("answer.metrics", [3]), ("trainer.folder", "x"), ("trainer.logger", False), ("trainer.callbacks", []),
+    )),
+    # what says nothing
+    *((key, "", "is empty; give a value, or leave it out") for key in (
+        "resume", "cache_dir", "noise.documents", "curriculum.lengths", "data.num_workers", "backbone.width",
+    )),
     # numbers
     ("seed", 5_000_000_000, "must be less than or equal to 4294967295"),
     ("noise.seed", 10**30, "must be less than or equal to 4294967295"),
@@ -52,8 +59,14 @@ CHECKED = [
     ("optim.lr", [1e-3, float("inf")], "must be "),
     ("optim.weight_decay", float("inf"), "must be a finite number"),
     ("optim.warmup", float("nan"), "must be a finite number"),
-    ("data.steps_per_epoch", 10**21, f"must be less than or equal to {10**18}"),
-    ("optim.steps", [10**21], f"must be less than or equal to {10**18}"),
+    ("data.steps_per_epoch", 10**12, "must be less than or equal to 4294967295"),
+    ("optim.steps", [10**21], "must be less than or equal to 4294967295"),
+    ("data.validation_samples", 10**12, "must be less than or equal to 4294967295"),
+    ("test.segments", [1, 10**12], "must be less than or equal to 4294967295"),
+    ("test.samples", 10**12, "must be less than or equal to 4294967295"),
+    ("hold.pool", 10**12, "must be less than or equal to 4294967295"),
+    ("hold.youth", 10**12, "must be less than or equal to 4294967295"),
+    ("hold.jitter", 1e300, "must be less than or equal to 100"),
     ("noise.documents", 10**12, "must be less than or equal to 1000000"),
     ("backbone.width", 2_000_000, "must be less than or equal to 32768"),
     ("backbone.layers", 100_000, "must be less than or equal to 1000"),
@@ -101,7 +114,30 @@ def test_refused_by_a_signature(key: str, value: Any, message: str, composed: Di
     with pytest.raises(UserError) as refused:
         check(config, front_door.Root)
     told = str(refused.value)
-    assert told.startswith(f"{key}: {message}" if message.startswith("no such") else f"{key}={value}: {message}"), told
+    of_the_key = message.startswith(("no such", "is set by"))
+    assert told.startswith(f"{key}: {message}" if of_the_key else f"{key}={value}: {message}"), told
+
+
+PARTS = {
+    "task": ["Prose", "StatePassing"], "noise": ["Detect", "TinyGPT"], "backbone": ["Prose", "RMTEncoder"],
+    "model": ["Detect", "TinyBert", "WarmupDecay"], "model.update": ["Prose"], "answer": ["RMTEncoder"],
+    "data": ["LengthTest"], "curriculum": ["WarmupDecay"], "hold": ["Detect", "Prose"], "optim": ["FixedSteps"],
+    "metrics.accuracy": ["Prose"], "trainer": ["Phases"],
+}  # fmt: skip
+
+
+@pytest.mark.fault("a part of a config is of another kind than its group", "refused in one line, nothing is built")
+@pytest.mark.parametrize(("group", "name"), [(group, name) for group, names in PARTS.items() for name in names])
+def test_a_part_of_another_kind(group: str, name: str, composed: DictConfig) -> None:
+    config = copy.deepcopy(composed)
+    OmegaConf.set_struct(config, False)
+    OmegaConf.update(config, f"{group}._target_", f"rmt_lightning.{name}")
+    config.pop("logger")
+    with pytest.raises(UserError) as refused:
+        check(config, front_door.Root)
+    told = str(refused.value)
+    what = group.partition(".accuracy")[0]
+    assert told.startswith(f"{group}._target_=rmt_lightning.{name}: is nothing for {what}, for it has no "), told
 
 
 @pytest.mark.parametrize(("door", "key"), [(attend, "streams"), (evaluate, "batch_size")])
@@ -193,7 +229,17 @@ def test_what_the_run_gives_a_part_is_no_setting() -> None:
             "curriculum.max_segments=1000000000: must be less than or equal to 4096",
         ),
         ("data.num_workers=100000", 2, "data.num_workers=100000: too many processes for "),
-        ("hold=state_passing hold.pool=1000000000000", 1, "not enough memory: "),
+        (
+            "hold=state_passing hold.pool=1000000000",
+            2,
+            "hold.pool=1000000000: that many memories take ",
+        ),
+        (
+            "hold=state_passing hold.fragments=1000",
+            2,
+            "hold.fragments=1000: more pieces than a segment of 27 tokens has room for; give less",
+        ),
+        ("model=ntm model.slots=1000000000", 2, "model: its state takes 88 GB, and this machine has "),
     ],
 )
 def test_refused_by_the_command(

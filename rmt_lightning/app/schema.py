@@ -12,18 +12,37 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 import hydra.utils
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ConfigDict, ValidationError, create_model
 
+import rmt_lightning
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.quoting import for_shell, literals, setting
 
-# Beyond it no setting means anything, and 64 bits, which other libraries count in, are near their end.
-_LARGEST = 10**18
+# The largest seed. Nothing that is counted comes near it, and what is begun with more never ends.
+_LARGEST = 2**32 - 1
+
+# What a class must be able to do to be chosen for a group; what is more, signatures tell.
+_ABILITIES = {
+    "task": ("draw", "sentences"),
+    "noise": ("documents", "fingerprint"),
+    "backbone": ("config", "tokenizer"),
+    "model": ("initial_state", "read_segment"),
+    "model.update": ("forward",),
+    "answer": ("judge",),
+    "data": ("train_dataloader",),
+    "curriculum": ("training_keys",),
+    "hold": ("training_keys",),
+    "metrics": ("update", "compute"),
+    "optim": ("build",),
+    "trainer": ("fit",),
+    "logger": ("log_metrics",),
+}
 
 # In a wheel conf/ is inside the package, in a checkout beside it.
 _PACKAGE = Path(__file__).parents[1]
@@ -84,7 +103,20 @@ def _check_nodes(config: DictConfig, path: str) -> None:
             _check_nodes(config[name], f"{path}{name}.")
     if "_target_" in config:
         given = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
-        _check_settings(get_object(given.pop("_target_")), given, path)
+        target = get_object(name := given.pop("_target_"))
+        _check_kind(target, name, path)
+        _check_settings(target, given, path)
+
+
+def _check_kind(target: Callable[..., Any], name: str, path: str) -> None:
+    """Raise UserError if a class is of another kind than its group."""
+    # Each metric has a name of its own.
+    group = re.sub(r"^(metrics)\.[^.]+$", r"\1", path[:-1])
+    missing = [ability for ability in _ABILITIES.get(group, ()) if not hasattr(target, ability)]
+    # Of this task there is one, which draws nothing; of what a function makes, nothing is known.
+    if missing and inspect.isclass(target) and not (group == "task" and target is rmt_lightning.LanguageModeling):
+        hint = f"choose one with {group}=…" if (CONF / group).is_dir() else "choose another"
+        raise UserError(f"{path}_target_={name}: is nothing for {group}, for it has no {missing[0]}(); {hint}")
 
 
 def _check_settings(target: Callable[..., Any], given: dict[str, Any], path: str) -> None:
@@ -100,6 +132,12 @@ def _check_settings(target: Callable[..., Any], given: dict[str, Any], path: str
     hints = _hints(target.__init__ if inspect.isclass(target) else target)
     # A part of a part has a signature of its own.
     plain = [name for name, value in given.items() if not (isinstance(value, dict) and "_target_" in value)]
+    for name in plain:
+        if given[name] is not None and not _can_be_typed(hints.get(name, Any)):
+            raise UserError(f"{path}{name}: is set by the run itself; leave it out")
+        # Loggers read it as nothing given.
+        if given[name] == "" and path != "logger.":
+            raise UserError(f"{path}{name}=: is empty; give a value, or leave it out")
     fields: Any = {name: (hints.get(name, Any), ...) for name in plain}
     # No setting means anything when it is infinite or no number.
     rules = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
@@ -130,6 +168,19 @@ def _hints(constructor: Callable[..., Any]) -> dict[str, Any]:
     except NameError:
         # Another library's constructor, annotated with names that it imports for type checkers only.
         return {}
+
+
+def _can_be_typed(hint: Any) -> bool:
+    """Whether a yaml can hold a value of such a type: a number, a text, or lists and mappings of them."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind is Annotated:
+        return _can_be_typed(parts[0])
+    if kind is Union or kind is UnionType:
+        return any(_can_be_typed(part) for part in parts if part is not NoneType)
+    if kind is Literal or not inspect.isclass(kind or hint):
+        return True
+    plain = (kind or hint).__module__ in ("builtins", "collections.abc") and kind is not Callable
+    return plain and all(_can_be_typed(part) for part in parts if part is not Ellipsis)
 
 
 def _say(error: Any) -> str:
