@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -101,16 +102,16 @@ def composed() -> DictConfig:
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         config = hydra.compose("train", ["hold=state_passing"])
     GlobalHydra.instance().clear()
+    OmegaConf.set_struct(config, False)
+    # What Hydra knows while a job runs.
+    config.pop("logger")
     return config
 
 
 @pytest.mark.parametrize(("key", "value", "message"), CHECKED, ids=[f"{key}={value}" for key, value, _ in CHECKED])
 def test_refused_by_a_signature(key: str, value: Any, message: str, composed: DictConfig) -> None:
     config = copy.deepcopy(composed)
-    OmegaConf.set_struct(config, False)
     OmegaConf.update(config, key, value)
-    # What Hydra knows while a job runs.
-    config.pop("logger")
     with pytest.raises(UserError) as refused:
         check(config, front_door.Root)
     told = str(refused.value)
@@ -130,14 +131,36 @@ PARTS = {
 @pytest.mark.parametrize(("group", "name"), [(group, name) for group, names in PARTS.items() for name in names])
 def test_a_part_of_another_kind(group: str, name: str, composed: DictConfig) -> None:
     config = copy.deepcopy(composed)
-    OmegaConf.set_struct(config, False)
     OmegaConf.update(config, f"{group}._target_", f"rmt_lightning.{name}")
-    config.pop("logger")
     with pytest.raises(UserError) as refused:
         check(config, front_door.Root)
     told = str(refused.value)
     what = group.partition(".accuracy")[0]
     assert told.startswith(f"{group}._target_=rmt_lightning.{name}: is nothing for {what}, for it has no "), told
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("rmt_lightning.Nope", "cannot be imported (No module named 'rmt_lightning.Nope'); give <module>.<class>"),
+        ("absent.Noise", "cannot be imported (No module named 'absent'); give <module>.<class>"),
+        ("", "cannot be imported (Empty path); give"), (3, "cannot be imported ("), ("Noise", "cannot be imported ("),
+        ("os.sep", "is no class; give one"), (["a"], "cannot be imported ("),
+    ],
+)  # fmt: skip
+def test_a_target_that_is_not_there(name: Any, message: str, composed: DictConfig) -> None:
+    config = copy.deepcopy(composed)
+    OmegaConf.update(config, "noise._target_", name)
+    with pytest.raises(UserError, match=rf"^noise\._target_={re.escape(f'{name}: {message}')}"):
+        check(config, front_door.Root)
+
+
+def test_a_group_without_a_class_has_no_settings(composed: DictConfig) -> None:
+    for group, key in (("logger", "project"), ("metrics", "f1"), ("foo", "x")):
+        config = copy.deepcopy(composed)
+        OmegaConf.update(config, f"{group}.{key}", 3)
+        with pytest.raises(UserError, match=rf"^{group}\.{key}: no such setting; there is none here"):
+            check(config, front_door.Root)
 
 
 @pytest.mark.parametrize(("door", "key"), [(attend, "streams"), (evaluate, "batch_size")])

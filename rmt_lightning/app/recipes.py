@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import lightning as L
-from hydra.utils import get_class, get_object
+from hydra.utils import get_object
 from omegaconf import DictConfig
 from rich import get_console
 from rich.progress import track
@@ -182,11 +182,11 @@ def build_recipe(config: DictConfig, run: Path | None = None, trained: bool = Fa
     Raises:
         UserError: if something cannot be built, choices do not go together, or there is too little text.
     """
-    task = get_class(config.task._target_)
-    recipe = TextRecipe if issubclass(task, LanguageModeling) else FactRecipe
+    task = get_object(config.task._target_)
+    recipe = TextRecipe if _is_kind(task, LanguageModeling) else FactRecipe
     for group, kind in recipe.NEEDS.items():
-        given = get_class(config[group]._target_)
-        if not issubclass(given, kind):
+        given = get_object(config[group]._target_)
+        if not _is_kind(given, kind):
             raise UserError(
                 f"{group}: a {given.__name__} does not go with task={getattr(task, 'name', task.__name__)}, which "
                 f"needs a {kind.__name__}; leave out {group}=…"
@@ -194,6 +194,10 @@ def build_recipe(config: DictConfig, run: Path | None = None, trained: bool = Fa
     built = recipe(config, run, trained)
     check_room("model: its state takes", state_size(built.model), "make it smaller")
     return built
+
+
+def _is_kind(found: Any, kind: type) -> bool:
+    return isinstance(found, type) and issubclass(found, kind)
 
 
 def build_phases(config: DictConfig) -> Phases:
@@ -215,7 +219,7 @@ def phase_groups(config: DictConfig) -> list[str]:
     groups = []
     for name, part in config.items():
         kind = get_object(part._target_) if isinstance(part, DictConfig) and "_target_" in part else None
-        if isinstance(kind, type) and issubclass(kind, Phase):
+        if _is_kind(kind, Phase):
             groups.append(str(name))
         elif isinstance(part, DictConfig) and not (CONF / str(name)).is_dir():
             raise UserError(f"{name!s}: is no part of a run; give a choice that conf/ has, or a phase of your own")

@@ -79,6 +79,10 @@ def check(config: DictConfig, root: type) -> None:
     typed = {re.split(r"[.@=/]", word.lstrip("+~"))[0] for word in sys.argv[1:]}
     parts = [str(name) for name in config if isinstance(config[name], DictConfig)]
     for name in sorted(parts, key=lambda part: part not in typed):
+        alone = [str(key) for key, value in config[name].items() if not isinstance(value, DictConfig)]
+        if alone and "_target_" not in config[name]:
+            # There is no class whose setting it could be.
+            raise UserError(f"{name}.{alone[0]}: no such setting; {suggest(alone[0], [])}")
         _check_nodes(config[name], f"{name}.")
 
 
@@ -103,9 +107,27 @@ def _check_nodes(config: DictConfig, path: str) -> None:
             _check_nodes(config[name], f"{path}{name}.")
     if "_target_" in config:
         given = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
-        target = get_object(name := given.pop("_target_"))
+        name = given.pop("_target_")
+        target = _named(name, path)
         _check_kind(target, name, path)
         _check_settings(target, given, path)
+
+
+def _named(name: Any, path: str) -> Callable[..., Any]:
+    """What a `_target_` names.
+
+    Raises:
+        UserError: if there is no such thing, or it cannot be imported.
+    """
+    try:
+        target = get_object(name)
+    except Exception as error:  # whatever may go wrong in a module of one's own when it is imported
+        cause = error.__cause__ or error
+        reason = " ".join((str(cause) or type(cause).__name__).split())
+        raise UserError(f"{path}_target_={name}: cannot be imported ({reason:.200}); give <module>.<class>") from None
+    if not callable(target):
+        raise UserError(f"{path}_target_={name}: is no class; give one")
+    return cast(Callable[..., Any], target)
 
 
 def _check_kind(target: Callable[..., Any], name: str, path: str) -> None:
