@@ -21,10 +21,10 @@ from omegaconf import DictConfig, OmegaConf
 from rmt_lightning.app.console import start_logging
 from rmt_lightning.app.hydra_errors import front_door
 from rmt_lightning.app.processes import is_first_process
-from rmt_lightning.app.resume import check_folder, composed_again, overrides, run_folder
+from rmt_lightning.app.resume import check_folder, check_place, composed_again, overrides, run_folder
 from rmt_lightning.app.schema import check
 from rmt_lightning.app.sweep import run_job
-from rmt_lightning.app.trust import Trust
+from rmt_lightning.app.trust import Trust, check_trust
 from rmt_lightning.core.run_folder import claimed, locate
 
 
@@ -45,8 +45,11 @@ def main(config: DictConfig) -> float | None:
     folder, first = Path(hydra.runtime.output_dir), is_first_process()
     start_logging(folder / f"{hydra.job.name}.log", first)
     source, checkpoint = locate(config.resume, "resume") if config.resume else (None, None)
+    if first:
+        check_place(folder, source)
     with claimed(folder) if first else nullcontext():
         check(config, Root)
+        check_trust(config.trust)
         if first:
             check_folder(config, folder, source, checkpoint, overrides(hydra))
         # It takes seconds to import; spelling mistakes should not have to wait for it.

@@ -22,7 +22,7 @@ from rmt_lightning import train as front_door
 from rmt_lightning.app.resume import overrides, run_folder, save_config, saved_config
 from rmt_lightning.app.schema import instantiate
 from rmt_lightning.core.quoting import literal, setting
-from rmt_lightning.core.run_folder import claimed
+from rmt_lightning.core.run_folder import claimed, in_the_way
 from rmt_lightning.models.tiny import TinyBert, TinyGPT
 
 UNREAD = "cannot be read; a text with such characters needs quotes: type"
@@ -131,6 +131,13 @@ TABLE = [
     ("--bogus", "unrecognized arguments: --bogus; see --hydra-help"),
     ("hydra.run.dir=run/config.yaml/x", "hydra.run.dir=run/config.yaml/x: Not a directory; choose another folder"),
     (f"hydra.run.dir={'x' * 300}", f"hydra.run.dir={'x' * 300}: File name too long; choose another folder"),
+    # folders in which something would be lost or mixed, and what has no effect
+    ("hydra.run.dir=", "hydra.run.dir=: is empty; name a folder, or leave it out"),
+    ("hydra.run.dir=.", "hydra.run.dir=.: holds bare, which is none of this run's; choose a folder of its own"),
+    ("hydra.run.dir=..", "hydra.run.dir=..: holds "),
+    ("hydra.run.dir=notes", "hydra.run.dir=notes: holds evaluation.csv, which is none of this run's; choose a folder"),
+    ("hydra.sweep.dir=x", "hydra.sweep.dir=x: is for sweeps alone; add --multirun, or leave it out"),
+    ("cache_dir=", "cache_dir=: is empty; give a value, or leave it out"),
     (f"resume={'x' * 300}", f"resume={'x' * 300}: no run there; give a run folder or one of its checkpoints/*.ckpt"),
     # models
     ("backbone=minilm backbone.name=/absent/model", r"backbone.name=/absent/model: no such folder"),
@@ -208,6 +215,7 @@ def here(
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 10)
     (tmp_path / "short.txt").write_text("One sentence. Another one. A third one.")
     (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "evaluation.csv").write_text("mine")
     for name in ("bert", "bare", "greek", "code", "gpt"):
         (tmp_path / name).symlink_to(backbones / name)
     monkeypatch.chdir(tmp_path)
@@ -241,6 +249,14 @@ def test_one_line(
     assert errors.count("\n") == 1, errors
     assert contents(here) == before
     assert not (here / "outputs").exists() or not list((here / "outputs").glob("*/*")), "an empty run folder is left"
+
+
+def test_an_empty_folder_that_one_stands_in(refused: Callable[..., str], tmp_path: Path) -> None:
+    assert refused("seed=-1", "hydra.run.dir=.").startswith("error: seed=-1: ")
+    assert tmp_path.is_dir() and list(tmp_path.iterdir()) == []
+    for name in ("run.sh", "slurm-1.out"):
+        (tmp_path / name).touch()
+    assert in_the_way(tmp_path) is None
 
 
 def test_the_place_of_all_runs_is_a_file(

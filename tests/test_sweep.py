@@ -80,6 +80,52 @@ def test_one_job_fails_and_the_other_is_not_run_twice(train: Run, tmp_path: Path
     assert {path: path.stat().st_mtime_ns for path in (sweep / "memory_size_2").rglob("*")} == kept
 
 
+SHARED = "two jobs would share this folder; give each value once, or 'hydra.sweep.subdir=${hydra:job.num}'"
+DIFFERENT = [
+    ("hydra.sweep.dir=", "hydra.sweep.dir=: is empty; name a folder, or leave it out"),
+    ("hydra.sweep.subdir=", "hydra.sweep.subdir=: is empty; name a folder, or leave it out"),
+    ("hydra.sweep.subdir=a", f"hydra.sweep.subdir=a: {SHARED}"),
+    ("hydra.run.dir=x", "hydra.run.dir=x: is where a single run goes; of a sweep, give hydra.sweep.dir=…"),
+    ("hydra.sweep.dir=run", "hydra.sweep.dir=run: holds a run; choose another folder"),
+    ("seed=3", "seed=1,2 and seed=3: is given twice, of which one would count; leave one of them out"),
+    ("+data.x=1,1 data.batch_size=4", f"hydra.sweep.subdir=seed_1-x_1: {SHARED}"),
+    ("model=glob(*) model=glob(r*)", "model=glob(*) and model=glob(r*): is given twice"),
+    ("data.batch_size=glob(*)", "data.batch_size=glob(*): stands for no value; give some (glob is for the choices of"),
+    ("task=glob(x*)", "task=glob(x*): stands for no value"),
+    ("data.batch_size=range(5,1)", "data.batch_size=range(5,1): stands for no value"),
+    (
+        "optim.lr=interval(1,2)",
+        "optim.lr=interval(1,2): is for a search; give values, such as optim.lr=…,…, or +sweep=",
+    ),
+]
+
+
+@pytest.mark.fault("a sweep does something else than was typed", "refused in one line, no job begins")
+@pytest.mark.parametrize(("typed", "message"), DIFFERENT, ids=[typed for typed, _ in DIFFERENT])
+def test_a_sweep_that_would_not_be_the_one_that_was_typed(
+    typed: str, message: str, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    assert refused("--multirun", "seed=1,2", *typed.split()).startswith(f"error: {message}")
+    assert [path.name for path in tmp_path.rglob("*")] == ["run", "config.yaml"]
+
+
+@WITH_PLUGINS
+def test_a_search_of_nothing(refused: Callable[..., str]) -> None:
+    told = refused("--multirun", "hydra/sweeper=optuna", "seed=3")
+    assert told.startswith(
+        "error: hydra/sweeper: a search has nothing to choose from; give values, such as model.memory"
+    )
+
+
+def test_jobs_that_are_numbered_share_no_folder(refused: Callable[..., str]) -> None:
+    for number in ("hydra:job.num", "hydra.job.num"):
+        words = ("--multirun", "seed=1,1", f"hydra.sweep.subdir=${{{number}}}", "trainer.num_nodes=2")
+        # The next thing that is looked at.
+        assert refused(*words).startswith("error: trainer.num_nodes=2: a job of a sweep runs on one machine")
+
+
 def test_names_need_no_quotes() -> None:
     swept = {"model.memory_size": "2,5,10", "seed": "1,2"}
     folder = _sweep_name("detect", swept, ["model.memory_size=2,5,10", "seed=1,2"])

@@ -16,7 +16,7 @@ import yaml
 from conftest import Run
 from hydra.core.global_hydra import GlobalHydra
 
-from rmt_lightning.app.trust import check_saved
+from rmt_lightning.app.trust import check_saved, check_trust
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.run_folder import findings
 
@@ -248,6 +248,39 @@ def test_a_logger_stays_in_the_run_folder(foreign: Path, refused: Callable[..., 
     (foreign / "overrides.yaml").unlink()
     told = refused("train", "logger=tensorboard", "logger.name=../../mine")
     assert "outside of the run folder; give another logger.name" in told
+
+
+@pytest.mark.fault("trust names a module that is not there", REFUSED)
+@pytest.mark.parametrize(
+    "name", ["absent", "absent.module", "[evil_task,evil_task.Detect]", "os.absent.path", '""', "a b"]
+)
+def test_a_module_that_is_not_there(name: str, foreign: Path, refused: Callable[..., str]) -> None:
+    for door in DOORS if name == "absent.module" else ["evaluate"]:
+        assert refused(door, f"trust={name}").startswith("error: trust=")
+
+
+@pytest.mark.fault("trust names a module that is not there", REFUSED)
+def test_a_new_run_that_trusts_a_module_that_is_not_there(
+    foreign: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(DOORS, "train", ["trust=absent.module"])
+    for words in (["hydra.run.dir=run/x"], ["--multirun", "seed=1,2"]):
+        assert refused("train", *words) == (
+            "error: trust=absent.module: there is no module absent.module; give one as Python imports it, and start "
+            "the command where it is\n"
+        )
+
+
+def test_a_module_is_found_without_importing_what_it_is_part_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "whole" / "inner").mkdir(parents=True)
+    (tmp_path / "whole" / "__init__.py").write_text("raise SystemExit('executed')")
+    (tmp_path / "whole" / "inner" / "part.py").touch()
+    check_trust(["whole", "whole.inner", "whole.inner.part", "__main__", "torch.nn"])
+    with pytest.raises(UserError, match=r"there is no module whole\.inner\.other; give"):
+        check_trust("whole.inner.other")
 
 
 @pytest.mark.parametrize("target", ["torch.load", "subprocess.Popen", "os.system", "numpy.DataSource", "exec"])

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -135,9 +135,34 @@ def _expand(config: DictConfig) -> None:
             config[key] = literal(os.path.expanduser(node))
 
 
+def check_places(settings: Any) -> None:
+    """Raise UserError if Hydra's own settings, those of this command, name no folder or have no effect."""
+    swept, door = settings.mode == RunMode.MULTIRUN, settings.job.config_name
+    words: Any = OmegaConf.to_container(settings.overrides.hydra, resolve=False)
+    for word in words:
+        key = word.partition("=")[0].lstrip("+~")
+        if key == "hydra.run.dir" and swept:
+            raise UserError(f"{word}: is where a single run goes; of a sweep, give hydra.sweep.dir=…")
+        if key == "hydra.run.dir" and door != "train":
+            raise UserError(f"{word}: nothing is written there; --help shows what says where results go")
+        if re.match(r"hydra[./](sweep|sweeper|launcher)\b", key) and not swept:
+            raise UserError(f"{word}: is for sweeps alone; add --multirun, or leave it out")
+    for key in ("sweep.dir", "sweep.subdir") if swept else ("run.dir",):
+        group, _, name = key.partition(".")
+        if not OmegaConf.is_interpolation(settings[group], name) and not settings[group][name]:
+            raise UserError(f"hydra.{key}=: is empty; name a folder, or leave it out")
+
+
 def _keep_places() -> None:
     """Set the paths that Hydra has put into its own config as they are, so that no ${…} in them is looked up."""
     settings: Any = HydraConfig.get()
+    try:
+        check_places(settings)
+    except UserError:
+        with suppress(OSError):
+            # Made by Hydra, unless something is in it.
+            os.rmdir(settings.run.dir)
+        raise
     folder = settings.run.dir
     if settings.mode == RunMode.MULTIRUN:
         folder = os.path.join(settings.sweep.dir, settings.sweep.subdir)

@@ -29,7 +29,7 @@ from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import write_atomically
 from rmt_lightning.core.names import public_name
 from rmt_lightning.core.quoting import for_shell, literal, literals, quoted, setting, shown, to_type
-from rmt_lightning.core.run_folder import CHECKPOINTS, CONFIG, LAST, TEXT, TYPED, locate
+from rmt_lightning.core.run_folder import CHECKPOINTS, CONFIG, LAST, TEXT, TYPED, in_the_way, locate
 
 log = logging.getLogger(__name__)
 
@@ -335,6 +335,18 @@ def flat(config: DictConfig, above: str = "") -> Iterator[tuple[str, Any]]:
             yield from flat(value, f"{key}.")
         else:
             yield key, OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def check_place(folder: Path, source: Path | None) -> None:
+    """Whether nothing would be lost or mixed in a folder, in which a run goes on if there is one.
+
+    Raises:
+        UserError: naming what is in the way.
+    """
+    if source != folder.resolve() and not (folder / CONFIG).exists() and (found := in_the_way(folder)):
+        raise UserError(
+            f"hydra.run.dir={shown(folder)}: holds {found}, which is none of this run's; choose a folder of its own"
+        )
 
 
 def check_folder(

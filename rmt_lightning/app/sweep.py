@@ -29,16 +29,16 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
-from rmt_lightning.app.hydra_errors import told_in_one_line
+from rmt_lightning.app.hydra_errors import check_places, told_in_one_line
 from rmt_lightning.app.processes import RANK
 from rmt_lightning.app.resume import DamagedConfig, overrides, presets, save_config, saved_config
-from rmt_lightning.app.trust import foreign_modules
+from rmt_lightning.app.trust import check_trust, foreign_modules
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import own_file, write_atomically
 from rmt_lightning.core.quoting import setting
-from rmt_lightning.core.run_folder import JOB
+from rmt_lightning.core.run_folder import CONFIG, JOB
 
 # While this file is in a sweep folder, running jobs save and stop, and no other begins: all processes of a sweep, on
 # whatever machine a launcher has put them, see the same folder.
@@ -60,8 +60,13 @@ class Sweep(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         # Hydra turns an exception of a callback into a warning, but lets it exit.
         with told_in_one_line("train"):
-            for job in (config, *_jobs(config)):
+            check_places(config.hydra)
+            check_trust(config.trust)
+            _check_search(config)
+            jobs = [config, *_jobs(config)]
+            for job in jobs:
                 _refuse_what_goes_wrong(job)
+            _check_folders(config, jobs[1:])
             # Resolved here, for a job's config does not know the sweep's command line; Hydra hands the result on to it.
             self.folder = Path(config.hydra.sweep.dir)
             (self.folder / STOP).unlink(missing_ok=True)
@@ -233,12 +238,56 @@ def _refuse_what_goes_wrong(config: DictConfig) -> None:
         )
 
 
+def _check_search(config: DictConfig) -> None:
+    """Raise UserError if what was typed to be swept, or searched, would not be."""
+    loader = GlobalHydra.instance().config_loader()
+    typed = OverridesParser.create(config_loader=loader).parse_overrides(overrides(config.hydra))
+    keys = [word.get_key_element().lstrip("+") for word in typed]
+    for word, key in zip(typed, keys, strict=True):
+        if not word.is_sweep_override():
+            continue
+        if keys.count(key) > 1:
+            both = " and ".join(str(other.input_line) for other, name in zip(typed, keys, strict=True) if name == key)
+            raise UserError(f"{both}: is given twice, of which one would count; leave one of them out")
+        if not word.is_discrete_sweep():
+            if _is_grid(config):
+                raise UserError(f"{word.input_line}: is for a search; give values, such as {key}=…,…, or +sweep=search")
+        elif not list(word.sweep_string_iterator()):
+            raise UserError(f"{word.input_line}: stands for no value; give some (glob is for the choices of a group)")
+    if not _is_grid(config) and not config.hydra.callbacks.sweep.swept:
+        raise UserError(
+            "hydra/sweeper: a search has nothing to choose from; give values, such as model.memory_size=2,5"
+        )
+
+
+def _check_folders(config: DictConfig, jobs: Sequence[DictConfig]) -> None:
+    """Raise UserError if jobs would share a folder, or the sweep one with a run."""
+    folder = Path(config.hydra.sweep.dir)
+    if (folder / CONFIG).exists():
+        raise UserError(f"hydra.sweep.dir={folder}: holds a run; choose another folder")
+    names = []
+    for number, job in enumerate(jobs):
+        with open_dict(job):
+            job.hydra.job.num, job.hydra.job.id = number, str(number)
+        HydraConfig.instance().set_config(job)
+        names.append(job.hydra.sweep.subdir)
+        if names.index(names[-1]) < number:
+            raise UserError(
+                f"hydra.sweep.subdir={names[-1]}: two jobs would share this folder; give each value once, or "
+                "'hydra.sweep.subdir=${hydra:job.num}'"
+            )
+
+
+def _is_grid(config: DictConfig) -> bool:
+    return str(config.hydra.sweeper._target_).endswith("BasicSweeper")
+
+
 def _jobs(config: DictConfig) -> Iterator[DictConfig]:
     """The jobs of a grid, so that what is wrong with one is told before anything is written.
 
     The jobs of a search are not known beforehand.
     """
-    if config.hydra.sweeper._target_.endswith("BasicSweeper"):
+    if _is_grid(config):
         loader = GlobalHydra.instance().config_loader()
         params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
         words = OverridesParser.create(config_loader=loader).parse_overrides([*params, *config.hydra.overrides.task])

@@ -7,23 +7,25 @@ the Python program around this package has imported itself.
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.machinery import PathFinder
 from importlib.metadata import packages_distributions
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import ListConfig, OmegaConf
 
 import rmt_lightning
 from rmt_lightning.app.schema import CONF
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.names import public_name
+from rmt_lightning.core.quoting import quoted
 
 Trust = str | list[str] | None
 
@@ -32,15 +34,42 @@ _LOOKUP = re.compile(r"(?<!\\)(?:\\\\)*\$\{.*:", flags=re.DOTALL)
 
 
 def given_trust(words: Sequence[str]) -> Trust:
-    """What the last of some words, trust=…, says.
+    """What the last of some words, trust=…, says; raises as `check_trust`."""
+    given: Any = OverridesParser.create().parse_override(words[-1]).value() if words else None
+    check_trust(given)
+    return cast(Trust, given)
+
+
+def check_trust(given: Any) -> None:
+    """Whether a setting `trust` names modules that are there; none of them is imported.
 
     Raises:
-        UserError: if that is no name.
+        UserError: if it does not.
     """
-    given: Any = OverridesParser.create().parse_override(words[-1]).value() if words else None
-    if not (given is None or isinstance(given, str) or (isinstance(given, list) and set(map(type, given)) <= {str})):
-        raise UserError(f"{words[-1]}: give the name of a module, or a list of some")
-    return given
+    names = list(given) if isinstance(given, list | ListConfig) else [] if given is None else [given]
+    for name in names:
+        if not isinstance(name, str):
+            raise UserError(f"trust={given}: give the name of a module, or a list of some")
+        if not _is_there(name):
+            raise UserError(
+                f"trust={given}: there is no module {name or quoted(name)}; give one as Python imports it, and start "
+                "the command where it is"
+            )
+
+
+def _is_there(module: str) -> bool:
+    """Whether a module can be found, without importing those that it is part of."""
+    if module in sys.modules:
+        return True
+    top, *inner = module.split(".")
+    try:
+        found = importlib.util.find_spec(top)
+        for name in inner:
+            within = found.submodule_search_locations if found else None
+            found = PathFinder.find_spec(name, within) if within else None
+    except (ImportError, ValueError):
+        return False
+    return found is not None
 
 
 def check_saved(content: Any, place: Path, trust: Trust) -> None:
@@ -54,6 +83,7 @@ def check_saved(content: Any, place: Path, trust: Trust) -> None:
     Raises:
         UserError: naming what it may not name, before anything is imported but modules that are trusted.
     """
+    check_trust(trust)
     try:
         leaves = list(_leaves(content))
     except RecursionError:

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import platform
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +35,8 @@ JOB = "job.json"
 TEXT = "text.json"
 TOKENIZER = "tokenizer"
 BACKBONE = "backbone"
+# What else a run has written when it ends.
+_RESULTS = ("curriculum.png", "perplexity.png", "documents.csv")
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,17 @@ def locate_checkpoint(path: str) -> tuple[Path, Path]:
     if checkpoint is None:
         raise UserError(f"checkpoint={path}: the run has not written a checkpoint yet; train it first")
     return run, checkpoint
+
+
+def in_the_way(folder: Path) -> str | None:
+    """What stands in a folder and would be lost in a run that begins there, or mixed with it; None if nothing does."""
+    written = (TYPED, METRICS, PHASES, STAGES, HOLD, EVALUATION, HARDWARE, TEXT, TOKENIZER, BACKBONE, *_RESULTS)
+    if found := next((name for name in written if os.path.lexists(folder / name)), None):
+        return found
+    # Where somebody works, a run belongs in a folder of its own; scripts, notes and logs may stand beside it.
+    at_work = Path.cwd().is_relative_to(folder.resolve())
+    others = (path.name for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != ".")
+    return next((name for name in others if name != CHECKPOINTS), None) if at_work else None
 
 
 @contextmanager
@@ -113,7 +125,10 @@ def claimed(folder: Path) -> Iterator[None]:
             file.truncate(0)
             if fresh and folder.is_dir() and all(path == lock or path.suffix == ".log" for path in folder.iterdir()):
                 # Nothing has come of it.
-                shutil.rmtree(folder)
+                for path in folder.iterdir():
+                    path.unlink()
+                if folder.resolve() != Path.cwd():
+                    folder.rmdir()
 
 
 def refuse_ways_out(run: Path, part: str = "") -> None:
