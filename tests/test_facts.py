@@ -377,7 +377,7 @@ def test_damaged_babi_files(tmp_path: Path, story: str, line: int, why: str) -> 
     [
         (b"", "is empty"),
         (b"\xef\xbb\xbf\n \n", "is empty"),
-        ("".join(STORIES).replace("office", "b\xfcro").encode("latin1"), "line 10 is not UTF-8 text"),
+        ("".join(STORIES).replace("office", "b\xfcro").encode("latin1"), "line 10 is not UTF-8; save it as UTF-8"),
         (STORIES[0].encode(), "holds 1 bAbI stories; at least 10 are needed to hold some back; give more, or task.val"),
         (b"2 Mary left.\n3 Where is Mary?\tout\t2\n", "line 1 has the number 2; a story begins with 1"),
     ],

@@ -94,6 +94,10 @@ def test_rows(tmp_path: Path) -> None:
     assert read(tmp_path / "*.parquet") == ["One.", "Zwei."]
 
 
+TXT, JSONL = (rf"noise\.path=HERE: is not \.{kind} text \(line " for kind in ("txt", "jsonl"))
+OTHER = r" is not UTF-8; save it as UTF-8, if it is text\)$"
+
+
 def _parquet(path: Path, values: list[Any], name: str = "text") -> None:
     parquet.write_table(pyarrow.table({name: pyarrow.array(values)}), path)
 
@@ -118,11 +122,17 @@ def _truncated(path: Path) -> None:
         ("blank.jsonl", b"\n\n", r"noise\.path=HERE: is empty"),
         ("nothing.jsonl", b'{"text": null}\n{"text": ""}', r"noise\.path=HERE: is empty"),
         ("nothing.parquet", lambda path: _parquet(path, [None, ""]), r"noise\.path=HERE: is empty"),
-        ("picture.txt", b"\x89PNG\r\n\x1a\n\x00\xff\xfe" * 9, r"noise\.path=HERE: is not \.txt text \('utf-8'"),
-        ("utf16.txt", "Hello.".encode("utf-16"), r"noise\.path=HERE: is not \.txt text"),
-        ("latin.txt", "Grün.".encode("latin-1"), r"noise\.path=HERE: is not \.txt text"),
-        ("latin.jsonl", '{"text": "Grün."}'.encode("latin-1"), r"noise\.path=HERE: is not \.jsonl text"),
-        ("zeros.txt", b"\0" * 900, r"noise\.path=HERE: holds '\\x00': binary data, not text"),
+        ("picture.txt", b"\x89PNG\r\n\x1a\n\x00\xff\xfe" * 9, rf"{TXT}1{OTHER}"),
+        ("utf16.txt", "Hello.".encode("utf-16"), rf"{TXT}1{OTHER}"),
+        ("utf16le.txt", "Grün.\nHello.".encode("utf-16-le"), rf"{TXT}1{OTHER}"),
+        ("utf32.txt", "Hello.".encode("utf-32"), rf"{TXT}1{OTHER}"),
+        ("latin.txt", "Hello.\r\n\r\nGrün.\nGrün.".encode("latin-1"), rf"{TXT}3{OTHER}"),
+        ("end.txt", "Hello.\nGrün".encode()[:-2], rf"{TXT}2{OTHER}"),
+        ("latin.jsonl", '{"text": "Blue."}\n{"text": "Grün."}'.encode("latin-1"), rf"{JSONL}2{OTHER}"),
+        ("array_latin.jsonl", '[{"text": "A."},\n\n{"text": "Grün."}]'.encode("cp1252"), rf"{JSONL}3{OTHER}"),
+        ("utf16.jsonl", '{"text": "A."}\n'.encode("utf-16"), rf"{JSONL}1{OTHER}"),
+        ("utf16be.jsonl", '{"text": "A."}\n'.encode("utf-16-be"), rf"{JSONL}1{OTHER}"),
+        ("zeros.txt", b"A.\n" + b"\0" * 900, rf"{TXT}2{OTHER}"),
         ("zero.jsonl", b'{"text": "A."}\n{"text": "A\\u0000"}', r"noise\.path=HERE: line 2 holds '\\x00'"),
         ("half.jsonl", b'{"text": "\\ud83d"}', r"noise\.path=HERE: line 1 holds '\\ud83d'"),
         ("broken.jsonl", b"{not json", r"noise\.path=HERE: is not \.jsonl text \(line 1: Expecting"),

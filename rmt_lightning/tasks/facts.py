@@ -469,7 +469,7 @@ def _read(key: str, given: str | list[str]) -> Iterator[Story]:
             lines = content.decode().replace("\r\n", "\n").replace("\r", "\n").split("\n")
         except UnicodeDecodeError as error:
             line = content.count(b"\n", 0, error.start) + 1
-            raise UserError(f"{key}={file}: line {line} is not UTF-8 text; give a qa*.txt file") from None
+            raise UserError(f"{key}={file}: line {line} is not UTF-8; save it as UTF-8") from None
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or error
             raise UserError(f"{key}={file}: cannot be read as a bAbI file ({why}); give a qa*.txt file") from None

@@ -5,6 +5,7 @@ They are read here and not by a library that keeps copies, takes names for patte
 
 from __future__ import annotations
 
+import codecs
 import glob
 import json
 import logging
@@ -145,23 +146,42 @@ class TextFiles:
 
 
 def _txt(file: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    yield "", {field: file.read_text(encoding="utf-8-sig")}
+    yield "", {field: _decoded(file.read_bytes())}
 
 
 def _jsonl(file: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    with file.open(encoding="utf-8-sig", newline="\n") as lines:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
+            # An array may hold the rows, over several lines.
+            whole = number == 1 and line.removeprefix(codecs.BOM_UTF8).startswith(b"[")
+            text = _decoded(line + lines.read() if whole else line, number)
+            if not text.strip():
                 continue
             try:
-                # An array may hold the rows, over several lines.
-                content = json.loads(line + lines.read() if number == 1 and line[0] == "[" else line)
+                content = json.loads(text)
             except json.JSONDecodeError as error:
                 raise ValueError(f"line {number + error.lineno - 1}: {error.msg}") from None
             for row in content if isinstance(content, list) else [content]:
                 if not isinstance(row, dict):
                     raise ValueError(f"line {number}: holds {type(row).__name__}, and no object")
                 yield f"line {number}", row
+
+
+def _decoded(content: bytes, first: int = 1) -> str:
+    """What stands from line `first` of a file on.
+
+    Raises:
+        ValueError: naming the first line that is no UTF-8. In UTF-16 each letter of English has a zero.
+    """
+    try:
+        text = content.decode("utf-8-sig")
+        place = text.find("\0")
+    except UnicodeDecodeError as error:
+        text, place = content[: error.start].decode(errors="replace"), error.start
+    if place >= 0:
+        line = first + text.count("\n", 0, place)
+        raise ValueError(f"line {line} is not UTF-8; save it as UTF-8, if it is text")
+    return text
 
 
 def _parquet(file: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
