@@ -9,6 +9,7 @@ stages-<task>-<key>/ holds them side by side.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -17,7 +18,7 @@ from omegaconf import DictConfig
 
 from rmt_lightning.app.hydra_errors import front_door
 from rmt_lightning.app.resume import trained_config
-from rmt_lightning.app.schema import check
+from rmt_lightning.app.schema import check, is_typed
 from rmt_lightning.app.trust import Trust
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.run_folder import locate_checkpoint
@@ -49,6 +50,11 @@ def main(config: DictConfig) -> None:
             f"every={config.every}: asks nothing in follow={config.follow} segments; give less, or follow=0"
         )
     run, checkpoint = locate_checkpoint(config.checkpoint)
+    if config.stages:
+        if os.path.isfile(config.checkpoint):
+            raise UserError(f"checkpoint={config.checkpoint}: with stages=true all are tested; give the run folder")
+        if name := next((name for name in ("follow", "every") if is_typed(name) and config.follow), None):
+            raise UserError(f"{name}={config[name]}: with stages=true memories are not followed; leave one of them out")
     # Takes seconds to import; --help and spelling mistakes should not have to wait for it.
     from rmt_lightning.app.evaluation import evaluate, evaluate_stages
 

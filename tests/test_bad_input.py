@@ -137,6 +137,9 @@ TABLE = [
     ("hydra.run.dir=..", "hydra.run.dir=..: holds "),
     ("hydra.run.dir=notes", "hydra.run.dir=notes: holds evaluation.csv, which is none of this run's; choose a folder"),
     ("hydra.sweep.dir=x", "hydra.sweep.dir=x: is for sweeps alone; add --multirun, or leave it out"),
+    ("hydra.job.chdir=true", "hydra.job.chdir=true: all paths are seen from where the command"),
+    ("+trainer.accumulate_grad_batches=4", "trainer.accumulate_grad_batches=4: a validation ends each step,"),
+    ("noise=files noise.path=short.txt noise.field=x", "noise.field=x: is for rows of jsonl and parquet, and"),
     ("cache_dir=", "cache_dir=: is empty; give a value, or leave it out"),
     (f"resume={'x' * 300}", f"resume={'x' * 300}: no run there; give a run folder or one of its checkpoints/*.ckpt"),
     # models

@@ -360,10 +360,36 @@ def test_another_number_of_memories_is_another_result(
     assert [row["streams"] for row in rows(only(here) / "retention.csv")] == ["10", "10", "3", "3"]
 
 
-def test_following_without_asking_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("follow=5 every=6", "every=6: asks nothing in follow=5 segments; give less, or follow=0"),
+        ("follow=16 stages=true", "follow=16: with stages=true memories are not followed; leave one of them out"),
+        (
+            "stages=true checkpoint=run/checkpoints/stage-1.ckpt",
+            "checkpoint=run/checkpoints/stage-1.ckpt: with stages=tr",
+        ),
+        ("hydra.run.dir=x", "hydra.run.dir=x: nothing is written there; --help shows what says where results go"),
+        ("output=", "output=: is empty; give a value, or leave it out"),
+    ],
+)
+def test_what_would_have_no_effect(
+    typed: str, message: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stopped:
-        evaluate(monkeypatch, "segments=[1]", "follow=5", "every=6")
-    assert stopped.value.code == 2
+        evaluate(monkeypatch, "segments=[1]", *typed.split())
+    told = capsys.readouterr().err
+    assert stopped.value.code == 2 and told.startswith(f"error: {message}") and told.count("\n") == 1
+    assert {path.name for path in here.iterdir()} == {"run"}
+
+
+def test_what_cannot_be_followed(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("rmt_lightning.models.segment_model.SegmentModel.max_segments", 9)
+    with pytest.raises(SystemExit):
+        evaluate(monkeypatch, "segments=[1]", "follow=16")
+    assert "follow=16: only memories that a head can ask are followed, not those of answer=" in capsys.readouterr().err
 
 
 def test_all_stages_side_by_side(

@@ -343,3 +343,15 @@ def test_real_articles(shared_data: Path, train_here: Callable[..., str], tmp_pa
     assert train_here(*settings, *files, "curriculum.steps=20", "hydra.run.dir=run") == ""
     (evaluation,) = rows(tmp_path / "run" / "evaluation.csv")
     assert 2 < float(evaluation["perplexity"]) < 500
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("answer=generate", "answer: running text asks nothing; leave out answer=…"),
+        ("answer.all_questions=true", "answer: running text asks nothing; leave out answer=…"),
+        ("optim.lr=[1e-3,1e-4]", "optim.lr=[0.001, 0.0001]: running text has one stage, not 2; give one number"),
+    ],
+)
+def test_what_running_text_would_not_obey(typed: str, message: str, refused: Callable[..., str]) -> None:
+    assert refused("task=language_modeling", typed) == f"error: {message}\n"

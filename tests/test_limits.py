@@ -214,6 +214,10 @@ MACHINE: list[tuple[dict[str, Any], str]] = [
     ({"num_nodes": 2}, "trainer.num_nodes=2: nothing starts the other machines; use srun or torchrun, or set MASTER_"),
     ({"precision": "16-mixed"}, "trainer.precision=16-mixed: is for GPUs alone; give bf16-mixed or 32-true"),
     ({"precision": 16}, "trainer.precision=16: is for GPUs alone"),
+    (
+        {"gradient_clip_algorithm": "value"},
+        "trainer.gradient_clip_algorithm=value: clips nothing without trainer.gradie",
+    ),
     ({"max_time": "soon"}, "trainer.max_time=soon: is no time; give days:hours:minutes:seconds, such as 00:08:00:00"),
     ({"max_time": "08:00"}, "trainer.max_time=08:00: is no time"),
     ({"max_time": "00:00:00:-1"}, "trainer.max_time=00:00:00:-1: is no time"),

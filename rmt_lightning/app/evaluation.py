@@ -22,7 +22,7 @@ from rmt_lightning.app.build import find_device, load, testable
 from rmt_lightning.app.console import start_logging, take_over_lightning
 from rmt_lightning.app.results import length_table, tell_folder, tell_limit
 from rmt_lightning.app.resume import other_text, provenance
-from rmt_lightning.app.schema import instantiate
+from rmt_lightning.app.schema import instantiate, is_typed
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import write_atomically, write_csv
 from rmt_lightning.core.quoting import shown
@@ -97,6 +97,11 @@ def evaluate(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: 
     # Only a head can be asked on the way, and a model that keeps the whole text has nothing to lose.
     classifier = module if isinstance(module, FactClassifier) else None
     follows = config.follow > 0 and classifier is not None and classifier.model.max_segments is None
+    if config.follow > 0 and not follows and is_typed("follow"):
+        raise UserError(
+            f"follow={config.follow}: only memories that a head can ask are followed, not those of answer=generate or "
+            "of a model that keeps the whole text; leave it out"
+        )
     if follows and classifier and followed not in found.retention:
         row = _follow(classifier, placement, config, streams, device)
         if row:

@@ -138,6 +138,8 @@ def _expand(config: DictConfig) -> None:
 def check_places(settings: Any) -> None:
     """Raise UserError if Hydra's own settings, those of this command, name no folder or have no effect."""
     swept, door = settings.mode == RunMode.MULTIRUN, settings.job.config_name
+    if settings.job.chdir:
+        raise UserError("hydra.job.chdir=true: all paths are seen from where the command is started; leave it out")
     words: Any = OmegaConf.to_container(settings.overrides.hydra, resolve=False)
     for word in words:
         key = word.partition("=")[0].lstrip("+~")
@@ -159,9 +161,10 @@ def _keep_places() -> None:
     try:
         check_places(settings)
     except UserError:
-        with suppress(OSError):
-            # Made by Hydra, unless something is in it.
-            os.rmdir(settings.run.dir)
+        if settings.runtime.output_dir != settings.runtime.cwd:
+            with suppress(OSError):
+                # Made by Hydra, unless something is in it.
+                os.rmdir(settings.runtime.output_dir)
         raise
     folder = settings.run.dir
     if settings.mode == RunMode.MULTIRUN:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 
 import lightning as L
 from hydra.utils import get_object
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 from rich import get_console
 from rich.progress import track
 from rich.table import Table
@@ -147,6 +147,7 @@ class TextRecipe(Recipe):
     module: LanguageModeler
 
     def __init__(self, config: DictConfig, run: Path | None, trained: bool) -> None:
+        _check_unused(config)
         self.phases = build_phases(config)
         base = build_foundation(config, run, trained)
         self.corpora = base.corpora
@@ -194,6 +195,16 @@ def build_recipe(config: DictConfig, run: Path | None = None, trained: bool = Fa
     built = recipe(config, run, trained)
     check_room("model: its state takes", state_size(built.model), "make it smaller")
     return built
+
+
+def _check_unused(config: DictConfig) -> None:
+    """Refuse what training on running text would not obey: it asks nothing, and has no stages."""
+    if config.answer._target_ != "rmt_lightning.FactClassifier" or config.answer.get("all_questions"):
+        raise UserError("answer: running text asks nothing; leave out answer=…")
+    for name in ("lr", "steps"):
+        values = config.optim.get(name)
+        if isinstance(values, ListConfig) and len(values) > 1:
+            raise UserError(f"optim.{name}={values}: running text has one stage, not {len(values)}; give one number")
 
 
 def _is_kind(found: Any, kind: type) -> bool:

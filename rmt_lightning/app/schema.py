@@ -76,14 +76,18 @@ def check(config: DictConfig, root: type) -> None:
     given = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     _check_settings(root, {str(name): value for name, value in given.items() if not isinstance(value, dict)}, "")
     # Mistakes are where something was typed, and need not wait for what the classes of other parts import.
-    typed = {re.split(r"[.@=/]", word.lstrip("+~"))[0] for word in sys.argv[1:]}
     parts = [str(name) for name in config if isinstance(config[name], DictConfig)]
-    for name in sorted(parts, key=lambda part: part not in typed):
+    for name in sorted(parts, key=lambda part: not is_typed(part)):
         alone = [str(key) for key, value in config[name].items() if not isinstance(value, DictConfig)]
         if alone and "_target_" not in config[name]:
             # There is no class whose setting it could be.
             raise UserError(f"{name}.{alone[0]}: no such setting; {suggest(alone[0], [])}")
         _check_nodes(config[name], f"{name}.")
+
+
+def is_typed(name: str) -> bool:
+    """Whether a setting, or one of a group, stands on the command line."""
+    return any(re.split(r"[.@=/]", word.lstrip("+~"))[0] == name for word in sys.argv[1:])
 
 
 def check_parts(config: DictConfig, names: Iterable[str]) -> None:

@@ -84,6 +84,12 @@ def _train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pa
     phases = recipe.phases
     phases.prepare(recipe.module, recipe.data)
     check_memory(recipe)
+    accumulated, epoch = config.trainer.get("accumulate_grad_batches", 1), recipe.data.steps_per_epoch
+    if accumulated > epoch:
+        raise UserError(
+            f"trainer.accumulate_grad_batches={accumulated}: a validation ends each step, and comes after "
+            f"data.steps_per_epoch={epoch} batches; give no more, or raise that"
+        )
     if saved and checkpoint:
         check_fits(recipe.module, saved["state_dict"], checkpoint)
         phases.load(saved)

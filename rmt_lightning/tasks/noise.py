@@ -128,6 +128,10 @@ class Files:
         self.field = field
         self._files = TextFiles("noise.path", path)
         self._held_out = TextFiles("noise.validation_path", validation_path) if validation_path else None
+        if field != "text" and not self._files.have_rows and not (self._held_out and self._held_out.have_rows):
+            raise UserError(
+                f"noise.field={field}: is for rows of jsonl and parquet, and a txt file has none; leave it out"
+            )
 
     def documents(self, split: Split) -> Iterator[list[str]]:
         yield from self._documents[split]

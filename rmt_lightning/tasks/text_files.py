@@ -52,6 +52,11 @@ class TextFiles:
         if others := [name for name in names if _kind(name) not in _READERS]:
             log.info("%s: leaves out what is no %s file (%d, such as %s)", self.setting, _KINDS, len(others), others[0])
 
+    @property
+    def have_rows(self) -> bool:
+        """Whether they hold rows of columns, one of which is the text."""
+        return _kind(self.files[0]) != ".txt"
+
     def digests(self) -> list[bytes]:
         """What names the content of each file, at about a second for 2 GB.
 

@@ -88,6 +88,10 @@ class RunTrainer(L.Trainer):
         on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
         if not on_gpu and accelerator != "mps":
             _check_cpu(accelerator, devices, precision)
+        if gradient_clip_algorithm == "value" and not gradient_clip_val:
+            raise UserError(
+                "trainer.gradient_clip_algorithm=value: clips nothing without trainer.gradient_clip_val; give it"
+            )
         try:
             super().__init__(
                 accelerator=accelerator,
