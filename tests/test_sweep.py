@@ -55,9 +55,11 @@ def only(folder: Path) -> Path:
 @pytest.mark.fault("a sweep has a budget inside an epoch, and one of its jobs fails", "the other one has a result")
 def test_one_job_fails_and_the_other_is_not_run_twice(train: Run, tmp_path: Path) -> None:
     # A budget that ends inside an epoch, and between two rows of metrics.csv.
-    first = train("model.memory_size=2,99", "trainer.max_steps=4", "--multirun")
+    first = train("model.memory_size=2,99", "trainer.max_steps=4", "cache_dir=mine", "--multirun")
     assert first.returncode == 1, first.stderr
     assert first.stderr == ""
+    # What says where things are on this machine goes on to the jobs.
+    assert (tmp_path / "mine" / "noise").is_dir()
     sweep = only(tmp_path)
     assert sweep.parent.name == "detect" and sweep.name.startswith("memory_size_2_99-")
     good, bad = rows(sweep / "sweep.csv")

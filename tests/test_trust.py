@@ -16,6 +16,7 @@ import yaml
 from conftest import Run
 from hydra.core.global_hydra import GlobalHydra
 
+from rmt_lightning.app.resume import composed_again
 from rmt_lightning.app.trust import check_saved, check_trust
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.run_folder import findings
@@ -137,12 +138,21 @@ def test_words_from_elsewhere(word: str, foreign: Path, refused: Callable[..., s
         assert "must be greater than or equal to 10" in refused("train", "noise.documents=5")
 
 
+@pytest.mark.fault("overrides.yaml of a run says where the cache is", "it is where this machine and its user say")
+def test_a_cache_from_elsewhere(foreign: Path) -> None:
+    for word in ("cache_dir=elsewhere", "++cache_dir=elsewhere", "cache_dir='elsewhere'"):
+        (foreign / "overrides.yaml").write_text(yaml.safe_dump([word, "seed=3"]))
+        assert composed_again(["resume=run"]) == ["seed=3", "resume=run"]
+        assert composed_again(["resume=run", "cache_dir=mine"])[-2:] == ["resume=run", "cache_dir=mine"]
+
+
 CHOICES = {
     "task/evil.yaml": "_target_: evil_task.Detect",
     "noise/prose2.yaml": "_target_: rmt_lightning.Prose\ndocuments: ${oc.env:SECRET}",
     "experiment/x.yaml": "# @package _global_\nhydra:\n  job: {chdir: true}",
     "experiment/y.yaml": "# @package hydra.job\nchdir: true",
     "hydra/job_logging/z.yaml": "disable_existing_loggers: true",
+    "experiment/cache.yaml": "# @package _global_\ncache_dir: elsewhere",
     "noise/broken.yaml": "a: [",
     "noise/cycle.yaml": "a: &a [*a]",
 }

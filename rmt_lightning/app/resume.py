@@ -234,8 +234,8 @@ def _is_another_kind(word: str, then: Mapping[str, str]) -> bool:
 
 
 def _kept(typed: Iterable[str]) -> list[str]:
-    """What belongs to a run, wherever it goes on."""
-    return [word for word in typed if _key(word) not in ("resume", "sweep", "trust")]
+    """What belongs to a run, wherever and by whomever it goes on; not where a cache is on this machine."""
+    return [word for word in typed if _key(word) not in ("resume", "sweep", "trust", "cache_dir")]
 
 
 def _text(words: Sequence[str]) -> str | None:

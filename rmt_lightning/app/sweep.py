@@ -133,7 +133,8 @@ def run_job(config: DictConfig) -> float:
     print(f"{folder.name}: started", flush=True)
     began = time.monotonic()
     choices = presets(hydra)
-    options = [f"trust=[{','.join(trust)}]", *([f"--config-dir={choices}"] if choices else [])]
+    options = [f"trust=[{','.join(trust)}]", setting("cache_dir", config.cache_dir)]
+    options += [f"--config-dir={choices}"] if choices else []
     code, reason = _train(folder, sweep / STOP, options)
     job = read_job(folder)
     stopped = code != 0 and (sweep / STOP).exists()

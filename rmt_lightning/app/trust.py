@@ -141,8 +141,8 @@ def _check_choices(folder: Path, place: Path, trust: Trust) -> None:
         except (OSError, ValueError, yaml.YAMLError, RecursionError):
             raise UserError(f"{place}: {path}: cannot be read; {again}") from None
         # In a header, a key, a default or the path.
-        if re.search(r"\bhydra\b", f"{path.relative_to(folder)}\n{text}"):
-            raise UserError(f"{place}: {path}: a saved run may not set what belongs to Hydra; {again}")
+        if found := re.search(r"\b(hydra|cache_dir)\b", f"{path.relative_to(folder)}\n{text}"):
+            raise UserError(f"{place}: {path}: a saved run may not set {found[1]}; {again}")
         check_saved({path.relative_to(folder).parts[0]: content}, path, trust)
 
 
