@@ -218,11 +218,16 @@ def test_links_are_not_written_through(finished_run: Path, train: Run, tmp_path:
         place.symlink_to(victim)
     os.link(tmp_path / "victims" / "0", tmp_path / "real" / "overrides.yaml.partial")
     (tmp_path / "real" / "stages.csv.partial").symlink_to(tmp_path / "victims" / "absent")
+    # TensorBoard would write through it.
+    (tmp_path / "real" / "tensorboard" / "version_0").mkdir(parents=True)
+    (tmp_path / "real" / "tensorboard" / "version_0" / "hparams.yaml").symlink_to(tmp_path / "victims" / "absent.yaml")
     # The folder itself may be one.
     (tmp_path / "run").symlink_to("real")
     before = {path: path.read_bytes() for path in (tmp_path / "victims").iterdir()}
-    result = train("resume=run", "curriculum.max_segments=4", small=False)
+    logger = ("logger=tensorboard", "+logger.version=0")
+    result = train("resume=run", "curriculum.max_segments=4", *logger, small=False)
     assert result.returncode == 0, result.stderr
+    assert (tmp_path / "real" / "tensorboard" / "version_0" / "hparams.yaml").stat().st_size
     assert {path: path.read_bytes() for path in (tmp_path / "victims").iterdir()} == before
     assert [path.name for path in (tmp_path / "real").rglob("*") if path.is_symlink()] == []
 

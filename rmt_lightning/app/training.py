@@ -32,7 +32,7 @@ from rmt_lightning.app.resume import (
 )
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.quoting import shown, to_type
-from rmt_lightning.core.run_folder import CHECKPOINTS, LAST, PREVIOUS
+from rmt_lightning.core.run_folder import CHECKPOINTS, LAST, PREVIOUS, cut_ways_out
 from rmt_lightning.reporting.redaction import public
 from rmt_lightning.tasks.corpus import text_digest
 from rmt_lightning.training.callbacks.checkpoints import (
@@ -98,8 +98,12 @@ def _train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pa
     if source and saved:
         text = begun_with(source, text)
     logger: Logger | None = construct(config.logger, save_dir=folder) if "_target_" in config.logger else None
-    if logger and logger.log_dir and not Path(logger.log_dir).resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"logger: would write to {logger.log_dir}, outside of the run folder; give another logger.name")
+    if logger and logger.log_dir:
+        if not Path(logger.log_dir).resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"logger: would write to {logger.log_dir}, outside of the run folder; give another logger.name"
+            )
+        cut_ways_out(folder, Path(logger.log_dir))
     checkpoints = RunCheckpoints(folder, phases)
     callbacks = [phases, checkpoints, PhaseProgress(phases), Hardware(folder)]
     if isinstance(logger, WandbRun):

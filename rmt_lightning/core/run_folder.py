@@ -148,6 +148,13 @@ def refuse_ways_out(run: Path, part: str = "") -> None:
             raise UserError(f"{shown}: is a link that leads out of the run folder; put there what it leads to")
 
 
+def cut_ways_out(run: Path, part: Path) -> None:
+    """Remove the links to files elsewhere from a part of a run folder that another library writes through."""
+    for path in part.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(run.resolve()):
+            path.unlink(missing_ok=True)
+
+
 def findings(place: str | Path, kind: str, name: str, settings: dict[str, Any]) -> Path:
     """Where results that were found with these settings belong: <place>/<kind>/<name>-<key of the settings>.
 
