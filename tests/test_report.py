@@ -641,7 +641,8 @@ RANDOM = "q7Xw2Lp9Zt4Vb8Nc3Rk6Yd1Hf5Js0Gm"
         "Bearer abcdefgh", "https://jane:pass@word@example.org", "jane:word@example.org", "s3://x?sig=abc",
         "https://hooks.slack.com/services/T0/B0/abc", "AccountKey=abc", "--api-key abc",
         "hvs.CAESIJabcdefGHIJ12345678", "sq0atp-abcdefGHIJ1234567890ab", "HF_TOKEN=abc", "password: 'abc'",
-        "-----BEGIN PRIVATE KEY-----\nabc\n-----END PRIVATE KEY-----",
+        "-----BEGIN PRIVATE KEY-----\nabc\n-----END PRIVATE KEY-----", "Xk9fQ2mZ", "aB3dE5fG7h", "tR0ub4DoR",
+        "pW7xKq2ZtB4v", "hUnTeR2x9", "Zq8PvL2mXw4TsB6n",
     ],
 )  # fmt: skip
 def test_keys_are_known_by_how_they_look(secret: str) -> None:
@@ -655,7 +656,13 @@ def test_what_is_no_key_is_shown() -> None:
         "sentence-transformers/all-MiniLM-L6-v2-onnx-int8-quantized", "outputs/2026-01-31/12-00-00-detect",
         "memory_size_2-seed_1-bptt_depth_3", "torchmetrics.classification.MulticlassF1Score", "tokens: 5000",
         "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "last-detect-1a2b3c4d/attention", "tokenizer=bert",
-        "Intel(R) Xeon(R) Gold 6248R CPU @ 3.00GHz", "http://localhost:8080/x",
+        "Intel(R) Xeon(R) Gold 6248R CPU @ 3.00GHz", "http://localhost:8080/x", "rmt_lightning.TinyRoFormer",
+        "facebook/wav2vec2-base Wav2Vec2Bert", "NVIDIA A100-SXM4-80GB, NVIDIA H100 80GB HBM3",
+        "meta-llama/Llama-3.2-1B ResNet50 EfficientNetB0",
+        "Qwen/Qwen2.5-0.5B-Instruct", "Qwen2MoeForCausalLM", "LayoutLMv3 DeBERTaV3 ConvNextV2 BatchNorm1d", "AdamW8bit",
+        "HuggingFaceTB/SmolLM2-135M", "BinaryAUROC SQuAD2 WikiText103 ImageNet1k", "transformer_xl ddp_cpu bf16-mixed",
+        "GeForce RTX 3090 Ti", "AMD EPYC 7B12", "2026-01-31T12:00:00Z", "glibc2.35 x86_64", "2600a97 843a944 1a2b3c4d",
+        "JavaScript PyTorch GitHub YouTube McDonald", "lr1e-4_bs32_seg7", "MainProcess Rank0 LOCAL_RANK=1",
     ):  # fmt: skip
         assert public_text(text) == text
 
@@ -664,12 +671,42 @@ def test_settings_are_known_by_their_names() -> None:
     for name in (
         "passwd", "auth", "access_token_file", "private_key_path", "secretKey", "apiKey", "WANDB_API_KEY", "sshKey",
         "credentials", "db_password", "Authorization", "x-api-key", "passphrase", "creds",
-        "webhook_url", "dsn", "kerberos_keytab", "netrc", "seed_phrase",
+        "webhook_url", "dsn", "kerberos_keytab", "netrc", "seed_phrase", "session_id", "sessionId", "connection_string",
+        "salt", "hf_tok", "csrf", "connStr",
     ):  # fmt: skip
         assert public({name: "abc"}) == {name: "(hidden)"}
         assert public({name: {"of": ["abc"]}}) == {name: {"of": ["(hidden)"]}}
     assert public({"passwd": 1234, "/home/jane/x": 1}) == {"passwd": "(hidden)", "~/x": 1}
-    kept = dict.fromkeys(("tokenizer", "text_tokens", "author", "keyword", "passes", "basis", "commit"), "a1" * 9)
+    names = (
+        "tokenizer",
+        "text_tokens",
+        "author",
+        "keyword",
+        "passes",
+        "basis",
+        "commit",
+        "seed",
+        "segment_length",
+        "memory_size",
+        "update",
+        "warmup",
+        "threshold",
+        "patience",
+        "precision",
+        "accelerator",
+        "jitter",
+        "fragments",
+        "vocabulary_size",
+        "project",
+        "entity",
+        "tags",
+        "job_type",
+        "max_positions",
+        "stokes",
+        "skip_connection",
+        "session",
+    )
+    kept = dict.fromkeys(names, "a1" * 9)
     assert public(kept) == kept
 
 

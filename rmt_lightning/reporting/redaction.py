@@ -32,9 +32,11 @@ _HOME = re.compile(
 _SECRET_WORDS = {
     "key", "keys", "token", "secret", "secrets", "pass", "pwd", "passphrase", "passcode", "auth", "oauth",
     "authorization", "authentication", "cookie", "bearer", "pat", "login", "signature", "sig", "sas", "jwt", "otp",
-    "pin", "creds", "webhook", "dsn", "keytab", "netrc", "mnemonic", "phrase",
+    "pin", "creds", "webhook", "dsn", "keytab", "netrc", "mnemonic", "phrase", "salt", "tok", "csrf", "hmac", "pem",
 }  # fmt: skip
-_SECRET_PART = re.compile(r"passw|secret|credential|(?:key|token|pass)$|apikey|authtoken|accesskey|privatekey")
+_SECRET_PART = re.compile(
+    r"passw|secret|credential|(?:key|token|pass)$|apikey|authtoken|accesskey|privatekey|session_?id|conn(?:ection)?_?str"
+)
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 # Of these even a number is a secret.
 _PASSWORD = re.compile(r"passw|passphrase|passcode|pwd|secret|\b(?:pin|otp)\b", flags=re.IGNORECASE)
@@ -55,6 +57,9 @@ _KEY = re.compile(
     flags=re.DOTALL,
 )  # fmt: skip
 _LONG = re.compile(r"[A-Za-z0-9+/_=-]{20,}")
+_SHORT = re.compile(r"(?<![A-Za-z0-9])[A-Za-z0-9]{8,19}(?![A-Za-z0-9])")
+# Names are made of them, keys are not, however their letters are mixed: TinyRoFormer, Wav2Vec2Bert.
+_WRITTEN = re.compile(r"[A-Z][a-z]{2,}|[a-z]{3,}|[A-Z]{3,}")
 # The commit of this project looks like a key of W&B.
 _COMMIT = re.compile(r"[0-9a-f]{40}(-dirty)?")
 
@@ -103,12 +108,19 @@ def _cleaned(text: str, home: str, user: str) -> str:
     # Elsewhere than at home, a folder may be called by the user too: /scratch/jane.
     if len(user) > 2 and user != "root":
         text = re.sub(rf"(?<![\w./~-])(?:/[\w.-]+)*?/{re.escape(user)}(?![\w.-])", "~", text)
-    return _LONG.sub(lambda found: HIDDEN if _is_random(found[0]) else found[0], text)
+    text = _LONG.sub(lambda found: HIDDEN if _is_random(found[0]) else found[0], text)
+    return _SHORT.sub(lambda found: HIDDEN if _is_mixed(found[0]) else found[0], text)
 
 
 def _is_secret(name: str) -> bool:
     words = {word.lower() for word in _WORDS.findall(name)}
     return bool(words & _SECRET_WORDS) or _SECRET_PART.search(name.lower()) is not None
+
+
+def _is_mixed(text: str) -> bool:
+    """Whether small and capital letters follow each other, perhaps with digits, and next to nothing is a word."""
+    both = text != text.lower() and text != text.upper()
+    return both and sum(map(len, _WRITTEN.findall(text))) <= 0.4 * len(text)
 
 
 def _is_random(text: str) -> bool:
@@ -123,4 +135,6 @@ def _is_random(text: str) -> bool:
     changes = len(re.findall(r"(?=[a-z][A-Z]|[A-Za-z]\d|\d[A-Za-z])", bare)) / len(bare)
     entropy = -sum(n / len(bare) * log2(n / len(bare)) for n in Counter(bare).values())
     mixed = bare != bare.lower() and bare != bare.upper()
-    return ("/" not in text and changes >= 1 / 3) or (mixed and changes >= 1 / 5 and entropy >= 4.3)
+    # A name on the Hub has an owner, and both are words for the most part.
+    words = sum(map(len, re.findall(r"[A-Z]?[a-z]{2,}", bare))) / len(bare) if "/" in text else 0
+    return ("/" not in text and changes >= 1 / 3) or (mixed and words <= 1 / 2 and changes >= 1 / 5 and entropy >= 4.3)
