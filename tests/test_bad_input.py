@@ -159,6 +159,11 @@ TABLE = [
     ("backbone=minilm backbone.name=bert model=rmt_decoder", r"backbone.name=bert: bert is an encoder; choose"),
     ("backbone=gpt2 backbone.name=gpt", r"backbone: gpt2 has no tokens to begin and to end a segment; choose an enc"),
     ("answer=generate", r"answer=generate: RMTEncoder cannot write; choose model=rmt_decoder"),
+    ("model=[lstm,rmt_encoder]", "model=[lstm,rmt_encoder]: a run has one model; give one choice, without brackets"),
+    (
+        "model=bigbird backbone.random_blocks=99",
+        "backbone.random_blocks=99: with blocks of 16 tokens, no input within backbone.max_positions=1024",
+    ),
     ("answer=guess", r"answer=guess: no such choice; allowed: classify, generate"),
     ("noise=wikitext", r"noise.name=Salesforce/wikitext: cannot be loaded from the Hugging Face Hub"),
     # resuming

@@ -155,8 +155,25 @@ def test_a_target_that_is_not_there(name: Any, message: str, composed: DictConfi
         check(config, front_door.Root)
 
 
+class Unannotated:
+    """A noise whose arguments may be anything, in several ways of saying so."""
+
+    def __init__(self, days, of: Any, some: list, rows: dict[str, list[int]], other: object = 3, **more) -> None: ...  # type: ignore[no-untyped-def, type-arg]
+
+    def documents(self, split: str) -> None: ...
+
+    def fingerprint(self) -> None: ...
+
+
+def test_what_may_be_anything_can_be_typed(composed: DictConfig) -> None:
+    config = copy.deepcopy(composed)
+    given = {"days": 3, "of": "x", "some": [1], "rows": {"a": [1]}, "other": 2.0, "further": "y"}
+    config.noise = {"_target_": f"{__name__}.Unannotated", **given}
+    check(config, front_door.Root)
+
+
 def test_a_group_without_a_class_has_no_settings(composed: DictConfig) -> None:
-    for group, key in (("logger", "project"), ("metrics", "f1"), ("foo", "x")):
+    for group, key in (("logger", "project"), ("metrics", "f1")):
         config = copy.deepcopy(composed)
         OmegaConf.update(config, f"{group}.{key}", 3)
         with pytest.raises(UserError, match=rf"^{group}\.{key}: no such setting; there is none here"):

@@ -113,6 +113,11 @@ def test_a_sweep_that_would_not_be_the_one_that_was_typed(
     assert [path.name for path in tmp_path.rglob("*")] == ["run", "config.yaml"]
 
 
+def test_a_plugin_that_is_not_installed(refused: Callable[..., str]) -> None:
+    told = refused("--multirun", "hydra/launcher=absent", "seed=1,2")
+    assert told.endswith("; others come with pip install 'rmt-lightning[sweeps]'\n")
+
+
 @WITH_PLUGINS
 def test_a_search_of_nothing(refused: Callable[..., str]) -> None:
     told = refused("--multirun", "hydra/sweeper=optuna", "seed=3")

@@ -32,6 +32,8 @@ NO_CHOICE = re.compile(r"Config group override must be a string or a list\. Got 
 SEVERAL = re.compile(r"Ambiguous value for argument '(.*)'$", flags=re.MULTILINE)
 TWICE = re.compile(r"Multiple values for ([^. ]+)\.|force-add of config groups is not supported: '\+\+([^=]+)=")
 PLACE = re.compile(r"^full_key: (\S+)", flags=re.MULTILINE)
+# Groups of Hydra whose choices its plugins bring.
+_OF_SWEEPS = ("hydra/launcher", "hydra/sweeper")
 # NumPy, torch and CUDA.
 NO_MEMORY = re.compile(r"(MemoryError|can't allocate memory|out of memory|Storage size calculation overflowed)")
 # Python's own, of a class that is not ours: ours are checked against their signatures.
@@ -140,8 +142,13 @@ def check_places(settings: Any) -> None:
     swept, door = settings.mode == RunMode.MULTIRUN, settings.job.config_name
     if settings.job.chdir:
         raise UserError("hydra.job.chdir=true: all paths are seen from where the command is started; leave it out")
-    words: Any = OmegaConf.to_container(settings.overrides.hydra, resolve=False)
-    for word in words:
+    typed: Any = OmegaConf.to_container(settings.overrides, resolve=False)
+    for word in typed["task"]:
+        group, _, choice = word.lstrip("+").partition("=")
+        files = (CONF / group).glob("*.yaml") if choice.startswith("[") else ()
+        if any(re.search("^_target_:", path.read_text(encoding="utf-8"), flags=re.MULTILINE) for path in files):
+            raise UserError(f"{word}: a run has one {group}; give one choice, without brackets")
+    for word in typed["hydra"]:
         key = word.partition("=")[0].lstrip("+~")
         if key == "hydra.run.dir" and swept:
             raise UserError(f"{word}: is where a single run goes; of a sweep, give hydra.sweep.dir=…")
@@ -225,7 +232,8 @@ def _one_line(error: BaseException, config_name: str) -> str:
         return f"{place[1] + ': ' if place else ''}{' '.join(str(causes[1]).split())}"
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
-        return f"{group}={name}: no such choice; {suggest(name, list(error.options))}" if name else _no_choice()
+        hint = "; others come with pip install 'rmt-lightning[sweeps]'" if group in _OF_SWEEPS else ""
+        return f"{group}={name}: no such choice; {suggest(name, list(error.options))}{hint}" if name else _no_choice()
     if isinstance(error, OverrideParseException):
         return _unread(str(error.override))
     said = next((cause for cause in causes if str(cause)), error)

@@ -79,7 +79,7 @@ def check(config: DictConfig, root: type) -> None:
     parts = [str(name) for name in config if isinstance(config[name], DictConfig)]
     for name in sorted(parts, key=lambda part: not is_typed(part)):
         alone = [str(key) for key, value in config[name].items() if not isinstance(value, DictConfig)]
-        if alone and "_target_" not in config[name]:
+        if alone and "_target_" not in config[name] and (CONF / name).is_dir():
             # There is no class whose setting it could be.
             raise UserError(f"{name}.{alone[0]}: no such setting; {suggest(alone[0], [])}")
         _check_nodes(config[name], f"{name}.")
@@ -205,7 +205,7 @@ def _can_be_typed(hint: Any) -> bool:
         return any(_can_be_typed(part) for part in parts if part is not NoneType)
     if kind is Literal or not inspect.isclass(kind or hint):
         return True
-    plain = (kind or hint).__module__ in ("builtins", "collections.abc") and kind is not Callable
+    plain = (kind or hint).__module__ in ("builtins", "collections.abc", "typing") and kind is not Callable
     return plain and all(_can_be_typed(part) for part in parts if part is not Ellipsis)
 
 

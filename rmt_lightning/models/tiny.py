@@ -227,7 +227,7 @@ class TinyBigBird(TinyBert):
         width, layers, heads, max_positions, vocabulary_size, dropout: as in `TinyBert`.
 
     Raises:
-        UserError: if positions do not hold a whole number of blocks.
+        UserError: if positions do not hold a whole number of blocks, or too few to leave any out.
     """
 
     def __init__(
@@ -244,6 +244,11 @@ class TinyBigBird(TinyBert):
         super().__init__(width, layers, heads, max_positions, vocabulary_size, dropout)
         if max_positions % block_size:
             raise UserError(f"backbone.block_size={block_size}: must divide backbone.max_positions={max_positions}")
+        if (5 + 2 * random_blocks) * block_size >= max_positions:
+            raise UserError(
+                f"backbone.random_blocks={random_blocks}: with blocks of {block_size} tokens, no input within "
+                f"backbone.max_positions={max_positions} is long enough to be read sparsely; give less"
+            )
         self.block_size = block_size
         self.random_blocks = random_blocks
 
