@@ -76,6 +76,7 @@ TABLE = [
     ("data.segment_length=20", r"data.segment_length: leaves room for 7 tokens of text, too small for the facts"),
     ("hold=null", r"hold=null: no such choice; allowed: state_passing; or leave hold= out"),
     ("hold.steps=9", r"hold.steps: no such setting; it comes with hold=state_passing"),
+    ("~curriculum", "~curriculum: the run needs it; leave it out"),
     ("hold=", r"hold=: no such choice; allowed: state_passing; or leave hold= out"),
     ("+sweep=null", r"+sweep=null: no such choice; allowed: bptt_depth, "),
     ("trainer=2", r"trainer=2: no such choice; allowed: auto, ddp, ddp_cpu; or leave trainer= out"),
@@ -265,6 +266,20 @@ def test_an_empty_folder_that_one_stands_in(refused: Callable[..., str], tmp_pat
     for name in ("run.sh", "slurm-1.out"):
         (tmp_path / name).touch()
     assert in_the_way(tmp_path) is None
+
+
+CHOICES = [
+    (b"# caf\xe9\n_target_: rmt_lightning.Prose", "mine/noise/x.yaml: is not UTF-8; save it as UTF-8"),
+    (b"_target_: a\n  seed: x", "mine/noise/x.yaml: is no yaml: mapping values are not allowed here in"),
+    (b"", "noise: what was chosen names no class; give its yaml a _target_"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), CHOICES, ids=[message[:30] for _, message in CHOICES])
+def test_choices_that_cannot_be_read(content: bytes, message: str, refused: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "mine" / "noise").mkdir(parents=True)
+    (tmp_path / "mine" / "noise" / "x.yaml").write_bytes(content)
+    assert refused("--config-dir=mine", "noise=x").startswith(f"error: {message}")
 
 
 def test_the_place_of_all_runs_is_a_file(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -83,8 +84,10 @@ def front_door(
             except ValueError as error:
                 if begun or isinstance(error, OmegaConfBaseException) or NO_CHOICE.search(str(error)):
                     raise
-                # Options that do not go together.
-                raise UserError(str(error)) from None
+                # Text of a yaml that cannot be read, or options that do not go together.
+                raise UserError(_unreadable_choice() or str(error)) from None
+            except yaml.YAMLError as error:
+                raise UserError(_unreadable_choice() or " ".join(str(error).split())) from None
 
     return run
 
@@ -262,6 +265,9 @@ def _one_line(error: BaseException, config_name: str) -> str:
         return f"~{group}: the run needs it; leave it out"
     if unknown:
         return f"{unknown[1]}: no such setting; {_suggest_key(unknown[1], config_name)}"
+    for word in sys.argv[1:]:
+        if word[0] == "~" and f"Interpolation key '{word[1:].partition('=')[0]}." in str(said):
+            return f"{word}: the run needs it; leave it out"
     lines = [line.strip() for line in str(said).splitlines() if line.strip()]
     told = f"{key + ': ' if key else ''}{lines[0] if lines else type(said).__name__}"
     if looked_up := [word for word in sys.argv[1:] if "${" in word and word.lstrip("+").startswith(key or "")]:
@@ -295,22 +301,38 @@ def _no_choice() -> str:
     return "a group has been given no choice; leave it out"
 
 
-def _suggest_key(key: str, config_name: str) -> str:
-    """Which keys stand where `key` was looked for."""
-    if key.startswith("hydra."):
-        return "--cfg hydra shows those that there are"
+def _own_choices() -> list[str]:
+    """The folders of the user's own choices that are given."""
     words = sys.argv[1:]
-    # A folder of the user's own choices.
-    given = [
+    return [
         option.partition("=")[2] or value
         for option, value in zip(words, [*words[1:], ""], strict=True)
         if option.partition("=")[0] in ("--config-dir", "-cd")
     ]
+
+
+def _unreadable_choice() -> str | None:
+    """What is wrong with the first of the user's own choices that cannot be read."""
+    for path in sorted(path for folder in _own_choices() for path in Path(folder).rglob("*.yaml")):
+        try:
+            yaml.safe_load(path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError:
+            return f"{path}: is not UTF-8; save it as UTF-8"
+        except yaml.YAMLError as error:
+            return f"{path}: is no yaml: {' '.join(str(error).split())}"
+    return None
+
+
+def _suggest_key(key: str, config_name: str) -> str:
+    """Which keys stand where `key` was looked for."""
+    if key.startswith("hydra."):
+        return "--cfg hydra shows those that there are"
+    given = _own_choices()
     groups = [CONF, *map(Path, given)]
     # What is allowed depends on the choices that were made; those of a sweep (a,b) are left aside.
     choices = [
         word
-        for word in words
+        for word in sys.argv[1:]
         if "," not in word and any((place / word.lstrip("+").partition("=")[0]).is_dir() for place in groups)
     ]
     searched = quoted([f"file://{os.path.abspath(folder)}" for folder in given])

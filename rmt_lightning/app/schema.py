@@ -79,6 +79,8 @@ def check(config: DictConfig, root: type) -> None:
     parts = [str(name) for name in config if isinstance(config[name], DictConfig)]
     for name in sorted(parts, key=lambda part: not is_typed(part)):
         alone = [str(key) for key, value in config[name].items() if not isinstance(value, DictConfig)]
+        if "_target_" not in config[name] and name in _ABILITIES and name not in ("metrics", "logger"):
+            raise UserError(f"{name}: what was chosen names no class; give its yaml a _target_")
         if alone and "_target_" not in config[name] and (CONF / name).is_dir():
             # There is no class whose setting it could be.
             raise UserError(f"{name}.{alone[0]}: no such setting; {suggest(alone[0], [])}")

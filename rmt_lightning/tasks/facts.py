@@ -467,6 +467,9 @@ def _read(key: str, given: str | list[str]) -> Iterator[Story]:
         try:
             content = Path(file).read_bytes()
             lines = content.decode().replace("\r\n", "\n").replace("\r", "\n").split("\n")
+            if (zero := content.find(0)) >= 0:
+                # As UTF-16 has them.
+                raise UnicodeDecodeError("utf-8", content, zero, zero + 1, "a zero")
         except UnicodeDecodeError as error:
             line = content.count(b"\n", 0, error.start) + 1
             raise UserError(f"{key}={file}: line {line} is not UTF-8; save it as UTF-8") from None
