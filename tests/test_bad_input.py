@@ -52,7 +52,7 @@ TABLE = [
     ("model=full_attention model.memory_size=3", r"model.memory_size: no such setting; allowed: segment_length"),
     # unknown choices
     ("task=detekt", r"task=detekt: no such choice; did you mean detect? allowed: babi, carried, detect, lang"),
-    ("noise=silence", "noise=silence: no such choice; allowed: files, pg19, prose, quality, wikitext\n"),
+    ("noise=silence", "noise=silence: no such choice; allowed: files, mentions, pg19, prose, quality, wikitext\n"),
     ("backbone=gpt", "backbone=gpt: no such choice; did you mean gpt2? allowed: bert_base_cased, bigbird"),
     ("model=lsmt", r"model=lsmt: no such choice; did you mean lstm? allowed: bigbird, full_attention, longformer, "),
     ("experiment=paper_carried", r"experiment=paper_carried: no such choice; did you mean paper_"),

@@ -194,7 +194,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_each_setting_of_a_trainer_is_obeyed_or_refused() -> None:
     theirs = set(inspect.signature(L.Trainer.__init__).parameters) - {"self"}
-    ours = set(inspect.signature(RunTrainer).parameters) - {"folder"}
+    ours = set(inspect.signature(RunTrainer).parameters) - {"folder", "threads", "compile"}
     assert theirs == ours | REFUSED and not ours & REFUSED
 
 
@@ -371,7 +371,7 @@ def test_weights_that_this_machine_cannot_hold(settings: dict[str, int], monkeyp
 
 def test_a_budget_of_time(train: Run, tmp_path: Path) -> None:
     two = ("curriculum.max_segments=2", "curriculum.steps=3", "data.steps_per_epoch=3")
-    held = ("hold=state_passing", "hold.steps=2", "hold.pool=8")
+    held = ("hold=state_passing", "hold.steps=2", "hold.pool=8", "hold.until_rate=1")
     short = train("trainer.max_time=00:00:00:00", *two, *held, "hydra.run.dir=run")
     assert short.returncode == 0, short.stderr
     assert "stopped by trainer.max_time=00:00:00:00; go on with resume=run" in short.stdout

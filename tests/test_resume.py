@@ -528,7 +528,7 @@ run()
 """
 
 
-HELD = (*RUN, "curriculum.max_segments=2", "hold=state_passing", "hold.steps=6", "hold.pool=8")
+HELD = (*RUN, "curriculum.max_segments=2", "hold=state_passing", "hold.steps=6", "hold.pool=8", "hold.until_rate=1")
 
 
 @pytest.fixture(scope="module")

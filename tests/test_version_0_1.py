@@ -30,7 +30,9 @@ run()
 def test_an_interrupted_run_goes_on_as_it_would_have(name: str, train: Run, tmp_path: Path) -> None:
     shutil.copytree(OLD / name, tmp_path / name)
     driver = WHOLE_LAYERS if name == "facts" else None
-    resumed = train(f"resume={name}", "trainer.max_steps=-1", small=False, driver=driver)
+    # Whether memory holds was not asked then.
+    more = ("hold.until_rate=1",) if name == "hold" else ()
+    resumed = train(f"resume={name}", "trainer.max_steps=-1", *more, small=False, driver=driver)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     expected = torch.load(OLD / name / "expected.pt", weights_only=True)
     found = final(tmp_path / name)
