@@ -81,9 +81,12 @@ class FactModule(SegmentModule, ABC):
         self.register_buffer("answer_ids", nn.utils.rnn.pad_sequence(rows, True, -1), persistent=False)
 
     def classes(self, answer: Tensor) -> Tensor:
-        """Which of the C answers each one is, (B, A) token ids -> (B,); -1 where nothing is asked."""
-        missing = self.answer_ids.shape[1] - answer.shape[1]
-        same = (nn.functional.pad(answer, (0, missing), value=-1)[:, None] == self.answer_ids).all(dim=2)
+        """Which of the C answers each one is, (B, A) token ids -> (B,); -1 where that is none of them."""
+        longest = max(answer.shape[1], self.answer_ids.shape[1])
+        given, known = (
+            nn.functional.pad(ids, (0, longest - ids.shape[1]), value=-1) for ids in (answer, self.answer_ids)
+        )
+        same = (given[:, None] == known).all(dim=2)
         return torch.where(same.any(dim=1), same.int().argmax(dim=1), -1)
 
     @abstractmethod
