@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import torch
 from annotated_types import Ge
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.statistics import Proportion
+from rmt_lightning.tasks.facts import Example
 from rmt_lightning.tasks.placement import Key, Placement
 
 
@@ -66,8 +67,26 @@ class Answering(Protocol):
         """Which of the scores stands for each answer, (B, A) token ids -> (B,)."""
 
 
+class Reply(NamedTuple):
+    """How a sample was answered.
+
+    Attributes:
+        number: of the sample.
+        example: what is told and asked.
+        distance: segments from the first fact that is needed to the question.
+        said: the largest of the scores.
+        right: whether that is the answer.
+    """
+
+    number: int
+    example: Example
+    distance: int
+    said: int
+    right: bool
+
+
 @torch.inference_mode()
-def evaluate_length(
+def replies(
     module: Answering,
     placement: Placement,
     num_segments: int,
@@ -75,8 +94,8 @@ def evaluate_length(
     batch_size: int,
     device: torch.device,
     on_segment: Callable[[], object] = lambda: None,
-) -> LengthResult:
-    """Accuracy on test samples of `num_segments` segments, read one segment at a time in constant memory.
+) -> Iterator[Reply]:
+    """The answers to test samples of `num_segments` segments, read one segment at a time in constant memory.
 
     Args:
         module: what answers, on `device` and in evaluation mode.
@@ -91,9 +110,6 @@ def evaluate_length(
         UserError: if there is no question that such inputs have room for.
     """
     asked = placement.asked("test", samples, Key(num_segments, 0))
-    # Whether each answer was right, and what was asked, by distance.
-    seen: dict[int, list[bool]] = defaultdict(list)
-    told: dict[int, set[tuple[tuple[str, ...], str]]] = defaultdict(set)
     for start in range(0, asked, batch_size):
         numbers = range(start, min(start + batch_size, asked))
         segments, answers, distances = placement.stream("test", num_segments, numbers)
@@ -103,11 +119,28 @@ def evaluate_length(
                 yield segment.to(device)
                 on_segment()
 
-        correct = module(fed()).argmax(dim=1) == module.classes(answers.to(device))
-        for number, distance, is_right in zip(numbers, distances.tolist(), correct.tolist(), strict=True):
-            example = placement.example("test", Key(num_segments, number))
-            seen[distance.bit_length()].append(is_right)
-            told[distance.bit_length()].add((example.facts, example.question))
+        said = module(fed()).argmax(dim=1)
+        correct = said == module.classes(answers.to(device))
+        for number, *reply in zip(numbers, distances.tolist(), said.tolist(), correct.tolist(), strict=True):
+            yield Reply(number, placement.example("test", Key(num_segments, number)), *reply)
+
+
+def evaluate_length(
+    module: Answering,
+    placement: Placement,
+    num_segments: int,
+    samples: int | None,
+    batch_size: int,
+    device: torch.device,
+    on_segment: Callable[[], object] = lambda: None,
+) -> LengthResult:
+    """Accuracy on such samples; arguments, and what is raised, as of `replies`."""
+    # Whether each answer was right, and what was asked, by distance.
+    seen: dict[int, list[bool]] = defaultdict(list)
+    told: dict[int, set[tuple[tuple[str, ...], str]]] = defaultdict(set)
+    for reply in replies(module, placement, num_segments, samples, batch_size, device, on_segment):
+        seen[reply.distance.bit_length()].append(reply.right)
+        told[reply.distance.bit_length()].add((reply.example.facts, reply.example.question))
 
     def proportion(answers: Sequence[bool], questions: Collection[object]) -> dict[str, Any]:
         return {"right": sum(answers), "samples": len(answers), "questions": len(questions), "finite": placement.finite}

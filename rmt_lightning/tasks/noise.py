@@ -98,7 +98,7 @@ class Prose:
         count = self.count if split == "train" else self.count // 10
 
         def allowed(sentence: str) -> bool:
-            return not self.mentions or _split_of(sentence) == split
+            return not self.mentions or split_of(sentence) == split
 
         # Philox keys that differ in one number give unrelated streams, so each split has its own seed.
         seed = 3 * self.seed + SPLITS.index(split)
@@ -109,7 +109,7 @@ class Prose:
         return f"prose-{self.count}-{self.seed}-{self.mentions}-{hashlib.sha256(source).hexdigest()}"
 
 
-def _split_of(sentence: str) -> Split:
+def split_of(sentence: str) -> Split:
     """A split for each sentence: one in ten is for validation, and one in ten for the test."""
     return SPLITS[max(0, zlib.crc32(sentence.encode()) % 10 - 7)]
 

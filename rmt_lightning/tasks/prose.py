@@ -153,8 +153,8 @@ def _document(rng: np.random.Generator, mentions: float) -> Iterator[str]:
     def choose(words: tuple[str, ...] | list[str]) -> str:
         return words[int(rng.integers(len(words)))]
 
-    def fill(slot: re.Match[str]) -> str:
-        match slot[1]:
+    def fill(slot: str) -> str:
+        match slot:
             case "person":
                 return choose(cast)
             case "name":
@@ -180,6 +180,11 @@ def _document(rng: np.random.Generator, mentions: float) -> Iterator[str]:
             template = choose(LOOK_ALIKE)
         if mentions and rng.random() < mentions:
             template = choose(MENTIONS)
-        sentence = _ARTICLE.sub("n", _SLOT.sub(fill, template))
-        start = 1 if sentence.startswith('"') else 0
-        yield sentence[:start] + sentence[start].upper() + sentence[start + 1 :]
+        yield written(template, fill)
+
+
+def written(template: str, fill: Callable[[str], str]) -> str:
+    """The sentence that comes of a template, each slot of which is filled by its name."""
+    sentence = _ARTICLE.sub("n", _SLOT.sub(lambda slot: fill(slot[1]), template))
+    start = 1 if sentence.startswith('"') else 0
+    return sentence[:start] + sentence[start].upper() + sentence[start + 1 :]
