@@ -2,9 +2,9 @@
 
 Results go to <run folder>/evaluations/<checkpoint>-<task>-<key>/, where the key stands for all settings and the content
 of the checkpoint: evaluation.csv has a row for each length, distances.csv one for each length and distance from fact to
-question, retention.csv one for each time that memories were asked on their way, evaluation.json all of them and the
-settings. They are written after each length. With stages=true, each stage's checkpoint is tested so, and
-stages-<task>-<key>/ holds them side by side.
+question, retention.csv one for each time that memories were asked on their way, probes.csv one for each probe and
+length, evaluation.json all of them and the settings. They are written after each length. With stages=true, each stage's
+checkpoint is tested so, and stages-<task>-<key>/ holds them side by side.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Root:
     samples: Annotated[int, Ge(1)] | None
     follow: Annotated[int, Ge(0)]
     every: Annotated[int, Ge(1)]
+    probes: list[Annotated[int, Ge(1)]] | None
     batch_size: Annotated[int, Ge(1), Le(2**16)] | Literal["auto"]
     device: Literal["auto", "cpu", "cuda"]
     output: str | None

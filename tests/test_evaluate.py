@@ -33,7 +33,8 @@ def here(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, en
 
 
 def evaluate(monkeypatch: pytest.MonkeyPatch, *settings: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["evaluate", "checkpoint=run", "samples=12", "device=cpu", "follow=0", *settings])
+    few = ["samples=12", "device=cpu", "follow=0", "probes=[]"]
+    monkeypatch.setattr(sys, "argv", ["evaluate", "checkpoint=run", *few, *settings])
     GlobalHydra.instance().clear()
     front_door.run()
 
@@ -292,6 +293,8 @@ def test_what_earlier_versions_did_not_count(
         (["segments=4"], "segments=4: must be a valid list"),
         (["batch_size=0"], "batch_size=0: must be greater than or equal to 1"),
         (["samples=0"], "samples=0: must be greater than or equal to 1"),
+        (["probes=[0]"], "probes=[0]: must be greater than or equal to 1"),
+        (["probes=4"], "probes=4: must be a valid list"),
         (["lengths=[1]"], "lengths: no such setting"),
         (
             ["task=babi", "task.path=other.txt"],
@@ -390,6 +393,70 @@ def test_what_cannot_be_followed(
     with pytest.raises(SystemExit):
         evaluate(monkeypatch, "segments=[1]", "follow=16")
     assert "follow=16: only memories that a head can ask are followed, not those of answer=" in capsys.readouterr().err
+
+
+def test_probes(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that knows no "nowhere"; and some of the probes have been asked before."""
+    evaluate(monkeypatch, "segments=[2]", "probes=[2]")
+    told, folder = capsys.readouterr().out, only(here)
+    assert "What has been learnt, 12 samples each" in told and "holds evaluation.csv, distances.csv, probes.csv" in told
+    found = {row["probe"]: row for row in rows(folder / "probes.csv")}
+    assert next(iter(found)) == "detect" and len(found) == 10
+    (end,), itself = rows(folder / "evaluation.csv"), found["detect"]
+    assert all(itself[name] == end[name] for name in ("right", "low", "questions"))
+    assert [itself[name] for name in ("last_place", "commonest_place", "decoy")] == ["12", "12", "0"]
+    for row in found.values():
+        assert int(row["right"]) + int(row["decoy"]) <= int(row["samples"]) == 12
+        share = next(line for line in told.splitlines() if line.startswith(f"│ {row['probe']} ")).split("│")[4]
+        assert share.strip() == f"{int(row['decoy']) / 12:.1%}"
+        assert row["right"] == "0" or "nowhere" not in row["probe"]
+    path = folder / "evaluation.json"
+    content = json.loads(path.read_text())
+    del content["probes"]["2 reworded"]
+    path.write_text(json.dumps(content))
+    ask = Mock(side_effect=evaluation.evaluate_probe)
+    monkeypatch.setattr(evaluation, "evaluate_probe", ask)
+    evaluate(monkeypatch, "segments=[2]", "probes=[2,1]")
+    asked = [(call.args[2], call.args[1].task.name) for call in ask.call_args_list]
+    assert asked == [(2, "reworded"), *((1, name) for name in found)]
+    assert [row["segments"] for row in rows(folder / "probes.csv")] == ["1"] * 10 + ["2"] * 10
+
+
+def test_probes_of_tasks_that_tell_otherwise(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a task is worth is told of all that ask for places; nothing of others, and asking for it is a mistake."""
+    evaluate(monkeypatch, "segments=[1]", "task=reasoning", "probes=[1]")
+    (row,) = rows(only(here) / "probes.csv")
+    assert row["probe"] == "reasoning" and 0 < int(row["last_place"]) < 12
+    assert "What has been learnt" in capsys.readouterr().out
+    monkeypatch.setattr(evaluation, "probes", lambda *_: ())
+    evaluate(monkeypatch, "segments=[1]", "task=reasoning", "probes=null")
+    assert "learnt" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        evaluate(monkeypatch, "segments=[1]", "task=reasoning", "probes=[4]")
+    refused = "error: probes=[4]: there are none for task=reasoning, whose answers are no places; leave it out\n"
+    assert capsys.readouterr().err == refused
+
+
+def test_which_probes_are_asked_unless_they_are_given(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # There is room for two facts and a question, but not in one segment.
+    config = (here / "run" / "config.yaml").read_text()
+    (here / "run" / "config.yaml").write_text(config.replace("segment_length: 48", "segment_length: 29"))
+    ask = Mock(return_value=[])
+    monkeypatch.setattr(evaluation, "_ask", ask)
+    evaluate(monkeypatch, "segments=[1]", "probes=null")
+    probed = ask.call_args.args[1]
+    assert [*probed] == [1, 8] and 0 < len(probed[1]) < len(probed[8]) == 10
+    assert "probes: not all of them can be asked in inputs of 1 segments" in " ".join(capsys.readouterr().out.split())
+    test = Mock(side_effect=KeyboardInterrupt)
+    monkeypatch.setattr(evaluation, "evaluate", test)
+    for probes, wanted in (("null", []), ("[3]", [3])):
+        with pytest.raises(SystemExit):
+            evaluate(monkeypatch, "segments=[1]", "stages=true", f"probes={probes}")
+        assert test.call_args.args[0].probes == wanted
 
 
 def test_all_stages_side_by_side(

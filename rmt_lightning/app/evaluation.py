@@ -1,4 +1,4 @@
-"""What `evaluate` finds out about a run: accuracy at each length, and the rate at which memory is lost."""
+"""What `evaluate` finds out about a run: accuracy at each length, the rate of loss of memory, and what is learnt."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from omegaconf import DictConfig
@@ -17,28 +18,34 @@ from rich import get_console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from rmt_lightning.analysis.extrapolation import LengthResult, evaluate_length
+from rmt_lightning.analysis.probing import evaluate_probe
 from rmt_lightning.analysis.retention import follow
 from rmt_lightning.app.build import find_device, load, testable
 from rmt_lightning.app.console import start_logging, take_over_lightning
-from rmt_lightning.app.results import length_table, tell_folder, tell_limit
+from rmt_lightning.app.results import length_table, probe_table, tell_folder, tell_limit
 from rmt_lightning.app.resume import other_text, provenance
 from rmt_lightning.app.schema import instantiate, is_typed
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import write_atomically, write_csv
 from rmt_lightning.core.quoting import shown
-from rmt_lightning.core.run_folder import CHECKPOINTS, alone_in, findings
+from rmt_lightning.core.run_folder import CHECKPOINTS, PROBES, alone_in, findings
 from rmt_lightning.reporting import figures
 from rmt_lightning.tasks.corpus import text_digest
 from rmt_lightning.tasks.facts import Finite, Task
 from rmt_lightning.tasks.placement import Key, Placement
+from rmt_lightning.tasks.probes import probes
 from rmt_lightning.training.answering import FactClassifier, FactModule
 from rmt_lightning.training.callbacks.hardware import host_memory, make_fast
 
 log = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+
 # Samples side by side, unless a number is given: on GPUs as many as fit, on CPUs as many as caches hold.
-_SIDE_BY_SIDE = {"cuda": 256, "cpu": 32}
-_FILES = ("evaluation.csv", "distances.csv", "retention.csv", "evaluation.json")
+_STREAMS = {"cuda": 256, "cpu": 32}
+_FILES = ("evaluation.csv", "distances.csv", "retention.csv", PROBES, "evaluation.json")
+# The lengths of probes, in segments, unless they are given: a hundredth of what the default lengths take.
+_PROBED = (1, 8)
 
 
 def evaluate_stages(config: DictConfig, run_config: DictConfig, run: Path) -> None:
@@ -50,7 +57,7 @@ def evaluate_stages(config: DictConfig, run_config: DictConfig, run: Path) -> No
     checkpoints = {int(path.stem.removeprefix("stage-")): path for path in (run / CHECKPOINTS).glob("stage-*.ckpt")}
     if not checkpoints:
         raise UserError(f"checkpoint={config.checkpoint}: the run has passed no stage yet; train it further")
-    config.follow = 0
+    config.follow, config.probes = 0, [] if config.probes is None else config.probes
     found = {}
     for stage in sorted(checkpoints):
         get_console().print(f"stage {stage}", highlight=False)
@@ -69,7 +76,7 @@ def evaluate_stages(config: DictConfig, run_config: DictConfig, run: Path) -> No
 
 
 def evaluate(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: Path) -> _Found:
-    """Test each length that has not been tested yet; print and return what has been found.
+    """Test each length, and ask each probe, for which that has not been done; print and return what has been found.
 
     Raises:
         UserError: if a checkpoint cannot be opened, a length not be read, or the device is missing or too small.
@@ -81,6 +88,7 @@ def evaluate(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: 
     placement, module, sha256 = load(run_config, run, checkpoint)
     module.to(device).eval()
     fitting = testable("segments", config.segments, module.model, placement)
+    probed = _probes(module, placement, config)
     for remark in placement.remarks():
         log.info(remark)
     tell_limit(placement, "samples", "test", config.samples, max(fitting))
@@ -110,10 +118,13 @@ def evaluate(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: 
         # Another evaluation may have come to it first.
         if str(num_segments) not in found.read().lengths:
             found.add("lengths", str(num_segments), _test(module, placement, num_segments, config, device))
+    probe_rows = _ask(module, probed, found, config, device)
     console = get_console()
     if follows:
         console.print(_rate_in_words(found.retention.get(followed)), highlight=False)
     console.print(length_table(found.results(), config.segments, module.model))
+    if probe_rows:
+        console.print(probe_table(probe_rows))
     files = ", ".join(name for name in _FILES if (folder / name).exists())
     tell_folder(folder, files)
     return found
@@ -131,6 +142,7 @@ class _Found:
     Attributes:
         lengths: a row for each number of segments, in their order.
         retention: a row for each way in which memories were followed: "<segments> every <segments> of <memories>".
+        probes: a row for each "<segments> <probe>", in the order of lengths.
 
     Raises:
         UserError: if the folder cannot be written to, or what stands there is damaged.
@@ -141,12 +153,13 @@ class _Found:
         self.settings = settings
         self.lengths: dict[str, dict[str, Any]] = {}
         self.retention: dict[str, dict[str, Any]] = {}
+        self.probes: dict[str, dict[str, Any]] = {}
         # An evaluation that was killed may have left the file without its tables.
         with alone_in(folder):
-            if self.read().lengths or self.retention:
+            if self.read().lengths or self.retention or self.probes:
                 self._write()
 
-    def add(self, kind: Literal["lengths", "retention"], key: str, row: dict[str, Any]) -> None:
+    def add(self, kind: Literal["lengths", "retention", "probes"], key: str, row: dict[str, Any]) -> None:
         """Add a row to what others may have found in the meantime."""
         with alone_in(self.path.parent):
             getattr(self.read(), kind)[key] = row
@@ -162,6 +175,7 @@ class _Found:
                 for key, row in found.get("retention", {}).items()
             }
             self.lengths = {key: unknown | {"fits": None} | row for key, row in found.get("lengths", {}).items()}
+            self.probes = {key: dict(row) for key, row in found.get("probes", {}).items()}
         except (ValueError, AttributeError, TypeError, KeyError):
             raise UserError(f"{shown(self.path)}: is damaged; remove it, and it is found out again") from None
         return self
@@ -177,7 +191,9 @@ class _Found:
     def _write(self) -> None:
         folder = self.path.parent
         self.lengths = dict(sorted(self.lengths.items(), key=lambda item: int(item[0])))
-        content = {"settings": self.settings, "lengths": self.lengths, "retention": self.retention}
+        self.probes = dict(sorted(self.probes.items(), key=lambda item: int(item[0].split()[0])))
+        found = {"lengths": self.lengths, "retention": self.retention, "probes": self.probes}
+        content = {"settings": self.settings, **found}
         write_atomically(self.path, json.dumps(content, indent=2).encode())
         asked = [
             dict(zip(("follow", "every"), key.split()[::2], strict=False))
@@ -195,29 +211,26 @@ class _Found:
             for key, part in row["distances"].items()
         ]
         write_csv(folder / "distances.csv", distances)
+        write_csv(folder / PROBES, [*self.probes.values()])
 
 
 def _test(
     module: FactModule, placement: Placement, num_segments: int, config: DictConfig, device: torch.device
 ) -> dict[str, Any]:
-    """Test one length, with smaller batches if they do not fit, and put what was found and measured into a row."""
+    """Test one length, and put what was found and measured into a row."""
     on_gpu = device.type == "cuda"
     samples = placement.asked("test", config.samples, Key(num_segments, 0))
-    batch_size = min(samples, _SIDE_BY_SIDE[device.type] if config.batch_size == "auto" else config.batch_size)
-    while True:
+
+    def read(batch_size: int) -> tuple[LengthResult, float]:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
         began = time.perf_counter()
-        try:
-            total = -(-samples // batch_size) * num_segments
-            with _bar(f"{num_segments} segments", total, batch_size) as advance, _autocast(device):
-                result = evaluate_length(module, placement, num_segments, samples, batch_size, device, advance)
-            break
-        except torch.cuda.OutOfMemoryError:
-            if config.batch_size != "auto" or batch_size == 1:
-                raise UserError(f"batch_size={batch_size}: does not fit into the GPU's memory; give less") from None
-            batch_size //= 2
-    seconds = time.perf_counter() - began
+        total = -(-samples // batch_size) * num_segments
+        with _bar(f"{num_segments} segments", total, batch_size) as advance:
+            result = evaluate_length(module, placement, num_segments, samples, batch_size, device, advance)
+        return result, time.perf_counter() - began
+
+    (result, seconds), batch_size = _side_by_side(read, samples, config, device)
     text_tokens = num_segments * module.model.text_length
     return {
         "segments": num_segments,
@@ -231,6 +244,80 @@ def _test(
         "finite": result.finite,
         "distances": {distance: part.row() for distance, part in result.distances.items()},
     }
+
+
+def _side_by_side(
+    read: Callable[[int], Result], samples: int, config: DictConfig, device: torch.device
+) -> tuple[Result, int]:
+    """What comes of reading so many samples, and how many of them side by side: fewer if they do not fit.
+
+    Raises:
+        UserError: if a number is given, and so many do not.
+    """
+    batch_size = _batch_size(samples, config, device)
+    while True:
+        try:
+            with _autocast(device):
+                return read(batch_size), batch_size
+        except torch.cuda.OutOfMemoryError:
+            if config.batch_size != "auto" or batch_size == 1:
+                raise UserError(f"batch_size={batch_size}: does not fit into the GPU's memory; give less") from None
+            batch_size //= 2
+
+
+def _batch_size(samples: int, config: DictConfig, device: torch.device) -> int:
+    return min(samples, _STREAMS[device.type] if config.batch_size == "auto" else config.batch_size)
+
+
+def _probes(module: FactModule, placement: Placement, config: DictConfig) -> dict[int, list[Placement]]:
+    """Where the samples of each probe come from, by the length at which it is asked.
+
+    Raises:
+        UserError: if lengths are given and the model can read none of them, or the task has no probes.
+    """
+    tasks = probes(placement.task, placement.tokenizer)
+    if config.probes and not tasks:
+        raise UserError(
+            f"probes={config.probes}: there are none for task={placement.task.name}, whose answers are no places; "
+            "leave it out"
+        )
+    lengths = _PROBED if config.probes is None else config.probes
+    rest = (placement.corpora, placement.tokenizer, placement.text_length, placement.seed)
+    there = [Placement(task, *rest) for task in tasks]
+    fitting = module.model.fitting("probes", lengths)
+    probed = {n: [probe for probe in there if _has_room(probe, n)] for n in fitting}
+    if short := [n for n in lengths if len(probed.get(n, ())) < len(there)]:
+        log.info("probes: not all of them can be asked in inputs of %s segments", ", ".join(map(str, short)))
+    return probed
+
+
+def _has_room(probe: Placement, num_segments: int) -> bool:
+    try:
+        probe.example("test", Key(num_segments, 0))
+    except UserError:
+        return False
+    return True
+
+
+def _ask(
+    module: FactModule, probed: dict[int, list[Placement]], found: _Found, config: DictConfig, device: torch.device
+) -> list[dict[str, Any]]:
+    """Ask each probe that has not been asked yet; return what has been found about all of them."""
+    for num_segments, there in probed.items():
+        left = [probe for probe in there if f"{num_segments} {probe.task.name}" not in found.read().probes]
+        if not left:
+            continue
+        # A task whose questions have an end has no others beside it.
+        samples = left[0].asked("test", config.samples, Key(num_segments, 0))
+        streams = _batch_size(samples, config, device)
+        total = len(left) * num_segments * -(-samples // streams)
+        with _bar(f"probes in {num_segments} segments", total, streams) as advance:
+            for probe in left:
+                read = partial(evaluate_probe, module, probe, num_segments, samples, device=device, on_segment=advance)
+                row = {"probe": probe.task.name, "segments": num_segments}
+                row |= _side_by_side(read, samples, config, device)[0].row()
+                found.add("probes", f"{num_segments} {probe.task.name}", row)
+    return [found.probes[f"{n} {probe.task.name}"] for n, there in probed.items() for probe in there]
 
 
 def _follow(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -124,6 +124,24 @@ def length_table(lengths: Sequence[LengthResult], asked: Sequence[int], model: S
             found = ("too long for positions", f"{model.max_segments} segments fit", "–", "–")
         row = (str(num_segments), f"{num_segments * model.text_length:,}", *found)
         table.add_row(*row[: len(headings)])
+    return table
+
+
+def probe_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """How probes were answered, for the screen; rows as in probes.csv."""
+    fewest, most = (choose(row["samples"] for row in rows) for choose in (min, max))
+    samples = f"{most} samples each" if fewest == most else f"{fewest} to {most} samples"
+    # Screens are narrow.
+    headings = {"accuracy": "right", "decoy": "decoy", "last_place": "last place", "commonest_place": "commonest"}
+    table = Table("probe", "segments", *headings.values(), title=f"What has been learnt, {samples}")
+    table.title_justify = table.caption_justify = "left"
+    table.caption = (
+        "right, and in decoy the answers that are another place of the facts; then who is right without a model: with "
+        "the place that the input names last, and with the one that it names most often"
+    )
+    for row in rows:
+        shares = (row[name] if name == "accuracy" else row[name] / row["samples"] for name in headings)
+        table.add_row(row["probe"], str(row["segments"]), *(f"{share:.1%}" for share in shares))
     return table
 
 
