@@ -563,6 +563,29 @@ def test_garbage_in_any_other_file_is_not_fatal(content: bytes, here: Path) -> N
         assert f"good/{name}: " in page.text
 
 
+PROBES = (
+    "probe,segments,right,samples,questions,accuracy,low,high,decoy,last_place,commonest_place\n"
+    "detect,1,6,8,8,0.75,0.4,0.9,0,8,8\nno fact (nowhere),1,0,8,8,0.0,0.0,0.3,6,0,0\n"
+)
+
+
+@pytest.mark.fault("a table of probes is damaged", "it is named, and what can be read of it is shown")
+def test_probes_and_what_may_stand_in_their_place(here: Path) -> None:
+    damages = [*GARBAGE, PROBES.replace(",8,8,0.75", ",0,8,0.75").encode(), PROBES.replace("decoy", "else").encode()]
+    for number, content in enumerate([PROBES.encode(), *damages, PROBES[:-4].encode()]):
+        folder = here / f"good/evaluations/{number:02}"
+        folder.mkdir(parents=True)
+        shutil.copy(here / "good/evaluation.csv", folder)
+        (folder / "probes.csv").write_bytes(content)
+    page = made("good")
+    tables = [page.tables[name][1:] for name in page.tables if name.startswith("probes-")]
+    cells = [[[cell.strip() for cell in row] for row in table] for table in tables]
+    detect = ["detect", "1", "8", "75.0%", "40.0% – 90.0%", "0.0%", "100.0%", "100.0%"]
+    nothing = ["no fact (nowhere)", "1", "8", "0.0%", "0.0% – 30.0%", "75.0%", "0.0%", "0.0%"]
+    assert cells == [[detect, nothing], [nothing], [detect]]
+    assert all(f"good/evaluations/{number:02}/probes.csv: " in page.text for number in range(1, len(damages) + 2))
+
+
 def test_nothing_is_loaded_and_nothing_escapes(here: Path) -> None:
     evil = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
     copy(here, "<img src=x onerror=alert(1)>&amp;", noise={"path": evil})

@@ -44,6 +44,9 @@ def page(runs: Sequence[Run], skipped: Sequence[str], sweeps: Sequence[Sweep] = 
         made=datetime.now(UTC),
         sweeps=[(sweep, figures.rendered(figures.sweep(sweep)) if sweep.drawable else None) for sweep in sweeps],
         metrics=metrics,
+        probed=[
+            (number, *pair, test) for number, pair in enumerate(shown) for test in pair[0].evaluations if test.probes
+        ],
         figures={name: _embedded(figure) for name, figure in drawn.items() if figure.data},
         differences=differences([run.config for run in runs]),
         plotly=Markup(get_plotlyjs()),

@@ -23,7 +23,18 @@ from pydantic import TypeAdapter
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.names import public_name
-from rmt_lightning.core.run_folder import CHECKPOINTS, CONFIG, EVALUATION, HARDWARE, HOLD, LAST, METRICS, PHASES, STAGES
+from rmt_lightning.core.run_folder import (
+    CHECKPOINTS,
+    CONFIG,
+    EVALUATION,
+    HARDWARE,
+    HOLD,
+    LAST,
+    METRICS,
+    PHASES,
+    PROBES,
+    STAGES,
+)
 from rmt_lightning.reporting.redaction import public, public_text
 
 Status = Literal[
@@ -103,6 +114,7 @@ class Evaluation:
         device: a GPU's name, "cpu", or nothing if it has not been written down.
         rows: the csv file, in the order of lengths.
         followed: memories that were asked on their way: age (in segments), right, streams.
+        probes: what shows what has been learnt: name and numbers of each row of the csv file.
     """
 
     label: str
@@ -111,6 +123,7 @@ class Evaluation:
     device: str
     rows: list[Row]
     followed: list[Row]
+    probes: list[tuple[str, Row]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -365,14 +378,23 @@ def _with_rows(phase: Phase, folder: Path, problems: list[str]) -> Phase:
 
 def _numbers(path: Path, problems: list[str], *choices: Sequence[str]) -> list[Row]:
     """The rows of a csv file that hold a number in all columns of one of `choices`; what is none elsewhere is NaN."""
+    return [numbers for _, numbers in _good_rows(path, problems, *choices)]
+
+
+def _good_rows(path: Path, problems: list[str], *choices: Sequence[str]) -> list[tuple[dict[str, str], Row]]:
+    """The same, each as it stands there and as numbers."""
     columns, table = _table(path, problems)
     needed = next((some for some in choices if some[0] in columns), choices[0])
     if missing := [name for name in needed if name not in columns]:
         if columns:
             problems.append(f"{path}: has no column {missing[0]}")
         return []
-    numbers = [{name: _number(cell) for name, cell in row.items()} for row in table]
-    good = [row for row in numbers if not any(isnan(row[name]) for name in needed) and row.get("segments", 1) >= 1]
+    rows = [(row, {name: _number(cell) for name, cell in row.items()}) for row in table]
+    good = [
+        (row, numbers) for row, numbers in rows
+        if not any(isnan(numbers[name]) for name in needed)
+        and all(numbers.get(name, 1) >= 1 for name in ("segments", "samples"))
+    ]  # fmt: skip
     if len(good) < len(table):
         problems.append(f"{path}: is incomplete; {len(good)} rows could be read")
     return good
@@ -507,6 +529,7 @@ HOST_MEMORY = "train/host_memory_mb"
 DEVICE_MEMORY = "train/device_memory_mb"
 _SLICE = re.compile(r"_(segments|distance)_\d+$")
 _LENGTHS = ("segments", "right", "samples", "accuracy", "low", "high")
+_PROBED = (*_LENGTHS, "decoy", "last_place", "commonest_place")
 
 
 def _evaluations(
@@ -530,6 +553,10 @@ def _evaluations(
             device=str(settings.get("device", "")),
             rows=sorted(rows, key=lambda row: row["segments"]),
             followed=_rows(path.with_name("retention.csv"), problems, ("age", "right", "streams")),
+            probes=[
+                (public_text(cells.get("probe", "–")), numbers)
+                for cells, numbers in _good_rows(path.with_name(PROBES), problems, _PROBED)
+            ],
         )
 
 
