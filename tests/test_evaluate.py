@@ -173,7 +173,7 @@ def test_damaged_results_are_named(
 
 
 def test_memory_does_not_grow_with_the_input(here: Path, command: Run) -> None:
-    result = command("rmt_lightning.evaluate", "checkpoint=run", "samples=4", "segments=[64,2048]")
+    result = command("rmt_lightning.evaluate", "checkpoint=run", "samples=4", "segments=[64,2048]", "probes=[]")
     assert result.returncode == 0, result.stderr
     short, long = (float(row["host_memory_mb"]) for row in rows(only(here) / "evaluation.csv"))
     assert long < 1.05 * short
@@ -294,7 +294,7 @@ def test_what_earlier_versions_did_not_count(
         (["batch_size=0"], "batch_size=0: must be greater than or equal to 1"),
         (["samples=0"], "samples=0: must be greater than or equal to 1"),
         (["probes=[0]"], "probes=[0]: must be greater than or equal to 1"),
-        (["probes=4"], "probes=4: must be a valid list"),
+        (["samples={a:1}"], "samples={'a': 1}: must be a valid integer"),
         (["lengths=[1]"], "lengths: no such setting"),
         (
             ["task=babi", "task.path=other.txt"],
@@ -453,10 +453,9 @@ def test_which_probes_are_asked_unless_they_are_given(
     assert "probes: not all of them can be asked in inputs of 1 segments" in " ".join(capsys.readouterr().out.split())
     test = Mock(side_effect=KeyboardInterrupt)
     monkeypatch.setattr(evaluation, "evaluate", test)
-    for probes, wanted in (("null", []), ("[3]", [3])):
-        with pytest.raises(SystemExit):
-            evaluate(monkeypatch, "segments=[1]", "stages=true", f"probes={probes}")
-        assert test.call_args.args[0].probes == wanted
+    with pytest.raises(SystemExit):
+        evaluate(monkeypatch, "segments=[1]", "stages=true", "probes=null")
+    assert test.call_args.args[0].probes == []
 
 
 def test_all_stages_side_by_side(

@@ -74,7 +74,10 @@ def check(config: DictConfig, root: type) -> None:
     """
     _check_missing(config, "")
     given = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
-    _check_settings(root, {str(name): value for name, value in given.items() if not isinstance(value, dict)}, "")
+    # What is of several settings is a group, but where one belongs.
+    single = inspect.signature(root).parameters
+    own = {name: value for name, value in given.items() if name in single or not isinstance(value, dict)}
+    _check_settings(root, own, "")
     # Mistakes are where something was typed, and need not wait for what the classes of other parts import.
     parts = [str(name) for name in config if isinstance(config[name], DictConfig)]
     for name in sorted(parts, key=lambda part: not is_typed(part)):
@@ -159,7 +162,7 @@ def _check_settings(target: Callable[..., Any], given: dict[str, Any], path: str
             raise UserError(f"{path}{name}: no such setting; {suggest(name, allowed)}")
     hints = _hints(target.__init__ if inspect.isclass(target) else target)
     # A part of a part has a signature of its own.
-    plain = [name for name, value in given.items() if not (isinstance(value, dict) and "_target_" in value)]
+    plain = [name for name, value in given.items() if not (path and isinstance(value, dict) and "_target_" in value)]
     for name in plain:
         if given[name] is not None and not _can_be_typed(hints.get(name, Any)):
             raise UserError(f"{path}{name}: is set by the run itself; leave it out")
