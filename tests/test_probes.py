@@ -194,15 +194,15 @@ def test_spotters_score_what_the_baselines_say(
     for task in probes(Detect(), tokenizer):
         placement = Placement(task, corpora, tokenizer, text_length=45, seed=3)
         for choose, column in ((lambda named: named[-1], "last_place"), (commonest, "commonest_place")):
-            found = evaluate_probe(Spotter(placement, choose), placement, 2, 8, 4, torch.device("cpu"))
+            found = evaluate_probe(Spotter(placement, choose), placement, 2, 5, 3, torch.device("cpu"))
             assert found.right == found.row()[column], task.name
-            assert found.samples == 8 and 1 < found.questions <= 8 and found.right + found.decoy <= 8
+            assert found.samples == 5 and 1 < found.questions <= 5 and found.right + found.decoy <= 5
             if text == "corpora":
                 # There is no place but those of the facts.
-                decoys = {"detect": 0, "reworded": 0}.get(task.name, 8 - found.right)
+                decoys = {"detect": 0, "reworded": 0}.get(task.name, 5 - found.right)
                 assert found.decoy == decoys
     if text == "corpora":
-        assert (found.right, found.decoy) == (0, 8)
+        assert (found.right, found.decoy) == (0, 5)
 
 
 def test_a_place_that_the_question_names_is_no_answer(

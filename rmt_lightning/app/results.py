@@ -136,8 +136,8 @@ def probe_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table("probe", "segments", *headings.values(), title=f"What has been learnt, {samples}")
     table.title_justify = table.caption_justify = "left"
     table.caption = (
-        "right, and in decoy the answers that are another place of the facts; then who is right without a model: with "
-        "the place that the input names last, and with the one that it names most often"
+        "decoy: another place of the facts is answered. last place, commonest: who is right without a model, saying "
+        "the place that the input names last, or most often"
     )
     for row in rows:
         shares = (row[name] if name == "accuracy" else row[name] / row["samples"] for name in headings)
