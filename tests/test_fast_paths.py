@@ -24,6 +24,7 @@ from rmt_lightning.models.recurrence import unroll
 from rmt_lightning.training.callbacks import hardware
 from rmt_lightning.training.callbacks.hardware import multiply_fast
 from rmt_lightning.training.optimization import WarmupDecay
+from rmt_lightning.training.trainer import compile_step
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
 PADDED = torch.arange(20) < torch.tensor([[20], [13]])
@@ -231,6 +232,40 @@ def test_nothing_can_be_compiled_here(refused: Callable[..., str], monkeypatch: 
     assert told == (
         "error: trainer.compile=default: nothing can be compiled here (no working C++ compiler found); install a C++ "
         "compiler, or leave it out\n"
+    )
+
+
+def test_graphs_do_not_write_over_what_has_left_them(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They give their results in the same memory each time."""
+
+    def compile_to_a_graph(step: Callable[..., Any], mode: str) -> Callable[..., Any]:
+        memory: list[Tensor] = []
+
+        def replay(*arguments: Any) -> tuple[Tensor, Tensor]:
+            hidden, state = step(*arguments)
+            if not memory:
+                memory.extend((torch.empty_like(hidden), torch.empty_like(state)))
+            return memory[0].copy_(hidden), memory[1].copy_(state)
+
+        return replay
+
+    monkeypatch.setattr(torch, "compile", compile_to_a_graph)
+    plain, replayed = (reads_in_training("encoder", tokenizer).eval() for _ in range(2))
+    compile_step(replayed, "reduce-overhead")
+    ids = torch.randint(5, len(tokenizer), (2, 4, plain.text_length))
+    with torch.no_grad():
+        for found, expected in zip(list(replayed.read(ids)), list(plain.read(ids)), strict=True):
+            torch.testing.assert_close(found[1:], expected[1:])
+
+
+@pytest.mark.parametrize("word", ["+trainer.accumulate_grad_batches=2", "model.gradient_checkpointing=true"])
+def test_what_graphs_cannot_do_is_refused(word: str, refused: Callable[..., str]) -> None:
+    told = refused("noise.documents=20", word, "trainer.compile=reduce-overhead")
+    assert told == (
+        f"error: trainer.compile=reduce-overhead: its CUDA graphs do not go together with {word.lstrip('+')}; give "
+        "trainer.compile=default, or leave one of them out\n"
     )
 
 

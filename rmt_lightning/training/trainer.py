@@ -17,8 +17,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor
 
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.models import state as tree
+from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.training.callbacks.checkpoints import AtomicCheckpointIO
 
@@ -28,6 +31,8 @@ log = logging.getLogger(__name__)
 Precision = Literal[
     64, 32, 16, "64", "32", "16", "bf16", "64-true", "32-true", "bf16-true", "16-mixed", "bf16-mixed"
 ]  # fmt: skip
+
+CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 
 
 class RunTrainer(L.Trainer):
@@ -79,7 +84,7 @@ class RunTrainer(L.Trainer):
         benchmark: bool | None = None,
         detect_anomaly: bool = False,
         threads: Annotated[int, Ge(1)] | None = None,
-        compile: Literal["default", "reduce-overhead", "max-autotune"] | None = None,
+        compile: CompileMode | None = None,
     ) -> None:
         if threads:
             torch.set_num_threads(threads)
@@ -127,13 +132,22 @@ class RunTrainer(L.Trainer):
     def compile(self, model: SegmentModel[Any]) -> None:
         """Let the model take its steps compiled, if that has been asked for.
 
-        One segment is compiled, not all of them: another number of segments would be another program.
-
         Raises:
-            UserError: if this machine cannot compile.
+            UserError: if this machine cannot compile, or graphs do not go together with something else.
         """
         if self.compile_mode is None:
             return
+        # Graphs write over gradients that wait for those of the next batch, and fail in a backward pass that has to
+        # compute forward (pytorch issues 169545 and 154306).
+        clashes = {
+            f"trainer.accumulate_grad_batches={self.accumulate_grad_batches}": self.accumulate_grad_batches > 1,
+            "model.gradient_checkpointing=true": model.gradient_checkpointing,
+        }
+        if self.compile_mode != "default" and (clash := next((key for key, there in clashes.items() if there), None)):
+            raise UserError(
+                f"trainer.compile={self.compile_mode}: its CUDA graphs do not go together with {clash}; give "
+                "trainer.compile=default, or leave one of them out"
+            )
         try:
             torch.compile(torch.neg, mode=self.compile_mode)(torch.ones(2, device=self.strategy.root_device))
         except Exception as error:  # compilers fail in ways of their own
@@ -141,8 +155,7 @@ class RunTrainer(L.Trainer):
                 f"trainer.compile={self.compile_mode}: nothing can be compiled here "
                 f"({str(error).splitlines()[0][:150]}); install a C++ compiler, or leave it out"
             ) from None
-        # As an attribute of this object, for a compiled module would name its weights otherwise.
-        vars(model)["step"] = torch.compile(model.step, mode=self.compile_mode)
+        compile_step(model, self.compile_mode)
 
     def _check_processes(self) -> None:
         """Whether the processes that are asked for are there, or are about to be started."""
@@ -171,6 +184,27 @@ class RunTrainer(L.Trainer):
                 f"{', '.join(missing)} on each of them"
             )
         log.info("waiting for %d machines at %s:%d", self.num_nodes, cluster.main_address, cluster.main_port)
+
+
+def compile_step(model: SegmentModel[Any], mode: CompileMode) -> None:
+    """Let a model take its steps compiled.
+
+    One segment is compiled, not all of them: another number of segments would be another program.
+
+    Args:
+        model: on the device where it will be used.
+        mode: torch.compile's.
+    """
+    step = torch.compile(model.step, mode=mode)
+
+    def kept(segment: Segment, state: Any) -> tuple[Tensor, Any]:
+        # A graph writes where it has written before, and may do so as soon as no backward pass is due: over the state
+        # that it is given, which is its own last result, too. So what leaves it is a copy.
+        copied: tuple[Tensor, Any] = tree.map(Tensor.clone, step(segment, state))
+        return copied
+
+    # As an attribute of this object, for a compiled module would name its weights otherwise.
+    vars(model)["step"] = step if mode == "default" else kept
 
 
 def _started(cluster: Any) -> int | None:
