@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +259,22 @@ def test_graphs_do_not_write_over_what_has_left_them(
     with torch.no_grad():
         for found, expected in zip(list(replayed.read(ids)), list(plain.read(ids)), strict=True):
             torch.testing.assert_close(found[1:], expected[1:])
+
+
+def test_segments_are_one_program(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first and the others, of inputs of any length: to compile another takes half a minute."""
+    programs: list[object] = []
+
+    def count(graph: Callable[..., Any], _: object) -> Callable[..., Any]:
+        programs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
+    model = reads_in_training("encoder", tokenizer)
+    compile_step(model, "default")
+    for segments in (3, 1, 2):
+        model(torch.randint(5, len(tokenizer), (2, segments, model.text_length)))[0].sum().backward()
+    assert len(programs) == 1
 
 
 @pytest.mark.parametrize("word", ["+trainer.accumulate_grad_batches=2", "model.gradient_checkpointing=true"])

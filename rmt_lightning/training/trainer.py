@@ -197,14 +197,15 @@ def compile_step(model: SegmentModel[Any], mode: CompileMode) -> None:
     """
     step = torch.compile(model.step, mode=mode)
 
-    def kept(segment: Segment, state: Any) -> tuple[Tensor, Any]:
+    def alike(segment: Segment, state: Any) -> tuple[Tensor, Any]:
+        # Laid out alike in memory, whichever segment of how many it is: one program for all.
+        read: tuple[Tensor, Any] = step(*tree.map(Tensor.contiguous, (segment, state)))
         # A graph writes where it has written before, and may do so as soon as no backward pass is due: over the state
         # that it is given, which is its own last result, too. So what leaves it is a copy.
-        copied: tuple[Tensor, Any] = tree.map(Tensor.clone, step(segment, state))
-        return copied
+        return read if mode == "default" else tree.map(Tensor.clone, read)
 
     # As an attribute of this object, for a compiled module would name its weights otherwise.
-    vars(model)["step"] = step if mode == "default" else kept
+    vars(model)["step"] = alike
 
 
 def _started(cluster: Any) -> int | None:
