@@ -51,10 +51,14 @@ from rmt_lightning.tasks.datamodule import FactDataset
 from rmt_lightning.tasks.placement import Key
 from rmt_lightning.training.callbacks.hardware import make_fast, multiply_fast
 from rmt_lightning.training.optimization import WarmupDecay
+from rmt_lightning.training.trainer import CompileMode, compile_step
 
 SEGMENT, MEMORY, VOCABULARY = 128, 10, 2000
 TEXT = SEGMENT - MEMORY - RMTEncoder.NUM_SPECIAL_TOKENS
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+COMPILED: dict[str, CompileMode] = {"compiled": "default", "graphs": "reduce-overhead"}
+# The first turns warm up: they compile, and a GPU's second one records graphs.
+WARMING_UP = 1 if DEVICE == "cpu" else 3
 PROSE = Prose(documents=200)
 TOKENIZER = TinyBert(vocabulary_size=VOCABULARY).tokenizer(chain.from_iterable(PROSE.documents("train")))
 
@@ -77,7 +81,12 @@ class Size(NamedTuple):
         return AutoModel.from_config(config, add_pooling_layer=False, attn_implementation=attention).to(DEVICE)
 
 
-SIZES = {"tiny": Size(128, 4, 4, 8), "MiniLM": Size(384, 6, 12, 2), "BERT-base": Size(768, 12, 12, 1)}
+# A GPU is idle with fewer rows.
+SIZES = {
+    "tiny": Size(128, 4, 4, 8 if DEVICE == "cpu" else 32),
+    "MiniLM": Size(384, 6, 12, 2 if DEVICE == "cpu" else 32),
+    "BERT-base": Size(768, 12, 12, 1 if DEVICE == "cpu" else 32),
+}
 
 
 def llama(attention: str = "sdpa") -> PreTrainedModel:
@@ -193,22 +202,30 @@ def in_fp32_or_bf16(name: str, work: Callable[[str], Callable[[], object]]) -> d
 
 
 def encoder_step(name: str, variant: str, segments: int) -> Callable[[], None]:
+    """A step of "published" or "ours", followed by words that say how it is taken."""
     size = SIZES[name]
     ids = torch.randint(5, VOCABULARY, (size.batch, segments, TEXT), device=DEVICE)
     answers = torch.randint(6, (size.batch,), device=DEVICE)
     head = nn.Linear(size.width, 6).to(DEVICE)
-    who, _, how = variant.partition(", ")
+    who, *how = variant.split(", ")
+    precision = "bf16" if "bf16" in how else ""
     if who == "published":
-        published = PublishedEncoder(size.encoder(how), MEMORY).to(DEVICE)
-        return training_step(published, lambda: cross_entropy(head(published(ids)), answers), fused=False)
+        published = PublishedEncoder(size.encoder("eager" if "eager" in how else "sdpa"), MEMORY).to(DEVICE)
+        return training_step(published, lambda: cross_entropy(head(published(ids)).float(), answers), False, precision)
     encoder = Encoder(size.encoder(), TOKENIZER)
-    model = RMTEncoder(encoder, SEGMENT, MEMORY, gradient_checkpointing=how == "checkpointing").to(DEVICE)
-    return training_step(model, lambda: cross_entropy(head(model.encode(ids)).float(), answers), True, how)
+    model = RMTEncoder(encoder, SEGMENT, MEMORY, gradient_checkpointing="checkpointing" in how).to(DEVICE)
+    if mode := next((COMPILED[word] for word in how if word in COMPILED), None):
+        compile_step(model, mode)
+    return training_step(model, lambda: cross_entropy(head(model.encode(ids)).float(), answers), True, precision)
 
 
 def train_encoder(name: str, segments: int) -> Case:
     tried = ["published, sdpa", "published, eager", "ours", "ours, checkpointing"]
-    if bf16_is_fast():
+    if DEVICE != "cpu":
+        ways = ("sdpa", "eager"), ("compiled", "graphs", "checkpointing")
+        tried = [f"published, {way}, bf16" for way in ways[0]] + ["ours, bf16"]
+        tried += [f"ours, {way}, bf16" for way in ways[1]]
+    elif bf16_is_fast():
         tried.append("ours, bf16")
     tokens = SIZES[name].batch * segments * SEGMENT
     flops = 3 * products(SIZES[name].encoder(), tokens, SEGMENT)
@@ -263,7 +280,7 @@ def stream(name: str, batch: int, segments: int) -> Case:
     ids = torch.randint(5, VOCABULARY, (batch, segments, TEXT), device=DEVICE)
     published = reader("published", name)
     ours, compiled = reader("ours", name), reader("ours", name)
-    vars(compiled)["step"] = torch.compile(compiled.step, mode="default" if DEVICE == "cpu" else "reduce-overhead")
+    compile_step(compiled, "default" if DEVICE == "cpu" else "reduce-overhead")
 
     def read(model: nn.Module, precision: str = "") -> Callable[[], Tensor]:
         def work() -> Tensor:
@@ -272,9 +289,12 @@ def stream(name: str, batch: int, segments: int) -> Case:
 
         return work
 
-    variants = {"published, sdpa": torch.no_grad()(lambda: published(ids))}
+    variants: dict[str, Callable[[], object]] = {"published, sdpa": torch.no_grad()(lambda: published(ids))}
+    if DEVICE != "cpu":
+        variants = {"published, sdpa, bf16": torch.no_grad()(autocast("bf16")(lambda: published(ids)))}
+        variants["ours, graphs, bf16"] = read(compiled, "bf16")
     variants |= in_fp32_or_bf16("ours", partial(read, ours))
-    if segments > 8:  # to compile takes as long as many segments
+    if DEVICE == "cpu" and segments > 8:  # to compile takes as long as many segments
         variants["ours, compiled"] = read(compiled)
     tokens = batch * segments * SEGMENT
     return Case(f"stream/{name}/batch {batch}", variants, tokens, flops=products(size.encoder(), tokens, SEGMENT))
@@ -363,6 +383,8 @@ def start(name: str) -> Case:
 LENGTHS = [("tiny", 7), ("tiny", 14), ("MiniLM", 7), ("MiniLM", 14), ("BERT-base", 7)]
 # Size, batch and segments, the fewer of them the longer they take.
 STREAMS = [("tiny", 1, 16), ("tiny", 16, 16), ("MiniLM", 1, 16), ("MiniLM", 16, 2), ("BERT-base", 1, 4)]
+if DEVICE != "cpu":
+    STREAMS = [("tiny", 1, 64), ("MiniLM", 1, 64), ("MiniLM", 64, 64), ("BERT-base", 64, 16)]
 TRAIN = ("-m", "rmt_lightning.train")
 STARTS = {
     "start/import": ("-c", "import rmt_lightning"),
@@ -397,14 +419,14 @@ ALONE: dict[str, tuple[Callable[[str, int], tuple[float, ...]], list[tuple[str, 
 
 def measure(case: Case, turns: int, best: dict[str, float]) -> list[dict[str, object]]:
     seconds: dict[str, list[float]] = {name: [] for name in case.variants}
-    for turn in range(turns + 1):
+    for turn in range(-WARMING_UP, turns):
         for name, work in case.variants.items():
             torch.set_float32_matmul_precision("highest")
             if name.startswith("ours"):
                 multiply_fast()
             began = time.perf_counter()
             synchronized(work)()
-            if turn:  # the first one warms up
+            if turn >= 0:
                 seconds[name].append(time.perf_counter() - began)
     first = statistics.median(next(iter(seconds.values())))
     rows = []
@@ -423,7 +445,7 @@ def measure(case: Case, turns: int, best: dict[str, float]) -> list[dict[str, ob
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="cases whose names begin so")
+    parser.add_argument("--only", nargs="+", default=[""], help="cases whose names begin so")
     parser.add_argument("--turns", type=int, default=3, help="of each variant")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results.csv")
     options = parser.parse_args()
@@ -432,8 +454,9 @@ def main() -> None:
     print(f"{best['bf16'] / 1e9:.0f} in bf16")
     rows: list[dict[str, object]] = []
     for name, make in CASES.items():
-        if not name.startswith(options.only):
+        if not name.startswith(tuple(options.only)):
             continue
+        torch.compiler.reset()  # it compiles a method for so many models, and no more
         for row in measure(make(), options.turns, best):
             print("  ".join(f"{value}" for value in row.values()), flush=True)
             rows.append(row)
@@ -441,7 +464,7 @@ def main() -> None:
     if DEVICE == "cpu" and sys.platform != "linux":
         return
     for name, (measure_alone, tried, columns) in ALONE.items():
-        if not name.startswith(options.only):
+        if not name.startswith(tuple(options.only)):
             continue
         # A process for each measurement, for a process never gives its peak back.
         with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
