@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -98,6 +99,16 @@ def test_every_compared_model_can_be_composed(name: str) -> None:
         hydra.compose("evaluate", [*COMPARISON["EVALUATE"]])
     GlobalHydra.instance().clear()
     assert config.curriculum.max_segments == COMPARISON["TRAINED_TO"]
+
+
+def test_what_the_kit_for_a_gpu_trains_can_be_composed() -> None:
+    script = KIT.with_name("run.sh").read_text()
+    subprocess.run(["bash", "-n", KIT.with_name("run.sh")], check=True)
+    preset, tiny = (shlex.split(words) for words in re.findall(r"preset\+?=\((.*?)\n *\)", script, flags=re.DOTALL))
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        config = hydra.compose("train", [*preset, *tiny])
+    GlobalHydra.instance().clear()
+    assert config.hold.steps == 4 and config.noise._target_ == "rmt_lightning.Files"
 
 
 def test_models_side_by_side() -> None:

@@ -18,7 +18,8 @@ mkdir -p "$work" && cd "$work" || exit 2
 export PYTHONPATH=$site:$root RMT_LIGHTNING_CACHE=$work/cache RMT_TEST_DEVICE=${DEVICE:-cuda}
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 COLUMNS=150
 [ "$RMT_TEST_DEVICE" = cuda ] || export CUDA_VISIBLE_DEVICES=
-[ -d "$site" ] || python3 -m pip install --quiet --no-index --no-deps --no-compile --target "$site" "$carried"/wheels/*.whl || exit 2
+install=(python3 -m pip install --quiet --no-index --no-deps --no-compile --target)
+[ -d "$site" ] || "${install[@]}" "$site" "$carried"/wheels/*.whl || exit 2
 machine=$(python3 -c "import torch as t; print(t.__version__, t.cuda.get_device_name() if t.cuda.is_available() else 'no GPU')")
 case "$RMT_TEST_DEVICE $machine" in cuda*"no GPU") echo "torch finds no GPU; DEVICE=cpu does without" >&2; exit 2 ;; esac
 [ -f "$results/summary.csv" ] || echo "part,exit_code,seconds,figures" >"$results/summary.csv"
@@ -40,7 +41,8 @@ part() {
 preset=(
     experiment=minilm_512 task=detect backbone.name="$carried/minilm" data.num_workers=8 test.samples=64
     noise=files noise.path="$carried/stories/train.jsonl" noise.validation_path="$carried/stories/dev.jsonl"
-    noise.field=document curriculum.when_stuck=continue "test.segments=[1,8]"
+    noise.field=document "test.segments=[1,8]"
+    data.validation_samples=256 curriculum.when_stuck=continue hold.steps=800 hold.rounds=2
 )
 only=(train/BERT-base stream/ train/MiniLM/7) followed=512
 lengths=1,8,64,512 longest=4096 samples=64
@@ -60,7 +62,9 @@ for name in "$@"; do
     speeds)
         part speeds 160 python3 "$root/experiments/benchmarks/run.py" --only "${only[@]}" \
             --output "$results/speeds.csv" ${TINY:+--turns 1} ;;
-    train) part train 110 python3 -m rmt_lightning.train "hydra.run.dir=$run" "${preset[@]}" trainer.max_time=00:00:01:00 ;;
+    train)
+        rm -rf "$run"
+        part train 110 python3 -m rmt_lightning.train "hydra.run.dir=$run" "${preset[@]}" trainer.max_time=00:00:01:00 ;;
     hold) part hold 120 python3 -m rmt_lightning.train "resume=$run" trainer.max_time=00:00:01:15 ;;
     evaluate) part evaluate 60 "${evaluate[@]}" "segments=[$lengths]" ;;
     longest) part longest 100 "${evaluate[@]}" "segments=[$longest]" ;;
