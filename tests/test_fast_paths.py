@@ -286,6 +286,15 @@ def test_what_graphs_cannot_do_is_refused(word: str, refused: Callable[..., str]
     )
 
 
+@pytest.mark.fault("gradients are clipped in mixed precision, as on every GPU", "the run trains")
+def test_gradients_are_clipped_in_mixed_precision(train: Run) -> None:
+    """Also if the run has begun in another one, whose optimizer was fused."""
+    begun = train("trainer.max_steps=2", "trainer.precision=32-true", "hydra.run.dir=run")
+    assert begun.returncode == 0, begun.stderr
+    mixed = train("resume=run", "trainer.max_steps=4", "trainer.precision=bf16-mixed", small=False)
+    assert mixed.returncode == 0, mixed.stderr
+
+
 def test_the_fused_optimizer_takes_the_same_steps() -> None:
     weights = [nn.Parameter(torch.ones(5)) for _ in range(2)]
     for weight, fused in zip(weights, (False, True), strict=True):

@@ -67,8 +67,9 @@ class SegmentModule(L.LightningModule):
         return cast(ShortEpochs, cast(Any, self.trainer).datamodule)
 
     def configure_optimizers(self) -> Any:
-        # Lightning cannot clip gradients that a fused optimizer unscales.
-        return self.phases.build_optimizer(self.parameters(), fused=self.trainer.precision != "16-mixed")
+        # In mixed precision Lightning takes a fused optimizer for one that unscales gradients, and clips none.
+        mixed = str(self.trainer.precision).endswith("-mixed")
+        return self.phases.build_optimizer(self.parameters(), fused=not mixed)
 
     def on_train_start(self) -> None:
         self._first_step = self.global_step
