@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run, final
+from conftest import ROOT, Run, final
 from test_backbones import CONFIGS
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
@@ -284,6 +284,13 @@ def test_what_graphs_cannot_do_is_refused(word: str, refused: Callable[..., str]
         f"error: trainer.compile=reduce-overhead: its CUDA graphs do not go together with {word.lstrip('+')}; give "
         "trainer.compile=default, or leave one of them out\n"
     )
+
+
+def test_the_commit_is_noted() -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("this is no checkout")
+    told = hardware._commit()
+    assert told and len(told.removesuffix("-dirty")) == 40
 
 
 @pytest.mark.fault("gradients are clipped in mixed precision, as on every GPU", "the run trains")

@@ -23,7 +23,7 @@ from rmt_lightning.core.files import write_atomically
 from rmt_lightning.core.run_folder import HARDWARE
 from rmt_lightning.models.segment_model import installed_memory
 
-_CHECKOUT = Path(__file__).parents[2]
+_CHECKOUT = Path(__file__).parents[3]
 
 
 class Hardware(Callback):
