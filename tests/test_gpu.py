@@ -157,6 +157,13 @@ def test_a_run_that_is_killed_ends_with_the_same_weights(run: Callable[..., Any]
     assert_near(final(tmp_path / "killed"), final(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize(("first", "then"), [("bf16-mixed", "32-true"), ("32-true", "bf16-mixed")])
+def test_a_run_goes_on_in_another_precision(first: str, then: str, run: Callable[..., Any]) -> None:
+    """The optimizer is fused in one of them alone."""
+    run(*TRAIN, *SMALL, f"trainer.precision={first}", "trainer.max_steps=2", "hydra.run.dir=run")
+    run(*TRAIN[:2], "resume=run", f"trainer.precision={then}", "trainer.max_steps=4")
+
+
 def test_evaluate_is_right_as_often_as_on_a_cpu(run: Callable[..., Any], tmp_path: Path) -> None:
     run(*TRAIN, *SMALL, "hydra.run.dir=run")
     for device in ("cpu", DEVICE):

@@ -288,6 +288,10 @@ class Phases(Callback):
         restored.base_lrs, restored.lr_lambdas = schedule.base_lrs, schedule.lr_lambdas
         for group, wanted in zip(optimizer.param_groups, settings.param_groups, strict=True):
             group.update({name: value for name, value in wanted.items() if name != "params"})
+            for parameter in group["params"] if group["fused"] else ():
+                # One that is fused counts its steps on the device, and may have been saved by one that is not.
+                if "step" in (counted := optimizer.state[parameter]):
+                    counted["step"] = counted["step"].to(parameter.device)
         for group, lr, scale in zip(optimizer.param_groups, restored.base_lrs, restored.lr_lambdas, strict=True):
             group["lr"] = lr * scale(restored.last_epoch)
 
