@@ -68,5 +68,7 @@ try:
 except (OSError, ValueError, KeyError, IndexError) as error:
     # What has failed may have left nothing, or half of it.
     figures = f"no figures: {type(error).__name__}: {error}"
-row = {"part": part, "exit_code": code, "seconds": seconds, "figures": " ".join(figures.split())}
+# On one line, and without what would have to be quoted.
+told = " ".join(figures.replace(",", ";").split())
+row = {"part": part, "exit_code": code, "seconds": seconds, "figures": told}
 append_csv(results / "summary.csv", [row], list(row))
