@@ -46,11 +46,15 @@ def trained(work: Path, results: Path) -> str:
 
 def evaluated(work: Path, results: Path) -> str:
     (found,) = (work / "run" / "evaluations").rglob("evaluation.json")
-    for name in ("evaluation.csv", "retention.csv"):
-        shutil.copy(found.with_name(name), results)
+    for name in ("evaluation.csv", "probes.csv"):
+        if found.with_name(name).exists():
+            shutil.copy(found.with_name(name), results)
     known = json.loads(found.read_text())
     told = [f"{row['right']}/{row['samples']} at {length}" for length, row in known["lengths"].items()]
-    return ", ".join(told + [f"{row['rate']:.2g} lost a segment" for row in known["retention"].values()])
+    for row in known["retention"].values():
+        rate = f"{row['rate_low']:.2g} to {row['rate_high']:.2g}"
+        told.append(f"{row['lost']} memories lost in {row['exposure']} segments, a rate of {rate}")
+    return ", ".join(told)
 
 
 FIGURES = {
