@@ -440,6 +440,7 @@ def test_the_real_command(here: Path, command: Run) -> None:
     assert len(figures.attention(maps, "title").axes) == 5 and len(figures.rewriting(curve, "title").axes) == 1
 
 
+@pytest.mark.soak
 def test_another_head_is_drawn_beside_it_and_the_curve_is_not_read_again(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -552,6 +552,7 @@ def test_several_processes_build_one_cache(tokenizer: PreTrainedTokenizerBase, t
     assert len([path for path in (tmp_path / "noise").iterdir() if path.is_dir()]) == 1
 
 
+@pytest.mark.soak
 def test_real_stories(shared_data: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     folder = shared_data / "squality"
     noise = Files(str(folder / "train.jsonl"), "document", str(folder / "dev.jsonl"))

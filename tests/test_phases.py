@@ -79,6 +79,7 @@ def with_cooldown(tmp_path: Path, command: Run) -> Run:
     return lambda *words: command("rmt_lightning.train", *words)
 
 
+@pytest.mark.soak
 def test_a_third_phase_is_two_files(
     with_cooldown: Run,
     refused: Callable[..., str],
@@ -149,7 +150,7 @@ SLOW = pytest.mark.soak
 @pytest.mark.parametrize(
     ("model", "lengths"),
     [
-        ("lstm", "exact"),
+        pytest.param("lstm", "exact", marks=SLOW),
         pytest.param("rmt_encoder", "exact", marks=SLOW),
         *(pytest.param(model, "uniform", marks=SLOW) for model in ("rmt_transformer_xl", "ntm", "memory_network")),
     ],

@@ -108,6 +108,7 @@ def test_a_stage_that_is_stuck_stops_the_run_with_a_clear_result(train: Run, tmp
     ]  # fmt: skip
 
 
+@pytest.mark.soak
 def test_stages_begin_with_lessons_which_are_resumed(train: Run, tmp_path: Path) -> None:
     reasoning = ("task=reasoning", "curriculum.lessons=true", "backbone=tiny_roformer", "hydra.run.dir=run")
     easy = ("curriculum.threshold=0.01", "curriculum.validations=1")

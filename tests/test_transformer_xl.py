@@ -254,6 +254,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
+@pytest.mark.soak
 def test_a_run_learns_and_its_checkpoint_is_loaded(train: Run, tmp_path: Path, cache: Path) -> None:
     result = train(
         "model=transformer_xl", *SIZES, "noise.documents=50", "data.segment_length=30", "data.batch_size=32",

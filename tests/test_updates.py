@@ -191,6 +191,7 @@ def test_bad_input(settings: tuple[str, ...], message: str, train: Run) -> None:
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.soak
 def test_a_run_with_gates_is_resumed_and_exported(train: Run, command: Run, tmp_path: Path) -> None:
     assert train("model.update=gated", "hydra.run.dir=run").returncode == 0
     before = final(tmp_path / "run")["model.update.gate.weight"]
