@@ -42,7 +42,7 @@ def test_help_and_spelling_mistakes_wait_for_nothing(door: str, environment: dic
         ("noise.documents=x", set()),
         ("optim.lr=-1", set()),
         # What `from rmt_lightning import RMTEncoder` needs; transformers bring scipy.
-        ("model.memory_size=-1", {"torch", "transformers", "scipy"}),
+        pytest.param("model.memory_size=-1", {"torch", "transformers", "scipy"}, marks=pytest.mark.soak),
     ],
 )
 def test_a_wrong_value_waits_for_its_class_alone(

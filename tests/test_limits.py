@@ -388,6 +388,7 @@ def test_a_budget_of_time(train: Run, tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.soak
 def test_a_budget_of_steps_within_an_epoch(train: Run, tmp_path: Path) -> None:
     text = (
         "task=language_modeling", "model.width=8", "model.layers=1", "model.heads=2", "noise.documents=20",

@@ -278,6 +278,7 @@ def test_a_lower_learning_rate_helps(checkpoint: str, train: Run, tmp_path: Path
     assert yaml.safe_load((tmp_path / "tame" / "config.yaml").read_text())["optim"]["lr"] == 2e-3
 
 
+@pytest.mark.soak
 def test_settings_are_checked_against_the_choices_of_the_run(
     train: Run, refused: Callable[..., str], tmp_path: Path
 ) -> None:

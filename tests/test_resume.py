@@ -224,6 +224,7 @@ def test_resume_from_a_stage_goes_to_a_new_folder(
     assert "already holds a run; choose another folder, or go on with resume=" in told
 
 
+@pytest.mark.soak
 def test_resume_with_more_segments_and_a_finished_run(uninterrupted: Path, train: Run, tmp_path: Path) -> None:
     shutil.copytree(uninterrupted, tmp_path / "run")
     again = train("resume=run", small=False)
@@ -293,7 +294,7 @@ run()
 @pytest.mark.parametrize(
     ("precision", "batches"),
     [
-        pytest.param("64-true", 2, id="double"),
+        pytest.param("64-true", 2, id="double", marks=pytest.mark.soak),
         *(pytest.param(precision, 2, marks=pytest.mark.soak) for precision in ("bf16-mixed", "bf16-true", "32-true")),
         pytest.param("64-true", 1, marks=pytest.mark.soak),
         pytest.param("32-true", 3, marks=pytest.mark.soak),

@@ -309,6 +309,7 @@ def test_tensorboard(train: Run, tmp_path: Path) -> None:
     assert {"train/loss", "val/accuracy"} <= set(events.Tags()["scalars"])
 
 
+@pytest.mark.soak
 def test_real_babi_among_real_stories(shared_data: Path, train: Run, tmp_path: Path) -> None:
     result = train(
         *(setting for setting in SMALL if not setting.startswith("noise.")),
