@@ -133,11 +133,11 @@ def test_products_are_as_exact_as_before(monkeypatch: pytest.MonkeyPatch) -> Non
 def reads_in_training(kind: str, tokenizer: PreTrainedTokenizerBase) -> MemoryTokens[Any]:
     """A small model with dropout off and random weights everywhere, in double precision."""
     torch.manual_seed(0)
-    backbone = TinyGPT(vocabulary_size=200, width=16, layers=2, heads=2) if kind == "decoder" else None
+    backbone = TinyGPT(vocabulary_size=200, width=16, layers=2, heads=2)
     model: MemoryTokens[Any] = {
         "encoder": lambda: RMTEncoder(make("bert", tokenizer), 20, 3),
         "electra": lambda: RMTEncoder(make("electra", tokenizer), 20, 3),
-        "decoder": lambda: RMTDecoder(backbone.decoder(tokenizer), 20, 3),  # type: ignore[union-attr]
+        "decoder": lambda: RMTDecoder(backbone.decoder(tokenizer), 20, 3),
         "transformer_xl": lambda: TransformerXL(tokenizer, 20, 16, 2, 2, 8, 3),
     }[kind]()
     for weight in model.parameters():
