@@ -31,7 +31,7 @@ class Root:
     checkpoint: str
     stages: bool
     segments: list[Annotated[int, Ge(1)]]
-    samples: Annotated[int, Ge(1)] | None
+    samples: Annotated[int, Ge(1), Le(10**6)] | None
     follow: Annotated[int, Ge(0)]
     every: Annotated[int, Ge(1)]
     probes: list[Annotated[int, Ge(1)]] | None

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 
 from rmt_lightning.app.recipes import build_recipe
 from rmt_lightning.app.schema import CONF, check
+from rmt_lightning.app.training import tell_idle
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.train import Root
 
@@ -116,6 +117,31 @@ def test_one_segment_uses_all_weights(model: str, answer: str, cache: Path) -> N
     recipe.phases.prepare(recipe.module, recipe.data)
     recipe.module.training_step(next(iter(recipe.data.train_dataloader())), 0)["loss"].backward()
     assert [name for name, weight in recipe.module.named_parameters() if weight.grad is None] == []
+
+
+IDLE = [
+    ("model=lstm", "backbone.width=32", "changes nothing, for a LSTM takes the tokenizer alone"),
+    ("model=lstm", "backbone.vocabulary_size=400", None),
+    ("model=rmt_encoder", "backbone.width=32", None),
+    ("curriculum.max_segments=2", "curriculum.steps=[9,8,7]", "[7] changes nothing, for curriculum.max_segments=2 "),
+    ("curriculum.max_segments=2", "optim.lr=[1e-3,1e-3]", None),
+    ("task=detect", "answer.all_questions=true", "changes nothing, for task=detect has one question"),
+    ("task=reasoning", "answer.all_questions=true", None),
+    ("hold=state_passing hold.until_rate=null", "hold.rounds=2", "changes nothing, for without hold.until_rate "),
+]
+
+
+@pytest.mark.parametrize(("others", "word", "why"), IDLE, ids=[word for _, word, _ in IDLE])
+def test_what_is_typed_and_changes_nothing_is_said(
+    others: str, word: str, why: str | None, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    typed = [*others.split(), word]
+    small = [setting for setting in BUILT if not word.startswith(setting.partition("=")[0])]
+    config = compose(*typed, *small, f"cache_dir={cache}")
+    with caplog.at_level("INFO"):
+        tell_idle(config, build_recipe(config), typed)
+    told = [message for message in caplog.messages if message.startswith(word)]
+    assert [message[: len(f"{word}: {why}")] for message in told] == ([f"{word}: {why}"] if why else [])
 
 
 def test_a_new_component_needs_a_class_and_a_yaml(tmp_path: Path) -> None:

@@ -374,6 +374,8 @@ def test_another_number_of_memories_is_another_result(
         ),
         ("hydra.run.dir=x", "hydra.run.dir=x: nothing is written there; --help shows what says where results go"),
         ("output=", "output=: is empty; give a value, or leave it out"),
+        (f"output={'x' * 300}", f"{'x' * 300}: File name too long; choose another folder"),
+        ("samples=1000001", "samples=1000001: must be less than or equal to 1000000"),
     ],
 )
 def test_what_would_have_no_effect(

@@ -52,6 +52,7 @@ def allocate(number: str) -> object:
 SAID: dict[str, tuple[Callable[[str], object], str, type[Exception], str]] = {
     "NO_DEFAULT": (compose, "sweep=memory_size", ConfigCompositionException, "sweep=memory_size"),
     "TWICE": (compose, "+model=lstm", ConfigCompositionException, "model"),
+    "NO_VALUE": (compose_a_run, "hydra.mode=x", ConfigCompositionException, "hydra.mode=x"),
     "NO_SETTING": (compose, "hold.steps=9", ConfigCompositionException, "hold.steps"),
     "NO_CHOICE": (compose, "hold=null", ValueError, "NoneType"),
     "SEVERAL": (compose_a_run, "cache_dir=a,b", ConfigCompositionException, "cache_dir=a,b"),

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import append_csv, write_atomically
 from rmt_lightning.core.quoting import setting
 from rmt_lightning.core.run_folder import claimed
-from rmt_lightning.training.callbacks.checkpoints import MetricsTable, read_checkpoint
+from rmt_lightning.training.callbacks.checkpoints import MetricsTable, read_checkpoint, read_newest
 
 # Dropout makes random numbers matter; three lengths make the curriculum matter.
 RUN = ("hydra.run.dir=run", "backbone.dropout=0.1", "seed=5")
@@ -664,6 +665,21 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(
     assert_identical(final(uninterrupted), final(tmp_path / "run"))
     # What had been damaged was not kept as the previous one.
     assert all(read_checkpoint(path) for path in checkpoints.iterdir())
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_damaged(uninterrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was before it is whole, but is no reason to lose what came after."""
+    last = uninterrupted / "checkpoints" / "last.ckpt"
+    opened = Path.open
+
+    def closed(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == last:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", closed)
+    with pytest.raises(UserError, match=r"last\.ckpt: cannot be read \(Permission denied\); make it readable$"):
+        read_newest(last)
 
 
 @pytest.mark.soak

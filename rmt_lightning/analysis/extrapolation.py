@@ -12,7 +12,7 @@ from itertools import chain
 from typing import Annotated, Any, NamedTuple, Protocol
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Le
 from torch import Tensor
 
 from rmt_lightning.core.errors import UserError
@@ -31,7 +31,7 @@ class LengthTest:
     """
 
     segments: list[Annotated[int, Ge(1)]]
-    samples: Annotated[int, Ge(1)] | None = None
+    samples: Annotated[int, Ge(1), Le(10**6)] | None = None
 
     def __post_init__(self) -> None:
         if not self.segments:

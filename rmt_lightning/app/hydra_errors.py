@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,6 +29,7 @@ from rmt_lightning.core.quoting import for_shell, literal, one_line, quoted, set
 
 # What Hydra tells in words alone; tests/test_hydra_errors.py holds them against the version that is installed.
 NO_DEFAULT = re.compile(r"To append to your default list use \+(\S+)")
+NO_VALUE = re.compile(r"Error merging override (.+)")
 NO_SETTING = re.compile(r"Could not override '([^']+)'")
 NO_CHOICE = re.compile(r"Config group override must be a string or a list\. Got (\w+)")
 SEVERAL = re.compile(r"Ambiguous value for argument '(.*)'$", flags=re.MULTILINE)
@@ -35,6 +37,12 @@ TWICE = re.compile(r"Multiple values for ([^. ]+)\.|force-add of config groups i
 PLACE = re.compile(r"^full_key: (\S+)", flags=re.MULTILINE)
 # Groups of Hydra whose choices its plugins bring.
 _OF_SWEEPS = ("hydra/launcher", "hydra/sweeper")
+# Options of Hydra that have no place in these commands, and what to give instead.
+_NOT_HERE = {
+    "config_name": "each command has a config of its own; give choices of your own with --config-dir",
+    "config_path": "each command has a config of its own; give choices of your own with --config-dir",
+    "experimental_rerun": "go on with a run by resume=<its folder>",
+}
 # NumPy, torch and CUDA.
 NO_MEMORY = re.compile(r"(MemoryError|can't allocate memory|out of memory|Storage size calculation overflowed)")
 # Python's own, of a class that is not ours: ours are checked against their signatures.
@@ -75,6 +83,8 @@ def front_door(
             for word in sys.argv[1:]:
                 _check_encoding(word)
             sys.argv[1:] = words([_as_meant(word) for word in sys.argv[1:]])
+            # What is wrong there is told in a line of its own.
+            warnings.filterwarnings("ignore", "provider=.* is not available")
             try:
                 hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
             except OSError as error:
@@ -88,6 +98,12 @@ def front_door(
                 raise UserError(_unreadable_choice() or str(error)) from None
             except yaml.YAMLError as error:
                 raise UserError(_unreadable_choice() or " ".join(str(error).split())) from None
+            except Exception as error:  # Hydra asserts what it has been told, and divides by it
+                told = [word for word in sys.argv[1:] if re.match(r"[+~]*hydra[./]", word)]
+                if begun or not told or isinstance(error, HydraException | OmegaConfBaseException | RuntimeError):
+                    raise
+                reason = " ".join(f"{type(error).__name__} {error}".split())
+                raise UserError(f"{' '.join(told)}: Hydra cannot obey that ({reason:.200}); leave it out") from None
 
     return run
 
@@ -104,7 +120,13 @@ def _options_first(words: list[str]) -> list[str]:
         raise UserError(f"{message}; see --hydra-help")
 
     parser.error = error  # type: ignore[method-assign]
-    settings = parser.parse_intermixed_args(words).overrides
+    given = parser.parse_intermixed_args(words)
+    for option, hint in _NOT_HERE.items():
+        if getattr(given, option):
+            raise UserError(f"--{option.replace('_', '-')}: {hint}, or leave it out")
+    if given.package and not given.cfg:
+        raise UserError(f"--package={given.package}: is the part that --cfg job shows; add that, or leave it out")
+    settings = given.overrides
     options = list(words)
     for word in settings:
         options.remove(word)
@@ -159,6 +181,16 @@ def check_places(settings: Any) -> None:
             raise UserError(f"{word}: nothing is written there; --help shows what says where results go")
         if re.match(r"hydra[./](sweep|sweeper|launcher)\b", key) and not swept:
             raise UserError(f"{word}: is for sweeps alone; add --multirun, or leave it out")
+    for source in settings.runtime.config_sources:
+        if source.provider == "hydra.searchpath in command-line" and not (
+            source.schema != "file" or Path(source.path).is_dir()
+        ):
+            raise UserError(f"hydra.searchpath: {source.path} is no folder; name one that holds choices of your own")
+    if "sweep" in settings.callbacks and not settings.callbacks.sweep:
+        raise UserError("hydra.callbacks.sweep: is what carries out a sweep; leave it out")
+    for name, number in settings.sweeper.items() if swept else ():
+        if type(number) is int and number < 1:
+            raise UserError(f"hydra.sweeper.{name}={number}: must be 1 or more")
     for key in ("sweep.dir", "sweep.subdir") if swept else ("run.dir",):
         group, _, name = key.partition(".")
         if not OmegaConf.is_interpolation(settings[group], name) and not settings[group][name]:
@@ -268,6 +300,8 @@ def _one_line(error: BaseException, config_name: str) -> str:
     for word in sys.argv[1:]:
         if word[0] == "~" and f"Interpolation key '{word[1:].partition('=')[0]}." in str(said):
             return f"{word}: the run needs it; leave it out"
+    if (merged := NO_VALUE.search(str(said))) and len(causes) > 1:
+        return f"{merged[1]}: {str(causes[1]).splitlines()[0]}; give another value, or leave it out"
     lines = [line.strip() for line in str(said).splitlines() if line.strip()]
     told = f"{key + ': ' if key else ''}{lines[0] if lines else type(said).__name__}"
     if looked_up := [word for word in sys.argv[1:] if "${" in word and word.lstrip("+").startswith(key or "")]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -27,13 +27,14 @@ from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import write_atomically, write_csv
 from rmt_lightning.core.run_folder import EVALUATION
 from rmt_lightning.models.segment_model import SegmentModel, check_room, check_weights, state_size
+from rmt_lightning.models.sources import reads_backbone
 from rmt_lightning.reporting import figures
 from rmt_lightning.tasks.corpus import Corpus
 from rmt_lightning.tasks.datamodule import FactDataModule, ShortEpochs
 from rmt_lightning.tasks.facts import Split
 from rmt_lightning.tasks.language import DocumentDataModule, LanguageModeling, RunningText
 from rmt_lightning.tasks.noise import SPLITS
-from rmt_lightning.tasks.placement import Placement
+from rmt_lightning.tasks.placement import Key, Placement
 from rmt_lightning.training.answering import FactModule
 from rmt_lightning.training.language_modeling import LanguageModeler
 from rmt_lightning.training.module import SegmentModule
@@ -44,6 +45,8 @@ from rmt_lightning.training.phases.phase import Phase, Phases
 log = logging.getLogger(__name__)
 
 Kind = TypeVar("Kind", bound=Phase)
+# Settings of a backbone that its tokenizer depends on.
+_OF_TOKENIZERS = {"_target_", "name", "vocabulary_size"}
 # The share of all questions that one segment must have room for, so that there is something to learn from.
 _FEWEST = 0.05
 
@@ -75,6 +78,17 @@ class Recipe(ABC):
 
     def tell(self) -> None:
         """Say what people should know of its samples; nothing is wrong with them."""
+
+    def idle(self, config: DictConfig) -> Iterator[tuple[str, str]]:
+        """Settings that change nothing, for others leave them nothing to do, and why that is so.
+
+        Args:
+            config: what the recipe was built from.
+        """
+        model = get_object(config.model._target_)
+        if not reads_backbone(model):
+            for name in set(config.backbone) - _OF_TOKENIZERS:
+                yield f"backbone.{name}", f"changes nothing, for a {model.__name__} takes the tokenizer alone"
 
     @abstractmethod
     def test(self, folder: Path, trainer: L.Trainer) -> None:
@@ -134,6 +148,18 @@ class FactRecipe(Recipe):
             curriculum.history, lengths, curriculum.num_segments, 1 / len(task.answers), f"task={task.name}"
         )
         write_atomically(folder / "curriculum.png", figures.rendered(figure))
+
+    def idle(self, config: DictConfig) -> Iterator[tuple[str, str]]:
+        yield from super().idle(config)
+        last = self.phase(SegmentCurriculum).max_segments
+        for group in ("curriculum", "optim"):
+            for name, values in config[group].items():
+                if isinstance(values, ListConfig) and (over := list(values[last:])):
+                    yield f"{group}.{name}", f"{over} changes nothing, for curriculum.max_segments={last} ends before"
+        if config.answer.get("all_questions") and _asks_one(self.data.placement):
+            yield "answer.all_questions", f"changes nothing, for task={self.data.placement.task.name} has one question"
+        if config.get("hold") and "rounds" in config.hold and config.hold.until_rate is None:
+            yield "hold.rounds", "changes nothing, for without hold.until_rate there is one"
 
     def draw(self, folder: Path, trainer: L.Trainer) -> None:
         draw_attention(self.data.placement, self.module, trainer.strategy.root_device, folder)
@@ -205,6 +231,11 @@ def _check_unused(config: DictConfig) -> None:
         values = config.optim.get(name)
         if isinstance(values, ListConfig) and len(values) > 1:
             raise UserError(f"optim.{name}={values}: running text has one stage, not {len(values)}; give one number")
+
+
+def _asks_one(placement: Placement) -> bool:
+    """Whether nothing else could be asked about the facts of a few samples."""
+    return not any(placement.example("train", Key(1, number)).also for number in range(8))
 
 
 def _is_kind(found: Any, kind: type) -> bool:

@@ -186,26 +186,26 @@ def composed_again(words: Sequence[str]) -> list[str]:
     Raises:
         UserError: if there is no such run, or it names what it may not (see trust.py).
     """
-    resume = _text([word for word in words if _key(word) == "resume"])
+    resume = _text([word for word in words if key_of(word) == "resume"])
     if not resume:
         return list(words)
     run, _ = locate(resume, "resume")
-    trust = given_trust([word for word in words if _key(word) == "trust"])
+    trust = given_trust([word for word in words if key_of(word) == "trust"])
     with suppress(DamagedConfig):
         saved_config(run, trust)
-    then = {_key(word): word for word in _kept(_typed(run, trust))}
-    now = {"--config-dir" if word.startswith("-cd") else _key(word) for word in words}
+    then = {key_of(word): word for word in _kept(_typed(run, trust))}
+    now = {"--config-dir" if word.startswith("-cd") else key_of(word) for word in words}
     check_words(
         [word for key, word in then.items() if key not in now or (CONF / key).is_dir()],
         Path(os.path.relpath(run)) / TYPED, trust,
     )  # fmt: skip
     for word in words:
-        if _key(word) in _CHOSEN and word != then.get(_key(word)):
-            raise UserError(f"{word}: a resumed run keeps its {_key(word)}; leave it out, or start a new run")
-    others = {_key(word) for word in words if word != then.get(_key(word)) and _is_another_kind(word, then)}
+        if key_of(word) in _CHOSEN and word != then.get(key_of(word)):
+            raise UserError(f"{word}: a resumed run keeps its {key_of(word)}; leave it out, or start a new run")
+    others = {key_of(word) for word in words if word != then.get(key_of(word)) and _is_another_kind(word, then)}
     # What had to be added then has to be added now.
     added = {key for key, word in then.items() if word.startswith("+")}
-    typed = [f"+{word}" if _key(word) in added and word[0] not in "+~" else word for word in words]
+    typed = [f"+{word}" if key_of(word) in added and word[0] not in "+~" else word for word in words]
     # The settings of what is not there any more are left out.
     earlier = [word for key, word in then.items() if key not in now and key.partition(".")[0] not in others]
     options = [word for word in earlier if word.startswith("-")]
@@ -216,13 +216,13 @@ def composed_again(words: Sequence[str]) -> list[str]:
 
 def _is_another_kind(word: str, then: Mapping[str, str]) -> bool:
     """Whether a word of the command line chooses for a group something of another class than what was chosen then."""
-    group = _key(word)
+    group = key_of(word)
     if word.startswith("~") or not (CONF / group).is_dir():
         return word.startswith("~")
     config_dir = then.get("--config-dir", "").partition("=")[2]
     search = [f"hydra.searchpath=[{quoted(f'file://{config_dir}')}]"] if config_dir else []
     earlier = [other for key, other in then.items() if key.partition(".")[0] != group and not other.startswith("-")]
-    earlier = [other for other in earlier if "." not in _key(other)]
+    earlier = [other for other in earlier if "." not in key_of(other)]
     kinds = []
     for choice in ([then[group]] if group in then else [], [word]):
         GlobalHydra.instance().clear()
@@ -235,7 +235,7 @@ def _is_another_kind(word: str, then: Mapping[str, str]) -> bool:
 
 def _kept(typed: Iterable[str]) -> list[str]:
     """What belongs to a run, wherever and by whomever it goes on; not where a cache is on this machine."""
-    return [word for word in typed if _key(word) not in ("resume", "sweep", "trust", "cache_dir")]
+    return [word for word in typed if key_of(word) not in ("resume", "sweep", "trust", "cache_dir")]
 
 
 def _text(words: Sequence[str]) -> str | None:
@@ -254,7 +254,7 @@ def _text(words: Sequence[str]) -> str | None:
     return value
 
 
-def _key(word: str) -> str:
+def key_of(word: str) -> str:
     """What a word of the command line sets: a key, a group or an option."""
     return word.partition("=")[0].lstrip("+~").partition("@")[0]
 
@@ -397,7 +397,7 @@ def changes(config: DictConfig, saved: DictConfig) -> list[str]:
 
 def as_typed(changed: Sequence[str], config: DictConfig, typed: Iterable[str]) -> tuple[str, str]:
     """How one of some settings was typed, if any was, and which it is."""
-    words = {_key(word): word for word in typed}
+    words = {key_of(word): word for word in typed}
     key = next((key for key in changed if key in words), changed[0])
     return words.get(key) or words.get(key.partition(".")[0]) or f"{key}={dict(flat(config))[key]}", key
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from rmt_lightning.app.resume import (
     as_typed,
     begun_with,
     changes,
+    key_of,
     overrides,
     presets,
     save_config,
@@ -126,6 +128,7 @@ def _train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pa
         save_text(folder, text)
     save_architecture(recipe.model, folder)
     recipe.tell()
+    tell_idle(config, recipe, overrides(hydra))
     if logger:
         settings = public(OmegaConf.to_container(config, resolve=True))
         logger.log_hyperparams(settings | {"hardware": describe(trainer)})
@@ -165,6 +168,14 @@ def _refuse_what_comes_too_late(config: DictConfig, source: Path | None, recipe:
     if changed := [key for key in changed if key.partition(".")[0] in late]:
         word, _ = as_typed(changed, config, typed)
         raise UserError(f"{word}: comes too late, for what it sets is over in this run; leave it out")
+
+
+def tell_idle(config: DictConfig, recipe: Recipe, typed: Iterable[str]) -> None:
+    """Say which of the settings that were typed change nothing, for others leave them nothing to do."""
+    found = dict(recipe.idle(config))
+    for word in typed:
+        if (key := key_of(word)) in found:
+            log.info("%s: %s", word, found[key])
 
 
 def _changed(config: DictConfig, source: Path) -> list[str]:

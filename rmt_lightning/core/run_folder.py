@@ -160,9 +160,12 @@ def findings(place: str | Path, kind: str, name: str, settings: dict[str, Any]) 
     """Where results that were found with these settings belong: <place>/<kind>/<name>-<key of the settings>.
 
     Raises:
-        UserError: if a link leads out of the place.
+        UserError: if a link leads out of the place, or there can be no such place.
     """
-    refuse_ways_out(Path(place), kind)
+    try:
+        refuse_ways_out(Path(place), kind)
+    except OSError as error:
+        raise UserError(f"{shown(place)}: {error.strerror}; choose another folder") from None
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     # A task may be called anything.
     return Path(place) / kind / f"{name.replace('/', '_')}-{key}"

@@ -66,6 +66,11 @@ def parts_for(
     return parts
 
 
+def reads_backbone(constructor: Callable[..., Any]) -> bool:
+    """Whether a model's constructor asks for more of a backbone than its tokenizer."""
+    return not _CHOICES.keys().isdisjoint(inspect.signature(constructor).parameters)
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep transformers from warning, in tables and guesses: what matters of it is told once, by us."""

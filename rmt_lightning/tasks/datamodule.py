@@ -13,7 +13,7 @@ from typing import Annotated, Any, Generic, NamedTuple, Protocol, TypeVar, runti
 import lightning as L
 import numpy as np
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Le
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -225,7 +225,7 @@ class FactDataModule(ShortEpochs):
         batch_size: Annotated[int, Ge(1)],
         num_workers: Annotated[int, Ge(0)] = 0,
         steps_per_epoch: Annotated[int, Ge(1)] = 25,
-        validation_samples: Annotated[int, Ge(1)] = 512,
+        validation_samples: Annotated[int, Ge(1), Le(10**6)] = 512,
     ) -> None:
         super().__init__(keys, segment_length, batch_size, num_workers, steps_per_epoch)
         self.placement = placement

@@ -63,7 +63,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Load a checkpoint, and the `sha256` of its file, without executing anything in it.
 
     Raises:
-        UserError: if it is missing or damaged.
+        UserError: if it is missing, damaged, or not to be read.
     """
     try:
         # Opened once, for a run that goes on may put another one in its place.
@@ -78,6 +78,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             checkpoint["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
         raise UserError(f"{path}: is missing; give another one of the run's checkpoints/*.ckpt") from None
+    except PermissionError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); make it readable") from error
     except Exception as error:  # zip, pickle and torch each have their own way to say that a file is broken
         raise UserError(
             f"{path}: is damaged or no checkpoint ({type(error).__name__}); "
@@ -92,12 +94,12 @@ def read_newest(checkpoint: Path) -> tuple[Path, dict[str, Any]]:
     Whichever it is, training from there ends with the same weights.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is none, or the newest one may not be read.
     """
     try:
         return checkpoint, read_checkpoint(checkpoint)
-    except UserError:
-        if checkpoint.name != LAST:
+    except UserError as error:
+        if checkpoint.name != LAST or isinstance(error.__cause__, PermissionError):
             raise
     folder, wrong = checkpoint.parent, "damaged" if checkpoint.exists() else "missing"
     stages = sorted(folder.glob("stage-*.ckpt"), key=lambda path: int(path.stem.removeprefix("stage-")), reverse=True)

@@ -107,7 +107,10 @@ class WandbRun(WandbLogger):
             run = wandb.init(**self._wandb_init | self._place(), mode=mode, settings=settings)
         except (wandb.errors.CommError, wandb.errors.UsageError) as error:
             raise UserError(f"logger: W&B says: {' '.join(str(error).split())}; or give logger.mode=offline") from None
-        place = run.url or f"offline; wandb sync {for_shell(os.path.relpath(self.folder / 'wandb'))} uploads it"
+        there = os.path.relpath(self.folder / "wandb")
+        # It must not be taken for an option.
+        typed = for_shell(f"./{there}" if there.startswith("-") else there)
+        place = run.url or f"offline; wandb sync {typed} uploads it"
         log.info("W&B run %s: %s", run.id, place)
         run.define_metric(STEP)
         run.define_metric("*", step_metric=STEP)
