@@ -91,14 +91,14 @@ import os, signal
 from rmt_lightning.analysis import extrapolation
 from rmt_lightning.evaluate import run
 
-original, calls = extrapolation.evaluate_length, 0
+original = extrapolation.replies
 
 def killer(classify, data, num_segments, *rest):
     if num_segments == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return original(classify, data, num_segments, *rest)
 
-extrapolation.evaluate_length = killer
+extrapolation.replies = killer
 run()
 """
     settings = ["checkpoint=run", "samples=12", "segments=[1,2,3]", "device=cpu"]
@@ -416,8 +416,8 @@ def test_probes(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     content = json.loads(path.read_text())
     del content["probes"]["2 reworded"]
     path.write_text(json.dumps(content))
-    ask = Mock(side_effect=evaluation.evaluate_probe)
-    monkeypatch.setattr(evaluation, "evaluate_probe", ask)
+    ask = Mock(side_effect=evaluation.replies)
+    monkeypatch.setattr(evaluation, "replies", ask)
     evaluate(monkeypatch, "segments=[2]", "probes=[2,1]")
     asked = [(call.args[2], call.args[1].task.name) for call in ask.call_args_list]
     assert asked == [(2, "reworded"), *((1, name) for name in found)]

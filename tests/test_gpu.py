@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning import FactClassifier, RMTEncoder, TinyBert
-from rmt_lightning.analysis.extrapolation import evaluate_length
+from rmt_lightning.analysis.extrapolation import replies, score_length
 from rmt_lightning.core.files import read_csv
 from rmt_lightning.models import state as tree
 from rmt_lightning.tasks.placement import Placement
@@ -181,9 +181,10 @@ def test_longer_inputs_take_no_more_memory(build: Callable[..., RMTEncoder], pla
     module = FactClassifier(model, placement.task.answers).eval()
     peaks, right = [], []
     for segments in (8, 256):
-        result = evaluate_length(module.to(DEVICE), placement, segments, 8, 8, torch.device(DEVICE))
+        found = replies(module.to(DEVICE), placement, segments, 8, 8, torch.device(DEVICE))
+        result = score_length(found, placement, segments)
         peaks.append(torch.cuda.max_memory_allocated() / 1e6 if DEVICE == "cuda" else host_memory())
         right.append(result.right)
     assert peaks[1] - peaks[0] < (1 if DEVICE == "cuda" else 50)
-    on_cpu = [evaluate_length(module.cpu(), placement, n, 8, 8, torch.device("cpu")).right for n in (8, 256)]
-    assert right == on_cpu
+    on_cpu = (replies(module.cpu(), placement, segments, 8, 8, torch.device("cpu")) for segments in (8, 256))
+    assert right == [sum(reply.right for reply in found) for found in on_cpu]

@@ -17,7 +17,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rmt_lightning.analysis.probing import evaluate_probe, spot
+from rmt_lightning.analysis.extrapolation import replies
+from rmt_lightning.analysis.probing import score_probe, spot
 from rmt_lightning.models.rmt import RMTEncoder
 from rmt_lightning.tasks.corpus import Corpus, tokenize
 from rmt_lightning.tasks.facts import (
@@ -194,7 +195,8 @@ def test_spotters_score_what_the_baselines_say(
     for task in probes(Detect(), tokenizer):
         placement = Placement(task, corpora, tokenizer, text_length=45, seed=3)
         for choose, column in ((lambda named: named[-1], "last_place"), (commonest, "commonest_place")):
-            found = evaluate_probe(Spotter(placement, choose), placement, 2, 5, 3, torch.device("cpu"))
+            said = replies(Spotter(placement, choose), placement, 2, 5, 3, torch.device("cpu"))
+            found = score_probe(said, placement)
             assert found.right == found.row()[column], task.name
             assert found.samples == 5 and 1 < found.questions <= 5 and found.right + found.decoy <= 5
             if text == "corpora":

@@ -44,7 +44,7 @@ from rmt_lightning import (
     TinyBert,
     generate,
 )
-from rmt_lightning.analysis.extrapolation import evaluate_length
+from rmt_lightning.analysis.extrapolation import replies, score_length
 from rmt_lightning.core.files import write_csv
 from rmt_lightning.tasks.corpus import tokenize
 from rmt_lightning.tasks.datamodule import FactDataset
@@ -340,7 +340,9 @@ def evaluating(segments: int = 16, samples: int = 64) -> Case:
 
         variants: dict[str, Callable[[], object]] = {
             "published, sdpa": loop,
-            "ours": lambda: evaluate_length(module, made, segments, samples, batch, torch.device(DEVICE)),
+            "ours": lambda: score_length(
+                replies(module, made, segments, samples, batch, torch.device(DEVICE)), made, segments
+            ),
         }
         return Case(f"evaluate/tiny/{segments} segments", variants, samples * segments * SEGMENT)
 

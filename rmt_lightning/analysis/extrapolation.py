@@ -6,11 +6,12 @@ Shapes: B batch, T segments, S text tokens of a segment, C answers, A tokens of 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Annotated, Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from annotated_types import Ge, Le
 from torch import Tensor
@@ -71,17 +72,17 @@ class Reply(NamedTuple):
     """How a sample was answered.
 
     Attributes:
-        number: of the sample.
+        key: of the sample.
         example: what is told and asked.
         distance: segments from the first fact that is needed to the question.
-        said: the largest of the scores.
+        said: what was answered; None if that is no answer of the task.
         right: whether that is the answer.
     """
 
-    number: int
+    key: Key
     example: Example
     distance: int
-    said: int
+    said: str | None
     right: bool
 
 
@@ -110,9 +111,12 @@ def replies(
         UserError: if there is no question that such inputs have room for.
     """
     asked = placement.asked("test", samples, Key(num_segments, 0))
+    answers = placement.task.answers
+    ids = torch.from_numpy(np.stack([placement.answer_ids(answer) for answer in answers]))
+    texts = dict(zip(module.classes(ids.to(device)).tolist(), answers, strict=True))
     for start in range(0, asked, batch_size):
         numbers = range(start, min(start + batch_size, asked))
-        segments, answers, distances = placement.stream("test", num_segments, numbers)
+        segments, answer, distances = placement.stream("test", num_segments, numbers)
 
         def fed(segments: Iterator[Tensor] = segments) -> Iterator[Tensor]:
             for segment in segments:
@@ -120,25 +124,18 @@ def replies(
                 on_segment()
 
         said = module(fed()).argmax(dim=1)
-        correct = said == module.classes(answers.to(device))
-        for number, *reply in zip(numbers, distances.tolist(), said.tolist(), correct.tolist(), strict=True):
-            yield Reply(number, placement.example("test", Key(num_segments, number)), *reply)
+        correct = said == module.classes(answer.to(device))
+        keys = (Key(num_segments, number) for number in numbers)
+        for key, *of, right in zip(keys, distances.tolist(), said.tolist(), correct.tolist(), strict=True):
+            yield Reply(key, placement.example("test", key), of[0], texts.get(of[1]), right)
 
 
-def evaluate_length(
-    module: Answering,
-    placement: Placement,
-    num_segments: int,
-    samples: int | None,
-    batch_size: int,
-    device: torch.device,
-    on_segment: Callable[[], object] = lambda: None,
-) -> LengthResult:
-    """Accuracy on such samples; arguments, and what is raised, as of `replies`."""
+def score_length(found: Iterable[Reply], placement: Placement, num_segments: int) -> LengthResult:
+    """Accuracy on samples of `num_segments` segments that `placement` has made, by the replies to them."""
     # Whether each answer was right, and what was asked, by distance.
     seen: dict[int, list[bool]] = defaultdict(list)
     told: dict[int, set[tuple[tuple[str, ...], str]]] = defaultdict(set)
-    for reply in replies(module, placement, num_segments, samples, batch_size, device, on_segment):
+    for reply in found:
         seen[reply.distance.bit_length()].append(reply.right)
         told[reply.distance.bit_length()].add((reply.example.facts, reply.example.question))
 

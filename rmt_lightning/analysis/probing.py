@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-
-from rmt_lightning.analysis.extrapolation import Answering, replies
+from rmt_lightning.analysis.extrapolation import Reply
 from rmt_lightning.core.statistics import Proportion
 from rmt_lightning.tasks.facts import PLACES
 from rmt_lightning.tasks.placement import Key, Placement
@@ -35,31 +32,20 @@ class ProbeResult(Proportion):
         return super().row() | counts
 
 
-def evaluate_probe(
-    module: Answering,
-    placement: Placement,
-    num_segments: int,
-    samples: int | None,
-    batch_size: int,
-    device: torch.device,
-    on_segment: Callable[[], object] = lambda: None,
-) -> ProbeResult:
-    """Ask test samples of a task whose answers are places; arguments, and what is raised, as of `replies`."""
-    places = [answer for answer in placement.task.answers if answer in PLACES]
-    ids = torch.from_numpy(np.stack([placement.answer_ids(place) for place in places]))
-    said = dict(zip(module.classes(ids.to(device)).tolist(), places, strict=True))
-    found: list[tuple[bool, bool, bool, bool]] = []
+def score_probe(found: Iterable[Reply], placement: Placement) -> ProbeResult:
+    """How samples that `placement` has made were answered, of a task whose answers are places."""
+    seen: list[tuple[bool, bool, bool, bool]] = []
     questions = set()
-    for reply in replies(module, placement, num_segments, samples, batch_size, device, on_segment):
+    for reply in found:
         example = reply.example
         decoys = {*places_in(" ".join(example.facts))} - {example.answer}
-        last, commonest = spot(placement, Key(num_segments, reply.number))
+        last, commonest = spot(placement, reply.key)
         spotted = (last == example.answer, commonest == example.answer)
-        found.append((reply.right, said.get(reply.said) in decoys, *spotted))
+        seen.append((reply.right, reply.said in decoys, *spotted))
         questions.add((example.facts, example.question))
-    right, decoy, last_place, commonest_place = map(sum, zip(*found, strict=True))
+    right, decoy, last_place, commonest_place = map(sum, zip(*seen, strict=True))
     return ProbeResult(
-        right, len(found), decoy, last_place, commonest_place, questions=len(questions), finite=placement.finite
+        right, len(seen), decoy, last_place, commonest_place, questions=len(questions), finite=placement.finite
     )
 
 

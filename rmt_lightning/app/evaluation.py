@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,8 +16,8 @@ from omegaconf import DictConfig
 from rich import get_console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from rmt_lightning.analysis.extrapolation import LengthResult, evaluate_length
-from rmt_lightning.analysis.probing import evaluate_probe
+from rmt_lightning.analysis.extrapolation import LengthResult, replies, score_length
+from rmt_lightning.analysis.probing import ProbeResult, score_probe
 from rmt_lightning.analysis.retention import follow
 from rmt_lightning.app.build import find_device, load, testable
 from rmt_lightning.app.console import start_logging, take_over_lightning
@@ -227,7 +226,8 @@ def _test(
         began = time.perf_counter()
         total = -(-samples // batch_size) * num_segments
         with _bar(f"{num_segments} segments", total, batch_size) as advance:
-            result = evaluate_length(module, placement, num_segments, samples, batch_size, device, advance)
+            found = replies(module, placement, num_segments, samples, batch_size, device, advance)
+            result = score_length(found, placement, num_segments)
         return result, time.perf_counter() - began
 
     (result, seconds), batch_size = _side_by_side(read, samples, config, device)
@@ -313,11 +313,25 @@ def _ask(
         total = len(left) * num_segments * -(-samples // streams)
         with _bar(f"probes in {num_segments} segments", total, streams) as advance:
             for probe in left:
-                read = partial(evaluate_probe, module, probe, num_segments, samples, device=device, on_segment=advance)
                 row = {"probe": probe.task.name, "segments": num_segments}
-                row |= _side_by_side(read, samples, config, device)[0].row()
+                row |= _score(module, probe, num_segments, samples, config, device, advance).row()
                 found.add("probes", f"{num_segments} {probe.task.name}", row)
     return [found.probes[f"{n} {probe.task.name}"] for n, there in probed.items() for probe in there]
+
+
+def _score(
+    module: FactModule,
+    probe: Placement,
+    num_segments: int,
+    samples: int,
+    config: DictConfig,
+    device: torch.device,
+    advance: Callable[[], None],
+) -> ProbeResult:
+    def read(batch_size: int) -> ProbeResult:
+        return score_probe(replies(module, probe, num_segments, samples, batch_size, device, advance), probe)
+
+    return _side_by_side(read, samples, config, device)[0]
 
 
 def _follow(

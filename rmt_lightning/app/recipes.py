@@ -18,7 +18,7 @@ from rich import get_console
 from rich.progress import track
 from rich.table import Table
 
-from rmt_lightning.analysis.extrapolation import LengthTest, evaluate_length
+from rmt_lightning.analysis.extrapolation import LengthTest, replies, score_length
 from rmt_lightning.analysis.perplexity import DocumentTest, evaluate_documents, total
 from rmt_lightning.app.build import build_answering, build_foundation, construct, testable
 from rmt_lightning.app.results import draw_attention, length_table, tell_limit
@@ -136,9 +136,10 @@ class FactRecipe(Recipe):
         self.module.to(device).eval()
         batch_size = 2 * self.data.batch_size
         shown = track(self.tested, "testing", transient=True, console=console, disable=not console.is_terminal)
+        placement, samples = self.data.placement, self.lengths.samples
         with trainer.precision_plugin.forward_context():
             lengths = [
-                evaluate_length(self.module, self.data.placement, n, self.lengths.samples, batch_size, device)
+                score_length(replies(self.module, placement, n, samples, batch_size, device), placement, n)
                 for n in shown
             ]
         console.print(length_table(lengths, self.lengths.segments, self.model))
