@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+import math
 import re
 import shutil
 import signal
@@ -328,12 +329,14 @@ def test_memories_are_followed_and_the_rate_of_loss_is_told(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evaluate(monkeypatch, "segments=[1]", "follow=12", "every=4", "batch_size=10")
-    assert "Memory lost per segment: " in capsys.readouterr().out
+    told = " ".join(capsys.readouterr().out.split())
+    assert "Memory lost per segment: " in told
     asked = rows(only(here) / "retention.csv")
     assert [(row["age"], row["streams"]) for row in asked] == [("4", "10"), ("8", "10"), ("12", "10")]
     (row,) = json.loads((only(here) / "evaluation.json").read_text())["retention"].values()
     assert row["lost"] <= row["written"] <= row["streams"] == 10
     assert 0 < row["exposure"] <= 4 * 3 * row["written"]
+    assert f"At the upper end {math.exp(-4096 * row['rate_high']):.1%} of them are left after 4,096 segments" in told
     # Done once, it is not done again; another way of following is added.
     monkeypatch.setattr("rmt_lightning.app.evaluation._follow", None)
     evaluate(monkeypatch, "segments=[1]", "follow=12", "every=4", "batch_size=10")

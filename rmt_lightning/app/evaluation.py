@@ -28,6 +28,7 @@ from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import write_atomically, write_csv
 from rmt_lightning.core.quoting import shown
 from rmt_lightning.core.run_folder import CHECKPOINTS, PROBES, alone_in, findings
+from rmt_lightning.core.statistics import kept
 from rmt_lightning.reporting import figures
 from rmt_lightning.tasks.corpus import text_digest
 from rmt_lightning.tasks.facts import Finite, Task
@@ -45,6 +46,8 @@ _STREAMS = {"cuda": 256, "cpu": 32}
 _FILES = ("evaluation.csv", "distances.csv", "retention.csv", PROBES, "evaluation.json")
 # The lengths of probes, in segments, unless they are given: a hundredth of what the default lengths take.
 _PROBED = (1, 8)
+# Segments of the longest inputs of RMT-2023, figure 1, by which a rate of loss is told.
+_LONG = 4096
 
 
 def evaluate_stages(config: DictConfig, run_config: DictConfig, run: Path) -> None:
@@ -356,6 +359,7 @@ def _rate_in_words(row: dict[str, Any] | None) -> str:
         f"Memory lost per segment: {row['rate']:.2g}, 95% interval {row['rate_low']:.2g} – {row['rate_high']:.2g} "
         f"({row['lost']} memories lost in {row['exposure']:,} segments; {row['streams']} were followed"
         + (f", {row['questions']} different questions)" if row["questions"] is not None else ")")
+        + f". At the upper end {kept(row['rate_high'], _LONG):.1%} of them are left after {_LONG:,} segments"
     )
 
 

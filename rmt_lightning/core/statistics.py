@@ -78,3 +78,8 @@ class LossRate:
         """The columns of a csv file."""
         low, high = self.interval
         return {"lost": self.lost, "exposure": self.exposure, "rate": self.rate, "rate_low": low, "rate_high": high}
+
+
+def kept(rate: float, segments: int) -> float:
+    """The share of memories that are left after so many segments, if each of them costs the same `rate`."""
+    return math.exp(-rate * segments)
