@@ -26,8 +26,8 @@ from .models.transformer_xl import TransformerXL as TransformerXL
 from .models.update import Gated as Gated
 from .models.update import Replace as Replace
 from .models.update import Update as Update
+from .tasks.babi import Babi as Babi
 from .tasks.datamodule import FactDataModule as FactDataModule
-from .tasks.facts import Babi as Babi
 from .tasks.facts import Carried as Carried
 from .tasks.facts import Detect as Detect
 from .tasks.facts import Memorize as Memorize

@@ -147,9 +147,9 @@ def test_what_is_typed_and_changes_nothing_is_said(
 def test_a_new_component_needs_a_class_and_a_yaml(tmp_path: Path) -> None:
     """Limits are read off the constructor, wherever it is."""
     root = {"seed": 1, "resume": None, "cache_dir": "."}
-    config = OmegaConf.create(root | {"task": {"_target_": "rmt_lightning.tasks.facts.Babi", "path": 3}})
+    config = OmegaConf.create(root | {"task": {"_target_": "rmt_lightning.tasks.babi.Babi", "path": 3}})
     with pytest.raises(UserError, match=r"^task\.path=3: must be a valid string or must be a valid list$"):
         check(config, Root)
-    config = OmegaConf.create(root | {"task": {"_target_": "rmt_lightning.tasks.facts.Babi", "file": "x"}})
+    config = OmegaConf.create(root | {"task": {"_target_": "rmt_lightning.tasks.babi.Babi", "file": "x"}})
     with pytest.raises(UserError, match=r"^task\.file: no such setting.*allowed: path, validation_path, test_path$"):
         check(config, Root)

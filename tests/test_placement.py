@@ -12,13 +12,13 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.tasks.babi import Babi
 from rmt_lightning.tasks.corpus import Corpus, tokenize
 from rmt_lightning.tasks.datamodule import FactDataset
 from rmt_lightning.tasks.facts import (
     OBJECTS,
     PEOPLE,
     PLACES,
-    Babi,
     Carried,
     Detect,
     Memorize,

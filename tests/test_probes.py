@@ -20,11 +20,11 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from rmt_lightning.analysis.extrapolation import replies
 from rmt_lightning.analysis.probing import score_probe, spot
 from rmt_lightning.models.rmt import RMTEncoder
+from rmt_lightning.tasks.babi import Babi
 from rmt_lightning.tasks.corpus import Corpus, tokenize
 from rmt_lightning.tasks.facts import (
     PEOPLE,
     PLACES,
-    Babi,
     Carried,
     Detect,
     Memorize,
