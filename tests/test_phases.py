@@ -7,11 +7,14 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import hydra
 import pytest
 import yaml
 from conftest import SMALL, Run, assert_identical, final
+from hydra.core.global_hydra import GlobalHydra
 
-from rmt_lightning.app.resume import composed_again
+from rmt_lightning.app.resume import composed_again, save_config
+from rmt_lightning.app.schema import CONF
 
 HELD = ("hold=state_passing", "hold.steps=6", "hold.pool=8", "hold.until_rate=1")
 
@@ -238,6 +241,20 @@ def test_what_is_chosen_anew_leaves_its_old_settings_behind(
     (tmp_path / "run" / "config.yaml").write_text("seed: 1\n")
     (tmp_path / "run" / "overrides.yaml").write_text(yaml.safe_dump(then.split()))
     assert sorted(composed_again(["resume=run", *now.split()])) == sorted(["resume=run", *composed.split()])
+
+
+@pytest.mark.fault("a default is another than when a run began", "the run keeps what it began with")
+def test_a_default_of_an_earlier_version_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As of another backbone, of other settings; but for what is typed now, and what follows it."""
+    monkeypatch.chdir(tmp_path)
+    earlier = ["backbone=tiny_bert", "backbone.width=96", "curriculum.validations=1", "optim.lr=0.5"]
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        config = hydra.compose("train", [*earlier, "curriculum.steps=7"])
+    GlobalHydra.instance().clear()
+    (tmp_path / "run").mkdir()
+    save_config(tmp_path / "run", config, ["curriculum.steps=7"], None)
+    again = composed_again(["resume=run", "optim.lr=0.25", "curriculum.steps=9"])
+    assert sorted(again) == sorted([*earlier[:3], "resume=run", "optim.lr=0.25", "curriculum.steps=9"])
 
 
 @pytest.mark.fault("what is typed on resuming belongs to a phase that is over", "it is refused in one line")

@@ -20,6 +20,7 @@ import yaml
 from hydra.conf import HydraConf
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -191,14 +192,17 @@ def composed_again(words: Sequence[str]) -> list[str]:
         return list(words)
     run, _ = locate(resume, "resume")
     trust = given_trust([word for word in words if key_of(word) == "trust"])
+    config = None
     with suppress(DamagedConfig):
-        saved_config(run, trust)
+        config = saved_config(run, trust)
     then = {key_of(word): word for word in _kept(_typed(run, trust))}
     now = {"--config-dir" if word.startswith("-cd") else key_of(word) for word in words}
     check_words(
         [word for key, word in then.items() if key not in now or (CONF / key).is_dir()],
         Path(os.path.relpath(run)) / TYPED, trust,
     )  # fmt: skip
+    if config is not None:
+        then = {key_of(word): word for word in _since_changed(config, [*then.values()])} | then
     for word in words:
         if key_of(word) in _CHOSEN and word != then.get(key_of(word)):
             raise UserError(f"{word}: a resumed run keeps its {key_of(word)}; leave it out, or start a new run")
@@ -291,6 +295,41 @@ def _derived(config: DictConfig) -> list[str]:
         GlobalHydra.instance().clear()
         words = words + list(_differences(config, composed, interpolated))
     return words
+
+
+def _since_changed(config: DictConfig, typed: Sequence[str]) -> list[str]:
+    """The words that give a run what was a default when it began, and is none in this version."""
+    folders = [word.partition("=")[2] for word in typed if key_of(word) == "--config-dir"]
+    words = [f"hydra.searchpath=[{quoted(f'file://{folder}')}]" for folder in folders]
+    words += [word for word in typed if not word.startswith("-")]
+    composed = _composed(words)
+    if composed is None:
+        return []
+    choices = [
+        f"{group}={_nearest(group, part)}"
+        for group, part in ((str(name), part) for name, part in config.items())
+        if isinstance(part, DictConfig) and _kind(composed, group) != part.get("_target_")
+    ]
+    if choices and (again := _composed([*words, *choices])) is not None:
+        composed = again
+    return choices + [word for word in _differences(config, composed, False) if not word.startswith("+")]
+
+
+def _composed(words: Sequence[str]) -> DictConfig | None:
+    """The config that some words compose; None if they do not, which is told when others are composed with them."""
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            return hydra.compose("train", list(words))
+    except (HydraException, OmegaConfBaseException, ValueError):
+        return None
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def _kind(config: DictConfig, group: str) -> str | None:
+    kind: str | None = OmegaConf.select(config, f"{group}._target_")
+    return kind and public_name(kind)
 
 
 def _differences(config: DictConfig, composed: DictConfig, interpolated: bool) -> Iterator[str]:
