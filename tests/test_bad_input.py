@@ -166,7 +166,7 @@ TABLE = [
         "initializer_range; it comes with backbone=bert_base_cased or ",
     ),
     ("model=rmt_decoder", r"backbone: RMTDecoder needs a causal language model; choose backbone=tiny_gpt or gpt2"),
-    ("backbone=tiny_gpt", r"backbone: RMTEncoder needs an encoder; choose backbone=tiny_bert, minilm or bert_base_cas"),
+    ("backbone=tiny_gpt", r"backbone: RMTEncoder needs an encoder; choose backbone=tiny_roformer, minilm or bert_base"),
     ("backbone=minilm backbone.name=bert model=rmt_decoder", r"backbone.name=bert: bert is an encoder; choose"),
     ("backbone=gpt2 backbone.name=gpt", r"backbone: gpt2 has no tokens to begin and to end a segment; choose an enc"),
     ("answer=generate", r"answer=generate: RMTEncoder cannot write; choose model=rmt_decoder"),

@@ -232,10 +232,11 @@ def step(self, batch, batch_idx):
     return training_step(self, batch, batch_idx)
 
 def look(self, optimizer):
-    seen["unused"] += [name for name, weight in self.named_parameters() if weight.grad is None]
+    seen["unused"] += [name for name, weight in self.named_parameters() if weight.requires_grad and weight.grad is None]
     if self.global_step == 20:
-        seen["weights"] = {name: weight.detach().clone() for name, weight in self.named_parameters()}
-        seen["gradients"] = {name: weight.grad.clone() for name, weight in self.named_parameters()}
+        trained = {name: weight for name, weight in self.named_parameters() if weight.requires_grad}
+        seen["weights"] = {name: weight.detach().clone() for name, weight in trained.items()}
+        seen["gradients"] = {name: weight.grad.clone() for name, weight in trained.items()}
 
 def write(self, checkpoint, path, storage_options=None):
     seen["written"].append(os.path.basename(path))

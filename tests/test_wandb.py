@@ -136,7 +136,7 @@ def test_a_run_without_a_key_and_its_resumption(folder: Path) -> None:
 def holds_everything(folder: Path) -> None:
     found, _ = offline_runs(folder)
     assert (found.run.project, found.run.run_group, found.run.job_type) == ("rmt_lightning", "our-sweep", "sweep")
-    assert set(found.run.tags) == {"detect", "rmt_encoder", "tiny_bert"}
+    assert set(found.run.tags) == {"detect", "rmt_encoder", "tiny_roformer"}
     assert found.run.display_name == "/".join(folder.parts[-2:])
     assert found.exit_code == 0
     assert {key.split(".")[0] for row in found.rows for key in row} >= SHOWN

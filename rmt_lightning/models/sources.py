@@ -43,7 +43,7 @@ class Backbone(Protocol):
 
 
 _CHOICES = {
-    "encoder": "an encoder; choose backbone=tiny_bert, minilm or bert_base_cased",
+    "encoder": "an encoder; choose backbone=tiny_roformer, minilm or bert_base_cased",
     "decoder": "a causal language model; choose backbone=tiny_gpt or gpt2",
 }
 
@@ -181,7 +181,8 @@ class Pretrained:
             if isinstance(error, OSError) and error.filename and not Path(self.name).is_dir():
                 hint = "give a folder that can be written in HF_HOME, or one that holds a model"
             raise UserError(
-                f"backbone.name={self.name}: cannot be loaded ({reason}); {hint}, or use backbone=tiny_bert or tiny_gpt"
+                f"backbone.name={self.name}: cannot be loaded ({reason}); {hint}, or use backbone=tiny_roformer or "
+                "tiny_gpt"
             ) from None
 
 
