@@ -350,6 +350,8 @@ def test_a_run_with_old_memories_that_was_interrupted_ends_with_the_same_weights
     whole = train(*HELD, "hydra.run.dir=whole")
     assert whole.returncode == 0, whole.stderr
     assert "State passing" in whole.stdout
+    # A screen of 80 columns has room for each number.
+    assert not [line for line in whole.stdout.splitlines() if line.startswith("│") and "…" in line]
     assert held_at(tmp_path / "whole") == [21, 24]
     # In the middle of the phase's second epoch, then to its end.
     assert train(*HELD, "trainer.max_steps=22").returncode == 0

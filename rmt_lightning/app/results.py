@@ -87,9 +87,13 @@ def phase_table(phase: Phase) -> Table | None:
     if not rows:
         return None
     places = sorted({round((len(rows) - 1) * part / (_SHOWN - 1)) for part in range(_SHOWN)})
-    table = Table(*(name.replace("_", " ") for name in rows[0]), title=phase.title, title_justify="left")
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    # Screens are narrow, and a csv file may count the same by two names.
+    before = [[*columns.values()][:place] for place in range(len(columns))]
+    names = [n for n, others in zip(columns, before, strict=True) if len({*columns[n]}) < 2 or columns[n] not in others]
+    table = Table(*(name.replace("_", " ") for name in names), title=phase.title, title_justify="left")
     for row in rows if len(rows) <= _SHOWN else [rows[place] for place in places]:
-        table.add_row(*map(_cell, row.values()))
+        table.add_row(*(_cell(row[name]) for name in names))
     return table
 
 
@@ -98,7 +102,9 @@ def _cell(value: Any) -> str:
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:#,.4g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:#,.4g}" if abs(value) >= 0.1 or value == 0 else f"{value:.2g}"
 
 
 def length_table(lengths: Sequence[LengthResult], asked: Sequence[int], model: SegmentModel[Any]) -> Table:
