@@ -167,7 +167,8 @@ class StatePassing(Phase):
         fragments: how many pieces of facts stand in a segment of noise on average. What destroys memory is text that
             looks like a fact: "the kitchen cabinet", "I walked to the door".
         until_rate: memory holds if no more memories than these are lost a segment in the last quarter of a round, amid
-            the fragments.
+            the fragments. They destroy far more than text does: where 0.6% were lost amid them, none was in 65,536
+            segments of prose.
         rounds: how many there are at most until then.
 
     Raises:
@@ -188,7 +189,7 @@ class StatePassing(Phase):
         youth: Annotated[int, Ge(1)] = 10,
         jitter: Annotated[float, Ge(0), Le(100)] = 0.0,
         fragments: Annotated[float, Ge(0)] = 1.0,
-        until_rate: Annotated[float, Gt(0), Le(1)] = 2e-3,
+        until_rate: Annotated[float, Gt(0), Le(1)] = 1e-2,
         rounds: Annotated[int, Ge(1)] = 3,
     ) -> None:
         self.steps = steps
