@@ -16,7 +16,7 @@ from rmt_lightning.models.rmt import RMTEncoder
 from rmt_lightning.models.tiny import TinyBert
 from rmt_lightning.tasks.corpus import Corpus
 from rmt_lightning.tasks.datamodule import FactDataModule, FactDataset
-from rmt_lightning.tasks.facts import PLACES, Carried, Detect, Reasoning, Split, Task
+from rmt_lightning.tasks.facts import PLACES, Carried, Detect, Reasoning, Split, Task, Whereabouts
 from rmt_lightning.tasks.placement import Key, Placement
 from rmt_lightning.training.optimization import WarmupDecay
 from rmt_lightning.training.phases.curriculum import SegmentCurriculum, draw_length
@@ -92,9 +92,19 @@ def test_uniform_lengths_cover_all_up_to_the_stage(placement: Placement) -> None
     assert draw_length(7, 3, longest=5, lengths="exact") == 5
 
 
-@pytest.mark.parametrize("task", [Detect(), Reasoning(), Carried()], ids=lambda task: task.name)
+# With which of the easier forms later stages begin, if with any.
+LATER: list[tuple[Task, list[int | None]]] = [
+    (Detect(), []),
+    (Reasoning(), [0, None]),
+    (Carried(), [6, 7, 8, None]),
+    (Whereabouts(), [0, 1, None]),
+    (Whereabouts(moves=1), []),
+]
+
+
+@pytest.mark.parametrize(("task", "forms"), LATER, ids=[f"{task.name}-{len(forms)}" for task, forms in LATER])
 def test_lessons_go_from_easy_samples_without_noise_to_the_task_as_it_is(
-    task: Task, corpora: dict[Split, Corpus], tokenizer: PreTrainedTokenizerBase
+    task: Task, forms: list[int | None], corpora: dict[Split, Corpus], tokenizer: PreTrainedTokenizerBase
 ) -> None:
     data = module(Placement(task, corpora, tokenizer, text_length=60, seed=3))
     curriculum, placement = curriculum_of(data), data.placement
@@ -125,7 +135,6 @@ def test_lessons_go_from_easy_samples_without_noise_to_the_task_as_it_is(
     assert shown(data.train_dataloader()) == shown(data.val_dataloader()) == ({None}, [full])
     # Later stages begin with the last of the easier forms, amid all the noise.
     curriculum.num_segments = 2
-    forms = {"detect": [], "reasoning": [0, None], "carried": [6, 7, 8, None]}[task.name]
     assert lessons_of(placement, 2) == len(forms)
     for lesson, form in enumerate(forms, start=1):
         curriculum.lesson = lesson

@@ -94,6 +94,7 @@ def test_the_easier_whereabouts_have_fewer_moves() -> None:
     rng = generator()
     assert [max(len(t.draw(rng, "train").facts) for _ in range(50)) for t in Whereabouts().easier] == [1, 2]
     assert Whereabouts(moves=1).easier == ()
+    assert [Whereabouts(moves).repeated for moves in (1, 2, 3, 4)] == [0, 1, 2, 2]
 
 
 def test_reasoning() -> None:

@@ -151,7 +151,6 @@ class Whereabouts:
     name = "whereabouts"
     where: Literal["start", "anywhere"] = "anywhere"
     answers = (*PLACES, "nowhere")
-    repeated = 1
 
     def __init__(self, moves: Annotated[int, Ge(1)] = 4) -> None:
         self.moves = moves
@@ -160,6 +159,11 @@ class Whereabouts:
     def easier(self) -> tuple[Whereabouts, ...]:
         """What to begin with (see `SegmentCurriculum`): a single move, then two."""
         return tuple(Whereabouts(moves) for moves in (1, 2) if moves < self.moves)
+
+    @property
+    def repeated(self) -> int:
+        """With how many of these later stages begin too: with all, for a memory of one person is learnt first."""
+        return len(self.easier)
 
     def draw(self, rng: np.random.Generator, split: Split) -> Example:
         facts: list[str] = []
