@@ -11,8 +11,16 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import default_collate
-from torchmetrics.classification import MulticlassF1Score
+from torchmetrics import Metric
+from torchmetrics.classification import (
+    BinaryAccuracy,
+    MulticlassAccuracy,
+    MulticlassConfusionMatrix,
+    MulticlassF1Score,
+    MulticlassROC,
+)
 from torchmetrics.retrieval import RetrievalMAP
+from torchmetrics.text import BLEUScore
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.analysis.extrapolation import LengthResult, LengthTest
@@ -112,6 +120,32 @@ def test_metrics_are_asked_for_by_name(make_model: Callable[..., RMTEncoder]) ->
         FactClassifier(model, PLACES, phases, accuracy | {"error": RetrievalMAP()})
     with pytest.raises(UserError, match=r"metrics\.accuracy: phases decide by it; leave it in"):
         FactClassifier(model, PLACES, phases, {"f1": MulticlassF1Score(6)})
+
+
+@pytest.mark.fault("a metric fails on what a validation has, or is no number", "refused in one line at the start")
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        (
+            MulticlassF1Score(3),
+            r"metrics\.m: cannot be measured of right \(12,\), distance \(12,\), preds \(12, 6\), target",
+        ),
+        (BinaryAccuracy(), r"metrics\.m: cannot be measured of .* \(RuntimeError Predictions and targets are expected"),
+        (BLEUScore(), r"metrics\.m: cannot be measured of .* \(TypeError iteration over a 0-d tensor\); change its"),
+        (MulticlassConfusionMatrix(6), r"metrics\.m: is \(6, 6\), and one number is logged; give it a setting such as"),
+        (MulticlassAccuracy(6, average=None), r"metrics\.m: is \(6,\), and one number is logged"),
+        (MulticlassROC(6), r"metrics\.m: is tuple, and one number is logged"),
+        (SlicedAccuracy(3), r"metrics\.m: val/accuracy is logged already; give it another name, or leave it out"),
+    ],
+)
+def test_metrics_are_tried(metric: Metric, message: str, make_model: Callable[..., RMTEncoder]) -> None:
+    phases = Phases([SegmentCurriculum(3, steps=10)], WarmupDecay(10, 1e-3), seed=0)
+    with pytest.raises(UserError, match=message):
+        FactClassifier(make_model(), PLACES, phases, {"accuracy": SlicedAccuracy(3), "m": metric})
+    with pytest.raises(UserError, match=r"metrics\.loss: val/loss is logged already"):
+        FactClassifier(make_model(), PLACES, phases, {"accuracy": SlicedAccuracy(3), "loss": MulticlassF1Score(6)})
+    with pytest.raises(UserError, match=r"metrics\.accuracy: cannot be measured of .* \(IndexError"):
+        FactClassifier(make_model(), PLACES, phases, {"accuracy": SlicedAccuracy(2)})
 
 
 def test_answers_that_look_alike(make_model: Callable[..., RMTEncoder]) -> None:

@@ -37,6 +37,16 @@ class Judgment(NamedTuple):
     right: Tensor
 
 
+def _validated(answers: int, phases: Phases | None) -> dict[str, Any]:
+    """What the longest validation may have for metrics: each of C answers is wanted twice, and given once."""
+    longest = max((phase.longest for phase in phases or ()), default=1)
+    target = torch.arange(answers).repeat(2)
+    given = torch.cat([target[:answers], (target[answers:] + 1) % answers])
+    scores = nn.functional.one_hot(given, answers).float()
+    distance = torch.full_like(target, longest - 1)
+    return {"right": given == target, "num_segments": longest, "distance": distance, "preds": scores, "target": target}
+
+
 class FactModule(SegmentModule, ABC):
     """A recurrent model that learns to answer.
 
@@ -54,7 +64,7 @@ class FactModule(SegmentModule, ABC):
     """
 
     DECISIVE = "accuracy"
-    OFFERED = ("right", "num_segments", "distance", "preds", "target")
+    LOGGED = frozenset({"loss"})
     answer_ids: Tensor
 
     def __init__(
@@ -69,7 +79,7 @@ class FactModule(SegmentModule, ABC):
             raise UserError("model.bptt_depth=0: memory would never learn; give 1 or more, or -1 for all segments")
         if isinstance(answers, str):
             raise UserError(f"answers={answers}: is a single text; give a list of those that are chosen from")
-        super().__init__(model, phases, metrics or {})
+        super().__init__(model, phases, metrics or {}, _validated(len(answers), phases))
         self.answers = tuple(answers)
         self.all_questions = all_questions
         self.val_loss = MeanMetric()

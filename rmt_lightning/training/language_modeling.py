@@ -56,7 +56,6 @@ class LanguageModeler(SegmentModule):
     """
 
     DECISIVE = "text"
-    OFFERED = ("nats", "num_tokens", "num_bytes")
 
     def __init__(
         self, model: SegmentModel[Any], phases: Phases | None = None, metrics: Mapping[str, Metric] | None = None
@@ -66,7 +65,10 @@ class LanguageModeler(SegmentModule):
                 f"task=language_modeling: a {type(model).__name__} does not predict the next token; choose a causal "
                 "model, such as model=transformer_xl"
             )
-        super().__init__(model, phases, metrics or {})
+        counts = torch.tensor([3, 4])
+        super().__init__(
+            model, phases, metrics or {}, {"nats": counts.float(), "num_tokens": counts, "num_bytes": 5 * counts}
+        )
         # What the last training step has left; and a checkpoint: the rows of all ranks, one after another.
         self._state: Any = None
         self._saved: list[Tensor] = []

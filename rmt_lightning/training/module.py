@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import time
+import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
@@ -20,6 +22,37 @@ from rmt_lightning.training.phases.phase import Phases
 _BY_NAME = inspect.Parameter.POSITIONAL_OR_KEYWORD
 
 
+def _try(name: str, metric: Metric, offered: Mapping[str, Any]) -> set[str]:
+    """Measure once what a validation might have, before a run depends on it. Returns the names of what is found.
+
+    Raises:
+        UserError: if that cannot be measured, or is not one number.
+    """
+    asked = inspect.signature(metric.update).parameters.values()
+    needed = {part.name for part in asked if part.default is part.empty and part.kind is _BY_NAME}
+    if unknown := needed.difference(offered):
+        raise UserError(f"metrics.{name}: its update asks for {', '.join(unknown)}; there are {', '.join(offered)}")
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            found = MetricCollection({name: copy.deepcopy(metric)}, compute_groups=False)
+            found.update(**offered)
+            values = found.compute()
+    except Exception as error:  # each metric has its own way to say what it cannot measure
+        shapes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in offered.items() if isinstance(value, Tensor))
+        reason = " ".join(f"{type(error).__name__} {error}".split())
+        raise UserError(
+            f"metrics.{name}: cannot be measured of {shapes} ({reason:.200}); change its settings, or leave it out"
+        ) from None
+    for value in values.values():
+        if not isinstance(value, int | float | Tensor) or torch.as_tensor(value).numel() != 1:
+            shape = f"{tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise UserError(
+                f"metrics.{name}: is {shape}, and one number is logged; give it a setting such as average=macro, or "
+                "leave it out"
+            )
+    return set(values)
+
+
 class Diverged(RuntimeError):
     """The loss is no longer a number."""
 
@@ -31,29 +64,39 @@ class SegmentModule(L.LightningModule):
         model: what is trained.
         phases: what it is led through; None if it is not trained.
         metrics: of validation, logged as val/<name>. The `update` of a metric is given what it asks for by name.
+        offered: what a metric may ask for, as a validation might have it.
 
     Raises:
-        UserError: if the metric that phases decide by is missing, or one asks for what there is not.
+        UserError: if the metric that phases decide by is missing, or one cannot be measured.
     """
 
-    # The metric that phases decide by, and what a metric may ask for.
+    # The metric that phases decide by, and what a validation logs besides.
     DECISIVE: ClassVar[str]
-    OFFERED: ClassVar[tuple[str, ...]]
+    LOGGED: ClassVar[frozenset[str]] = frozenset()
 
-    def __init__(self, model: SegmentModel[Any], phases: Phases | None, metrics: Mapping[str, Metric]) -> None:
+    def __init__(
+        self,
+        model: SegmentModel[Any],
+        phases: Phases | None,
+        metrics: Mapping[str, Metric],
+        offered: Mapping[str, Any],
+    ) -> None:
         super().__init__()
         self.model = model
         self._phases = phases
         self.metrics = MetricCollection(dict(metrics), prefix="val/", compute_groups=False)
         if phases is not None and self.DECISIVE not in metrics:
-            raise UserError(f"metrics.{self.DECISIVE}: phases decide by it; leave it in")
+            raise UserError(
+                f"metrics.{self.DECISIVE}: phases decide by it; leave it in, and leave out metrics=… if that was typed"
+            )
+        logged = set(self.LOGGED)
         for name, metric in metrics.items():
-            asked = inspect.signature(metric.update).parameters.values()
-            needed = {part.name for part in asked if part.default is part.empty and part.kind is _BY_NAME}
-            if unknown := needed.difference(self.OFFERED):
+            found = _try(name, metric, offered)
+            if twice := sorted(logged & found):
                 raise UserError(
-                    f"metrics.{name}: its update asks for {', '.join(unknown)}; there are {', '.join(self.OFFERED)}"
+                    f"metrics.{name}: val/{twice[0]} is logged already; give it another name, or leave it out"
                 )
+            logged |= found
         self._clock = time.perf_counter()
 
     @property
