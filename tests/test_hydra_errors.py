@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import hydra
 import pytest
@@ -20,6 +22,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from omegaconf.errors import InterpolationKeyError
 
+from rmt_lightning import attend, evaluate, export, flops
 from rmt_lightning.app import hydra_errors
 from rmt_lightning.app.schema import CONF
 
@@ -95,10 +98,42 @@ def test_each_pattern_is_held() -> None:
         ("=1", "'=1': settings are given as key=value, such as seed=2"),
         ("hydra.foo=1", "hydra.foo: no such setting; --cfg hydra shows those that there are"),
         ("--resolve", "The --resolve flag can only be used in conjunction with --cfg or --help"),
+        (
+            "trainer.accumulate_grad_batches=2",
+            "trainer.accumulate_grad_batches: no such setting; its yaml leaves it to the class; write "
+            "+trainer.accumulate_grad_batches=…",
+        ),
     ],
 )
 def test_a_line_that_helps(word: str, told: str, refused: Callable[..., str]) -> None:
     assert refused(word, "hydra.run.dir=run") == f"error: {told}\n"
+
+
+@pytest.mark.fault("a command is given what it has not, with or without +", "refused in a line that says what it has")
+@pytest.mark.parametrize(
+    ("door", "word", "told"),
+    [
+        (evaluate, "+answer=generate", "answer: no such setting; allowed: checkpoint, stages, "),
+        (evaluate, "data.batch_size=3", "data.batch_size: no such setting; allowed: checkpoint, "),
+        (evaluate, "+zz.bar=1", "zz.bar: no such setting; allowed: checkpoint, "),
+        (evaluate, "noise.documents=20", "noise.documents: no such setting; it comes with noise=prose\n"),
+        (evaluate, "++noise.documents=20", "noise: names no class; choose one with noise=…, or give its yaml a "),
+        (attend, "task.moves=2", "task.moves: no such setting; it comes with task=whereabouts\n"),
+        (attend, "task=language_modeling", "task=language_modeling: is a kind of run of its own, which another cannot"),
+        (export, "+noise=prose", "noise: no such setting; allowed: checkpoint, folder, trust\n"),
+        (flops, "+model=lstm", "model: no such setting; allowed: tokens, segment_length, text_length, fol"),
+        (flops, "backbone.name=gpt2", "backbone.name: no such setting; it comes with backbone=bert_base_cased or big"),
+    ],
+)  # fmt: skip
+def test_what_a_door_has_not(
+    door: ModuleType, word: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"checkpoint=run": door is not flops, "folder=there": door in (export, flops)}
+    monkeypatch.setattr(sys, "argv", [door.__name__, *(name for name in given if given[name]), word])
+    with pytest.raises(SystemExit) as left:
+        door.run()
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and said.startswith(f"error: {told}") and said.count("\n") == 1, said
 
 
 def test_options_may_stand_anywhere() -> None:

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rmt_lightning.app.console import steady_screen, trouble
 from rmt_lightning.app.processes import forget_leftovers
-from rmt_lightning.app.schema import CONF, suggest
+from rmt_lightning.app.schema import CONF, may_be_added, suggest
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.quoting import for_shell, literal, one_line, quoted, setting
 
@@ -83,6 +83,8 @@ def front_door(
             for word in sys.argv[1:]:
                 _check_encoding(word)
             sys.argv[1:] = words([_as_meant(word) for word in sys.argv[1:]])
+            for word in sys.argv[1:] if config_name != "train" else ():
+                _check_door(word, config_name)
             # What is wrong there is told in a line of its own.
             warnings.filterwarnings("ignore", "provider=.* is not available")
             try:
@@ -140,6 +142,25 @@ def _check_encoding(name: str) -> None:
         raise UserError(
             f"{name}: is no {encoding}; choose another name{', or set PYTHONUTF8=1' * (encoding != 'utf-8')}"
         )
+
+
+def _check_door(word: str, config_name: str) -> None:
+    """Raise UserError if a word sets what a command has not: with a + before it, Hydra would add it for nothing.
+
+    A run may have parts that its user has made, which only the composed config can tell.
+    """
+    key, equals, choice = word.lstrip("+~").partition("=")
+    name = re.split(r"[.@/:]", key)[0]
+    if word.startswith("-") or not equals or not name or name == "hydra":
+        return
+    settings = yaml.safe_load((CONF / f"{config_name}.yaml").read_text(encoding="utf-8"))
+    groups = [group for default in settings.pop("defaults") if isinstance(default, dict) for group in default]
+    if name not in settings and name not in groups:
+        allowed = [setting for setting in settings if setting != "hydra"]
+        raise UserError(f"{key}: no such setting; {suggest(name, allowed + groups)}")
+    path = CONF / key / f"{choice}.yaml"
+    if path.is_file() and "@package _global_" in path.read_text(encoding="utf-8"):
+        raise UserError(f"{word}: is a kind of run of its own, which another cannot be asked; leave it out")
 
 
 def _as_meant(word: str) -> str:
@@ -380,11 +401,15 @@ def _suggest_key(key: str, config_name: str) -> str:
     node: Any = config
     for parent in parents:
         if not isinstance(node, DictConfig) or parent not in node:
+            if owners := _owners(parent, name):
+                return owners.removeprefix("; ")
             # Presets, which have no _target_, bring no settings of their own.
             choices_there = sorted((CONF / parent).glob("*.yaml"))
             options = [path.stem for path in choices_there if "_target_" in path.read_text(encoding="utf-8")]
             return f"it comes with {parent}={' or '.join(options)}" if options else suggest(parent, _keys(node))
         node = node[parent] if not OmegaConf.is_missing(node, parent) else DictConfig({})
+    if isinstance(node, DictConfig) and "_target_" in node and may_be_added(node._target_, name):
+        return f"its yaml leaves it to the class; write +{key}=…"
     return suggest(name, _keys(node)) + _owners(".".join(parents), name)
 
 

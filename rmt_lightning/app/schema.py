@@ -83,7 +83,7 @@ def check(config: DictConfig, root: type) -> None:
     for name in sorted(parts, key=lambda part: not is_typed(part)):
         alone = [str(key) for key, value in config[name].items() if not isinstance(value, DictConfig)]
         if "_target_" not in config[name] and name in _ABILITIES and name not in ("metrics", "logger"):
-            raise UserError(f"{name}: what was chosen names no class; give its yaml a _target_")
+            raise UserError(f"{name}: names no class; choose one with {name}=…, or give its yaml a _target_")
         if alone and "_target_" not in config[name] and (CONF / name).is_dir():
             # There is no class whose setting it could be.
             raise UserError(f"{name}.{alone[0]}: no such setting; {suggest(alone[0], [])}")
@@ -199,6 +199,14 @@ def _hints(constructor: Callable[..., Any]) -> dict[str, Any]:
     except NameError:
         # Another library's constructor, annotated with names that it imports for type checkers only.
         return {}
+
+
+def may_be_added(target: str, name: str) -> bool:
+    """Whether a class has a setting of that name, so that it can be typed though no yaml gives it a value."""
+    constructor = get_object(target)
+    parameter = inspect.signature(constructor).parameters.get(name)
+    hints = _hints(constructor.__init__ if inspect.isclass(constructor) else constructor)
+    return parameter is not None and parameter.default is not parameter.empty and _can_be_typed(hints.get(name, Any))
 
 
 def _can_be_typed(hint: Any) -> bool:
