@@ -164,6 +164,8 @@ def test_which_babi_files_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         Babi("part*.txt", test_path=".")
     with pytest.raises(UserError, match=r"task\.path=\[\]: names no file"):
         Babi([])
+    with pytest.raises(UserError, match=r"task\.path=/dev/zero: is no plain file; give a qa\*\.txt file"):
+        Babi("/dev/zero")
     with pytest.raises(UserError, match=r"task\.path=x{300}: cannot be read as a bAbI file \(File name too long\)"):
         Babi("x" * 300)
     with pytest.raises(UserError, match=r"task\.path: is missing; give task\.path=…"):

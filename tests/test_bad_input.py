@@ -282,7 +282,7 @@ def test_an_empty_folder_that_one_stands_in(refused: Callable[..., str], tmp_pat
 CHOICES = [
     (b"# caf\xe9\n_target_: rmt_lightning.Prose", "mine/noise/x.yaml: is not UTF-8; save it as UTF-8"),
     (b"_target_: a\n  seed: x", "mine/noise/x.yaml: is no yaml: mapping values are not allowed here in"),
-    (b"", "noise: what was chosen names no class; give its yaml a _target_"),
+    (b"", "noise: names no class; choose one with noise=…, or give its yaml a _target_"),
 ]
 
 

@@ -253,6 +253,22 @@ def test_no_folder_leads_out(door: str, name: str, foreign: Path, refused: Calla
         assert list((foreign.parent / "mine").rglob("*")) == [foreign.parent / "mine" / "elsewhere"]
 
 
+@pytest.mark.fault("a pipe or a device stands where a file belongs", "refused in one line, instead of waiting for ever")
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "overrides.yaml", "text.json", "checkpoints/last.ckpt", "evaluations/x"]
+)
+def test_no_pipe_is_opened(name: str, foreign: Path, refused: Callable[..., str]) -> None:
+    place = foreign / name
+    place.unlink(missing_ok=True)
+    place.parent.mkdir(exist_ok=True)
+    os.mkfifo(place)
+    for door in DOORS:
+        assert refused(door) == f"error: run/{name}: is no plain file; remove it, or put the file back\n"
+    place.unlink()
+    place.symlink_to("/dev/zero")
+    assert refused("evaluate").startswith(f"error: run/{name}: is no plain file; ")
+
+
 def test_results_stay_in_the_run_folder_whatever_a_task_is_called(tmp_path: Path) -> None:
     found = findings(tmp_path, "evaluations", "last-../../../x", {})
     assert found.parent == tmp_path / "evaluations"

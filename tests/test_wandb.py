@@ -336,6 +336,8 @@ def test_a_dashboard_without_a_key_is_a_file(
     (tmp_path / "other.json").write_text("{}")
     monkeypatch.setenv("WANDB_MODE", "offline")
     with pytest.raises(UserError, match="is something else than a dashboard"):
+        dashboard.main(["--output", "/dev/full"])  # which has no end
+    with pytest.raises(UserError, match="is something else than a dashboard"):
         dashboard.main(["--output", str(tmp_path / "other.json")])
     assert (tmp_path / "other.json").read_text() == "{}" and workspace._is_view(tmp_path / "dashboard.json")
 

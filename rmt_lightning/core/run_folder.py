@@ -48,13 +48,14 @@ def locate(path: str, key: str) -> tuple[Path, Path | None]:
     That of a folder is the last one, which may have been lost while earlier ones are there.
 
     Raises:
-        UserError: naming the setting `key`, if there is no run.
+        UserError: naming the setting `key`, if there is no run; or what is no file in it.
     """
     # A name of 300 characters is an error to pathlib, and to os.path no file.
     given = Path(os.path.realpath(path))
     run = given if os.path.isdir(given) else given.parent.parent
     if not os.path.exists(given) or not os.path.exists(run / CONFIG):
         raise UserError(f"{key}={path}: no run there; give a run folder or one of its {CHECKPOINTS}/*.ckpt")
+    refuse_pipes(run)
     if given.is_file():
         return run, given
     return run, run / CHECKPOINTS / LAST if any((run / CHECKPOINTS).glob("*.ckpt")) else None
@@ -149,6 +150,18 @@ def refuse_ways_out(run: Path, part: str = "") -> None:
             raise UserError(f"{shown}: is a link that leads out of the run folder; put there what it leads to")
 
 
+def refuse_pipes(folder: Path) -> None:
+    """Make sure that whatever is read in a folder has an end: who opens a pipe waits for somebody to write to it.
+
+    Raises:
+        UserError: naming a pipe, a socket or a device, or a link to one.
+    """
+    for place, _, names in os.walk(folder):
+        for path in (Path(place, name) for name in names):
+            if path.exists() and not path.is_file():
+                raise UserError(f"{shown(path)}: is no plain file; remove it, or put the file back")
+
+
 def cut_ways_out(run: Path, part: Path) -> None:
     """Remove the links to files elsewhere from a part of a run folder that another library writes through."""
     for path in part.rglob("*"):
@@ -160,10 +173,11 @@ def findings(place: str | Path, kind: str, name: str, settings: dict[str, Any]) 
     """Where results that were found with these settings belong: <place>/<kind>/<name>-<key of the settings>.
 
     Raises:
-        UserError: if a link leads out of the place, or there can be no such place.
+        UserError: if a link leads out of the place, it holds what is no file, or there can be no such place.
     """
     try:
         refuse_ways_out(Path(place), kind)
+        refuse_pipes(Path(place, kind))
     except OSError as error:
         raise UserError(f"{shown(place)}: {error.strerror}; choose another folder") from None
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]

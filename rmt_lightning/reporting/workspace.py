@@ -55,7 +55,7 @@ def _save(workspace: Workspace) -> str | None:
 
 def _write(workspace: Workspace, output: Path) -> None:
     """Write the view that would have been saved, unless something else stands there."""
-    if output.exists() and not _is_view(output):
+    if output.exists() and not (output.is_file() and _is_view(output)):
         raise UserError(f"--output={output}: is something else than a dashboard; give another name")
     view = workspace._to_model()
     content = {

@@ -119,6 +119,8 @@ def _read(key: str, given: str | list[str]) -> Iterator[Story]:
     if not files:
         raise UserError(f"{key}=[]: names no file; give one")
     for file in files:
+        if os.path.exists(file) and not os.path.isfile(file):
+            raise UserError(f"{key}={file}: is no plain file; give a qa*.txt file")
         try:
             content = Path(file).read_bytes()
             lines = content.decode().replace("\r\n", "\n").replace("\r", "\n").split("\n")
