@@ -38,6 +38,7 @@ from rmt_lightning.tasks.placement import Key, Placement
 from rmt_lightning.training.answering import FactModule
 from rmt_lightning.training.language_modeling import LanguageModeler
 from rmt_lightning.training.module import SegmentModule
+from rmt_lightning.training.optimization import at_stage
 from rmt_lightning.training.phases.curriculum import SegmentCurriculum
 from rmt_lightning.training.phases.fixed_steps import FixedSteps
 from rmt_lightning.training.phases.phase import Phase, Phases
@@ -89,6 +90,15 @@ class Recipe(ABC):
         if not reads_backbone(model):
             for name in set(config.backbone) - _OF_TOKENIZERS:
                 yield f"backbone.{name}", f"changes nothing, for a {model.__name__} takes the tokenizer alone"
+        borders = max(phase.longest for phase in self.phases) - 1
+        if getattr(self.model, "memory_size", None) == 0:
+            yield "model.bptt_depth", "changes nothing, for model.memory_size=0 leaves no gradient to cross a border"
+            yield "model.memory_attention", "changes nothing, for model.memory_size=0 leaves no memory"
+        elif self.model.bptt_depth >= borders:
+            yield (
+                "model.bptt_depth",
+                f"changes nothing, for the longest inputs have {borders} borders, all of them crossed",
+            )
 
     @abstractmethod
     def test(self, folder: Path, trainer: L.Trainer) -> None:
@@ -157,10 +167,24 @@ class FactRecipe(Recipe):
             for name, values in config[group].items():
                 if isinstance(values, ListConfig) and (over := list(values[last:])):
                     yield f"{group}.{name}", f"{over} changes nothing, for curriculum.max_segments={last} ends before"
+        yield from self._rounded(config)
         if config.answer.get("all_questions") and _asks_one(self.data.placement):
             yield "answer.all_questions", f"changes nothing, for task={self.data.placement.task.name} has one question"
         if config.get("hold") and "rounds" in config.hold and config.hold.until_rate is None:
             yield "hold.rounds", "changes nothing, for without hold.until_rate there is one"
+
+    def _rounded(self, config: DictConfig) -> Iterator[tuple[str, str]]:
+        """Whether stages go on beyond their budget, at a learning rate of 0, to the validation that ends them."""
+        epoch = -(-config.data.steps_per_epoch // config.trainer.get("accumulate_grad_batches", 1))
+        stages = self.phase(SegmentCurriculum).max_segments
+        # The last phase of a run ends at once.
+        followed = stages if len(list(self.phases)) > 1 else stages - 1
+        budgets = [at_stage(self.phase(SegmentCurriculum).steps, stage + 1) for stage in range(followed)]
+        if any(steps % epoch for steps in budgets):
+            told = (
+                f"is rounded up to whole {epoch}s, for a validation ends a stage, and comes each data.steps_per_epoch"
+            )
+            yield "curriculum.steps", told
 
     def draw(self, folder: Path, trainer: L.Trainer) -> None:
         draw_attention(self.data.placement, self.module, trainer.strategy.root_device, folder)

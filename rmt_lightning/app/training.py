@@ -172,10 +172,10 @@ def _refuse_what_comes_too_late(config: DictConfig, source: Path | None, recipe:
 
 def tell_idle(config: DictConfig, recipe: Recipe, typed: Iterable[str]) -> None:
     """Say which of the settings that were typed change nothing, for others leave them nothing to do."""
-    found = dict(recipe.idle(config))
+    found = list(recipe.idle(config))
     for word in typed:
-        if (key := key_of(word)) in found:
-            log.info("%s: %s", word, found[key])
+        for why in (why for key, why in found if key == key_of(word)):
+            log.info("%s: %s", word, why)
 
 
 def _changed(config: DictConfig, source: Path) -> list[str]:
