@@ -51,6 +51,8 @@ with steady_screen(lambda: sys.argv[1] == "needed"):
     with open("made", "w") as file:
         assert file.fileno() > 2, "it has the place of a standard stream, and others write to it"
     sys.stdout.flush()
+    if "MPLBACKEND" in os.environ or os.environ.get("COLUMNS") == "0":
+        sys.exit("a notebook's backend, or a screen without width, is passed on")
 open("done", "w").close()
 """
 
@@ -69,6 +71,7 @@ open("done", "w").close()
         ("PYTHONIOENCODING=ascii {}", True, 0),
         ("PYTHONIOENCODING=latin-1 {}", True, 0),
         ("LC_ALL=C PYTHONCOERCECLOCALE=0 PYTHONUTF8=0 {}", True, 0),
+        ("COLUMNS=0 MPLBACKEND=module://absent {}", True, 0),
     ],
 )
 def test_screens(shell: str, needed: bool, code: int, environment: dict[str, str], tmp_path: Path) -> None:

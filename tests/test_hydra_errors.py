@@ -98,6 +98,7 @@ def test_each_pattern_is_held() -> None:
         ("=1", "'=1': settings are given as key=value, such as seed=2"),
         ("hydra.foo=1", "hydra.foo: no such setting; --cfg hydra shows those that there are"),
         ("--resolve", "The --resolve flag can only be used in conjunction with --cfg or --help"),
+        ("noise._target_=os.absent", "noise._target_=os.absent: cannot be imported (No module named 'os.absent'; "),
         (
             "trainer.accumulate_grad_batches=2",
             "trainer.accumulate_grad_batches: no such setting; its yaml leaves it to the class; write "
@@ -106,7 +107,7 @@ def test_each_pattern_is_held() -> None:
     ],
 )
 def test_a_line_that_helps(word: str, told: str, refused: Callable[..., str]) -> None:
-    assert refused(word, "hydra.run.dir=run") == f"error: {told}\n"
+    assert refused(word, "hydra.run.dir=run").startswith(f"error: {told}")
 
 
 @pytest.mark.fault("a command is given what it has not, with or without +", "refused in a line that says what it has")

@@ -148,6 +148,10 @@ def test_metrics_are_tried(metric: Metric, message: str, make_model: Callable[..
         FactClassifier(make_model(), PLACES, phases, {"accuracy": SlicedAccuracy(2)})
 
 
+def test_each_length_is_tested_once(make_model: Callable[..., RMTEncoder]) -> None:
+    assert make_model().fitting("test.segments", [3, 1, 1, 3]) == [3, 1]
+
+
 def test_answers_that_look_alike(make_model: Callable[..., RMTEncoder]) -> None:
     with pytest.raises(UserError, match=r"backbone: its tokenizer cannot tell two of the answers apart"):
         FactClassifier(make_model(), ("garden", "Garden"))

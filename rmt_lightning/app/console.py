@@ -114,6 +114,10 @@ def steady_screen(needed: Callable[[], bool]) -> Iterator[None]:
         needed: asked at the end, whether it has failed if nobody could see what it printed. Who closes a pipe has
             seen enough.
     """
+    # Figures go to files, whatever draws on the screen of a notebook; and a screen without width would show nothing.
+    os.environ.pop("MPLBACKEND", None)
+    if not os.environ.get("COLUMNS", "").strip("0"):
+        os.environ.pop("COLUMNS", None)
     for descriptor in range(3):
         try:
             os.fstat(descriptor)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -23,6 +24,9 @@ from pydantic import ConfigDict, ValidationError, create_model
 import rmt_lightning
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.quoting import for_shell, literals, setting
+
+# It prints what it cannot import, which is told in a line here.
+logging.getLogger(hydra.utils.__name__).setLevel(logging.CRITICAL)
 
 # The largest seed. Nothing that is counted comes near it, and what is begun with more never ends.
 _LARGEST = 2**32 - 1

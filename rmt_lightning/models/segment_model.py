@@ -60,13 +60,13 @@ class SegmentModel(nn.Module, SavedModel, ABC, Generic[State]):
         return None
 
     def fitting(self, key: str, lengths: Sequence[int]) -> list[int]:
-        """Those of the lengths, in segments, that the model can read.
+        """Those of the lengths, in segments, that the model can read, each once.
 
         Raises:
             UserError: naming the setting `key`, if it can read none of them.
         """
         longest = self.max_segments
-        fitting = [length for length in lengths if longest is None or length <= longest]
+        fitting = [length for length in dict.fromkeys(lengths) if longest is None or length <= longest]
         if lengths and not fitting:
             raise UserError(
                 f"{key}={','.join(map(str, lengths))}: too long for positions; at most {longest} segments of "
