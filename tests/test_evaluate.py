@@ -284,6 +284,13 @@ def test_what_earlier_versions_did_not_count(
     assert [row["questions"] for row in rows(only(here) / "retention.csv")] == [""]
 
 
+def test_what_changes_nothing_is_said(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate(monkeypatch, "segments=[1]", "every=8")
+    assert "every=8: changes nothing, for with follow=0 no memories are followed" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

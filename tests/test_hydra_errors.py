@@ -123,6 +123,7 @@ def test_a_line_that_helps(word: str, told: str, refused: Callable[..., str]) ->
         (attend, "task=language_modeling", "task=language_modeling: is a kind of run of its own, which another cannot"),
         (export, "+noise=prose", "noise: no such setting; allowed: checkpoint, folder, trust\n"),
         (flops, "+model=lstm", "model: no such setting; allowed: tokens, segment_length, text_length, fol"),
+        (flops, "-m tokens=[1],[2]", "--multirun: the jobs would write over each other; give each a folder, such as"),
         (flops, "backbone.name=gpt2", "backbone.name: no such setting; it comes with backbone=bert_base_cased or big"),
     ],
 )  # fmt: skip
@@ -130,7 +131,7 @@ def test_what_a_door_has_not(
     door: ModuleType, word: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = {"checkpoint=run": door is not flops, "folder=there": door in (export, flops)}
-    monkeypatch.setattr(sys, "argv", [door.__name__, *(name for name in given if given[name]), word])
+    monkeypatch.setattr(sys, "argv", [door.__name__, *(name for name in given if given[name]), *word.split()])
     with pytest.raises(SystemExit) as left:
         door.run()
     said = capsys.readouterr().err

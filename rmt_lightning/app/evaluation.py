@@ -86,6 +86,8 @@ def evaluate(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: 
     start_logging(None, first_process=True)
     take_over_lightning()
     make_fast()
+    if is_typed("every") and not config.follow:
+        log.info("every=%d: changes nothing, for with follow=0 no memories are followed", config.every)
     device, hardware = find_device(config.device)
     placement, module, sha256 = load(run_config, run, checkpoint)
     module.to(device).eval()

@@ -202,6 +202,10 @@ def check_places(settings: Any) -> None:
             raise UserError(f"{word}: nothing is written there; --help shows what says where results go")
         if re.match(r"hydra[./](sweep|sweeper|launcher)\b", key) and not swept:
             raise UserError(f"{word}: is for sweeps alone; add --multirun, or leave it out")
+    places = [word for word in sys.argv[1:] if word.startswith("folder=")]
+    if swept and door == "flops" and not any(re.search(r"[,$(]", word) for word in places):
+        hint = for_shell("folder=outputs/flops/${hydra:job.num}")
+        raise UserError(f"--multirun: the jobs would write over each other; give each a folder, such as {hint}")
     for source in settings.runtime.config_sources:
         if source.provider == "hydra.searchpath in command-line" and not (
             source.schema != "file" or Path(source.path).is_dir()
