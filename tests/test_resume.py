@@ -389,6 +389,17 @@ def test_what_is_logged_again_is_taken_out(tmp_path: Path) -> None:
     assert logged(tmp_path) == [] and (tmp_path / "metrics" / "version_2").is_dir()
 
 
+@pytest.mark.fault("SIGKILL between the first two files of a run", "the run can be resumed")
+def test_a_run_begins_with_its_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    written = []
+    monkeypatch.setattr("rmt_lightning.app.resume.write_atomically", lambda path, _: written.append(path.name))
+    for _ in range(2):
+        save_config(tmp_path, OmegaConf.create({"seed": 1, "resume": None}), ["seed=1"], None)
+        (tmp_path / "config.yaml").touch()
+    # Then, what is typed on resuming comes first, so that it is not lost.
+    assert written == ["config.yaml", "overrides.yaml", "overrides.yaml", "config.yaml"]
+
+
 @pytest.mark.parametrize("moment", ["fsync", "replace"])
 @pytest.mark.fault("SIGKILL or a full disk while config.yaml is written on resuming", "it stays as it was")
 def test_the_config_survives(moment: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -116,10 +116,12 @@ def save_config(folder: Path, config: DictConfig, typed: Sequence[str], presets:
         presets: a folder of the user's own choices (--config-dir).
     """
     words = ([f"--config-dir={os.path.abspath(presets)}"] if presets else []) + _kept(typed)
-    write_atomically(folder / TYPED, yaml.safe_dump(words, allow_unicode=True, width=10_000).encode())
     resolved = OmegaConf.create(literals(OmegaConf.to_container(config, resolve=True)))
     resolved.resume = resolved.trust = None
-    write_atomically(folder / CONFIG, OmegaConf.to_yaml(resolved).encode())
+    content = {CONFIG: OmegaConf.to_yaml(resolved), TYPED: yaml.safe_dump(words, allow_unicode=True, width=10_000)}
+    # A kill between them leaves a run that can be resumed: a new one without what was typed, or what is typed now.
+    for name in (TYPED, CONFIG) if (folder / CONFIG).exists() else (CONFIG, TYPED):
+        write_atomically(folder / name, content[name].encode())
 
 
 def overrides(settings: HydraConf) -> list[str]:
