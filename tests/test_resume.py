@@ -26,7 +26,7 @@ import yaml
 from conftest import SMALL, Run, assert_identical, final
 from omegaconf import OmegaConf
 
-from rmt_lightning.app.resume import save_config
+from rmt_lightning.app.resume import check_folder, save_config
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import append_csv, write_atomically
 from rmt_lightning.core.quoting import setting
@@ -398,6 +398,21 @@ def test_a_run_begins_with_its_config(monkeypatch: pytest.MonkeyPatch, tmp_path:
         (tmp_path / "config.yaml").touch()
     # Then, what is typed on resuming comes first, so that it is not lost.
     assert written == ["config.yaml", "overrides.yaml", "overrides.yaml", "config.yaml"]
+
+
+@pytest.mark.fault("SIGKILL before a run that branches off has its config", "the same command begins it again")
+def test_a_branch_begins_again(tmp_path: Path) -> None:
+    stage, last = tmp_path / "stage-1.ckpt", tmp_path / "run" / "checkpoints" / "last.ckpt"
+    last.parent.mkdir(parents=True)
+    stage.write_text("weights")
+    last.write_text("weights")
+    config = OmegaConf.create()
+    check_folder(config, tmp_path / "run", None, stage, [])
+    for name, content in (("last.ckpt", "others"), ("stage-1.ckpt", "weights")):
+        (last.parent / name).write_text(content)
+        with pytest.raises(UserError, match=r"holds checkpoints of a run whose config\.yaml is missing"):
+            check_folder(config, tmp_path / "run", None, stage, [])
+        last.write_text("weights")
 
 
 @pytest.mark.parametrize("moment", ["fsync", "replace"])

@@ -6,6 +6,7 @@ and samples depend on may not change.
 
 from __future__ import annotations
 
+import filecmp
 import json
 import logging
 import os
@@ -404,7 +405,10 @@ def check_folder(
         raise UserError(
             f"hydra.run.dir={shown(folder)}: already holds a run; choose another folder, or go on with {again}"
         )
-    if not goes_on and any((folder / CHECKPOINTS).glob("*.ckpt")):
+    there = list((folder / CHECKPOINTS).glob("*.ckpt"))
+    # Killed before it had its config, a run that goes on from an earlier one leaves a copy of where it begins.
+    begun = checkpoint and [path.name for path in there] == [LAST] and filecmp.cmp(there[0], checkpoint, shallow=False)
+    if not goes_on and there and not begun:
         raise UserError(
             f"hydra.run.dir={shown(folder)}: holds checkpoints of a run whose {CONFIG} is missing; choose another one"
         )
