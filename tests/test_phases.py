@@ -358,6 +358,8 @@ json.dump(seeds, open("seeds.json", "w"))
         ("data.batch_size=1 hold=state_passing", "data.batch_size=1: hold=state_passing shares a batch between old me"),
         ("model=full_attention hold=state_passing", "hold=state_passing: this model has no memory to hold; leave it o"),
         ("~metrics.accuracy", "metrics.accuracy: phases decide by it; leave it in"),
+        ("optim.weight_decay=1e4", "weight_decay=10000: with lr=0.001 a step would take more from the weights"),
+        ("model=longformer backbone=tiny_bert", "model=longformer: reads all at once with a longformer alone, and the"),
     ],
 )  # fmt: skip
 def test_one_line(typed: str, message: str, refused: Callable[..., str], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import lightning as L
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig
 from rich import get_console
@@ -244,8 +245,20 @@ def build_recipe(config: DictConfig, run: Path | None = None, trained: bool = Fa
                 f"needs a {kind.__name__}; leave out {group}=…"
             )
     built = recipe(config, run, trained)
+    _check_sparse(built.model)
     check_room("model: its state takes", state_size(built.model), "make it smaller")
     return built
+
+
+def _check_sparse(model: SegmentModel[Any]) -> None:
+    """Refuse a choice of a model that is named after its backbone, if that has been given another kind of backbone."""
+    choice = HydraConfig.get().runtime.choices.get("model")
+    kinds = {"longformer": "longformer", "bigbird": "big_bird"}
+    if choice in kinds and (kind := getattr(model.architecture, "model_type", None)) != kinds[choice]:
+        raise UserError(
+            f"model={choice}: reads all at once with a {choice} alone, and the backbone is a {kind}; leave out "
+            "backbone=…, or give model=full_attention"
+        )
 
 
 def _check_unused(config: DictConfig) -> None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from annotated_types import Ge, Gt, Le, MinLen
 
+from rmt_lightning.core.errors import UserError
+
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import AdamW
@@ -34,12 +36,23 @@ class WarmupDecay:
         lr: highest learning rate; a list gives one for each stage.
         weight_decay: of all weights.
         warmup: share of `steps` during which the learning rate rises from 0.
+
+    Raises:
+        UserError: if weight decay alone would turn the weights around.
     """
 
     steps: Annotated[int, Ge(1)] | Annotated[list[Annotated[int, Ge(1)]], MinLen(1)]
     lr: Rate | Annotated[list[Rate], MinLen(1)]
     weight_decay: Annotated[float, Ge(0), Le(1e30)] = 1e-3
     warmup: Annotated[float, Ge(0), Le(1)] = 0.1
+
+    def __post_init__(self) -> None:
+        highest = max(self.lr) if isinstance(self.lr, list) else self.lr
+        if highest * self.weight_decay > 1:
+            raise UserError(
+                f"weight_decay={self.weight_decay:g}: with lr={highest:g} a step would take more from the weights than "
+                f"there is; give {1 / highest:g} or less"
+            )
 
     def build(
         self, parameters: Iterable[nn.Parameter], num_segments: int, fused: bool = False
