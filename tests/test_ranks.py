@@ -220,3 +220,13 @@ def test_max_steps_inside_an_epoch(steps: int, train: Run, tmp_path: Path) -> No
     resumed = train("resume=run", "trainer.max_steps=-1", small=False)
     assert resumed.returncode == 0, resumed.stderr
     assert_identical(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+
+
+@pytest.mark.fault("more processes than samples of a validation", "refused in one line, instead of waiting for ever")
+@pytest.mark.parametrize("typed", ["data.validation_samples=1", "task=language_modeling data.validation_documents=1"])
+def test_each_process_has_something_to_validate(typed: str, refused: Callable[..., str], tmp_path: Path) -> None:
+    told = refused("trainer=ddp_cpu", "noise.documents=20", *typed.split(), "hydra.run.dir=run")
+    assert told.startswith("error: trainer.devices × trainer.num_nodes = 2: a validation has 1 to share; give fewer"), (
+        told
+    )
+    assert not (tmp_path / "run").exists()

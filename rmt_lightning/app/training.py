@@ -114,6 +114,12 @@ def _train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pa
     trainer: RunTrainer = construct(
         config.trainer, folder=folder, callbacks=callbacks, logger=[table, logger] if logger else [table]
     )
+    if (processes := trainer.num_devices * trainer.num_nodes) > recipe.data.validated:
+        # One that has nothing to validate would not come to where the others wait for it.
+        raise UserError(
+            f"trainer.devices × trainer.num_nodes = {processes}: a validation has {recipe.data.validated} to share; "
+            "give fewer processes, or more to validate"
+        )
     # Lightning would do so once it has loaded weights, which may be more precise than those of a fresh module.
     trainer.precision_plugin.convert_module(recipe.module)
     trainer.compile(recipe.model)

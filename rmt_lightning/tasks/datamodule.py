@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Annotated, Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -69,6 +70,11 @@ class ShortEpochs(L.LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.steps_per_epoch = steps_per_epoch
+
+    @property
+    @abstractmethod
+    def validated(self) -> int:
+        """How many samples the first validation reads, on all devices together."""
 
     @property
     def rank(self) -> int:
@@ -230,6 +236,10 @@ class FactDataModule(ShortEpochs):
         super().__init__(keys, segment_length, batch_size, num_workers, steps_per_epoch)
         self.placement = placement
         self.validation_samples = validation_samples
+
+    @property
+    def validated(self) -> int:
+        return self.placement.asked("validation", self.validation_samples, Key(1, 0))
 
     def numbers(self, batch: int) -> range:
         """The numbers of the samples that this device reads in training batch number `batch`."""

@@ -203,6 +203,10 @@ class DocumentDataModule(ShortEpochs):
         self.validation_documents = validation_documents
 
     @property
+    def validated(self) -> int:
+        return min(self.validation_documents, len(self.texts["validation"].num_segments))
+
+    @property
     def rows(self) -> range:
         """The rows of this device."""
         return range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
