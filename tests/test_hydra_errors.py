@@ -98,6 +98,10 @@ def test_each_pattern_is_held() -> None:
         ("=1", "'=1': settings are given as key=value, such as seed=2"),
         ("hydra.foo=1", "hydra.foo: no such setting; --cfg hydra shows those that there are"),
         ("--resolve", "The --resolve flag can only be used in conjunction with --cfg or --help"),
+        (
+            "+metrics.a/b.c=x",
+            "+metrics.a/b.c=x: cannot be read; a key is made of names with points between them, such ",
+        ),
         ("noise._target_=os.absent", "noise._target_=os.absent: cannot be imported (No module named 'os.absent'; "),
         (
             "trainer.accumulate_grad_batches=2",

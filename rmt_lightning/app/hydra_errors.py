@@ -339,7 +339,9 @@ def _unread(word: str) -> str:
     key, equals, text = word.partition("=")
     if not equals or not re.fullmatch(r"[+~]*[\w@:$-]+([./][\w@:$-]+)*", key, flags=re.ASCII):
         return f"'{word}': settings are given as key=value, such as seed=2"
-    return f"{word}: cannot be read; a text with such characters needs quotes: type {for_shell(setting(key, text))}"
+    if (quoted_text := setting(key, text)) == word:
+        return f"{word}: cannot be read; a key is made of names with points between them, such as noise.documents"
+    return f"{word}: cannot be read; a text with such characters needs quotes: type {for_shell(quoted_text)}"
 
 
 def _no_memory(error: BaseException, place: re.Match[str] | None = None) -> str:

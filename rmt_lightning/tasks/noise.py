@@ -223,6 +223,7 @@ class Hub:
             raise UserError(
                 f"{setting}: cannot be loaded from the Hugging Face Hub ({trouble}); connect to the network, {hint}"
             )
+        log.info("%s: looking for its files", setting)
         try:
             rows = _datasets().load_dataset(self.name, self.config, split="train", streaming=True)
             texts = list(islice(distinct(join(self._column(rows), self.begins), set()), self.limit))
