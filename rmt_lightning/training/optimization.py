@@ -48,7 +48,8 @@ class WarmupDecay:
 
     def __post_init__(self) -> None:
         highest = max(self.lr) if isinstance(self.lr, list) else self.lr
-        if highest * self.weight_decay > 1:
+        # Of a rate that is too high the loss tells.
+        if self.weight_decay > 1 and highest * self.weight_decay > 1:
             raise UserError(
                 f"weight_decay={self.weight_decay:g}: with lr={highest:g} a step would take more from the weights than "
                 f"there is; give {1 / highest:g} or less"
