@@ -489,6 +489,7 @@ class _Hub(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.soak  # transformers asks addresses of its own, again and again for a minute and a half
 @pytest.mark.fault("HF_HOME cannot be written to", "one line says so; what has been loaded before is used")
 def test_the_place_of_what_is_loaded(
     tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -113,7 +113,7 @@ def test_the_numbers_are_those_of_the_run(here: Path) -> None:
     heads, summary = page.tables["runs"]
     cells = {head.strip(): " ".join(cell.split()) for head, cell in zip(heads, summary, strict=True)}
     assert cells["status"] == "finished" and cells["segments"] == "3 of 3" and cells["steps"] == "18"
-    assert cells["task"] == "Detect" and cells["backbone"] == "TinyBert 1 × 16" and cells["memory tokens"] == "10"
+    assert cells["task"] == "Detect" and cells["backbone"] == "TinyRoFormer 1 × 16" and cells["memory tokens"] == "10"
     low, high = float(tests[-1]["low"]), float(tests[-1]["high"])
     accuracy = f"{float(tests[-1]['accuracy']):.1%}"
     assert cells["test of the longest inputs"] == (

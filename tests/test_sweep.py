@@ -52,6 +52,7 @@ def only(folder: Path) -> Path:
     return sweep
 
 
+@pytest.mark.soak
 @pytest.mark.fault("a sweep has a budget inside an epoch, and one of its jobs fails", "the other one has a result")
 def test_one_job_fails_and_the_other_is_not_run_twice(train: Run, tmp_path: Path) -> None:
     # A budget that ends inside an epoch, and between two rows of metrics.csv.
