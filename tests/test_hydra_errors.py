@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 
 import hydra
@@ -132,8 +133,14 @@ def test_a_line_that_helps(word: str, told: str, refused: Callable[..., str]) ->
     ],
 )  # fmt: skip
 def test_what_a_door_has_not(
-    door: ModuleType, word: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    door: ModuleType,
+    word: str,
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     given = {"checkpoint=run": door is not flops, "folder=there": door in (export, flops)}
     monkeypatch.setattr(sys, "argv", [door.__name__, *(name for name in given if given[name]), *word.split()])
     with pytest.raises(SystemExit) as left:
