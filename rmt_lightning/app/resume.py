@@ -232,11 +232,7 @@ def _is_another_kind(word: str, then: Mapping[str, str]) -> bool:
     earlier = [other for other in earlier if "." not in key_of(other)]
     kinds = []
     for choice in ([then[group]] if group in then else [], [word]):
-        GlobalHydra.instance().clear()
-        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            composed = hydra.compose("train", [*search, *earlier, *choice])
-        kinds.append(OmegaConf.select(composed, f"{group}._target_"))
-    GlobalHydra.instance().clear()
+        kinds.append(_kind(_composed([*search, *earlier, *choice]), group))
     return kinds[0] != kinds[1]
 
 
@@ -292,11 +288,7 @@ def _derived(config: DictConfig) -> list[str]:
     words = choices
     # What was interpolated follows the rest, and need not be typed.
     for interpolated in (False, True):
-        GlobalHydra.instance().clear()
-        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            composed = hydra.compose("train", words)
-        GlobalHydra.instance().clear()
-        words = words + list(_differences(config, composed, interpolated))
+        words = words + list(_differences(config, _composed(words), interpolated))
     return words
 
 
@@ -305,27 +297,27 @@ def _since_changed(config: DictConfig, typed: Sequence[str]) -> list[str]:
     folders = [word.partition("=")[2] for word in typed if key_of(word) == "--config-dir"]
     words = [f"hydra.searchpath=[{quoted(f'file://{folder}')}]" for folder in folders]
     words += [word for word in typed if not word.startswith("-")]
-    composed = _composed(words)
-    if composed is None:
+    try:
+        composed = _composed(words)
+        choices = [
+            f"{group}={nearest}"
+            for group, part in ((str(name), part) for name, part in config.items())
+            if isinstance(part, DictConfig) and _kind(composed, group) != part.get("_target_")
+            if (nearest := _nearest(group, part))
+        ]
+        composed = _composed([*words, *choices]) if choices else composed
+    except (HydraException, OmegaConfBaseException, ValueError):
+        # What is wrong is told when what is typed now is composed with it.
         return []
-    choices = [
-        f"{group}={_nearest(group, part)}"
-        for group, part in ((str(name), part) for name, part in config.items())
-        if isinstance(part, DictConfig) and _kind(composed, group) != part.get("_target_")
-    ]
-    if choices and (again := _composed([*words, *choices])) is not None:
-        composed = again
     return choices + [word for word in _differences(config, composed, False) if not word.startswith("+")]
 
 
-def _composed(words: Sequence[str]) -> DictConfig | None:
-    """The config that some words compose; None if they do not, which is told when others are composed with them."""
+def _composed(words: Sequence[str]) -> DictConfig:
+    """The config that some words compose."""
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
             return hydra.compose("train", list(words))
-    except (HydraException, OmegaConfBaseException, ValueError):
-        return None
     finally:
         GlobalHydra.instance().clear()
 
