@@ -108,10 +108,14 @@ def test_questions(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     # A single text has a single answer, and is no list of letters.
     assert opened(texts[0]) == opened(texts)[0] and torch.equal(opened.scores(texts[0]), opened.scores(texts[:1]))
     assert opened([]) == [] and opened(tuple(texts)) == opened(texts)
-    for wrong in ([1], [None], [texts], b"text", {"text": 1}.values()):
+    for wrong in ([1], [None], [texts], b"text", {"text": 1}.values(), {"text": 1}, {"text"}, 5, None):
         with pytest.raises(UserError, match=r"^texts: give a text, or a list of texts$"):
             opened(wrong)
-    for answers in ("yes", ["here", "there"]):
+    with pytest.raises(UserError, match=r"^texts: hold half of a surrogate pair"):
+        opened("where\ud800")
+    with pytest.raises(UserError, match=r"^head: reads 3 numbers, and the model makes 16"):
+        Answerer(model, nn.Linear(3, 3), ["here", "there", "nowhere"])
+    for answers in ("yes", ["here", "there"], {"here", "there", "nowhere"}, range(3)):
         with pytest.raises(UserError, match=r"^answers: the head gives 3 scores; give a list of so many texts$"):
             Answerer(model, nn.Linear(16, 3), answers)
     with pytest.raises(UserError, match=r"^answers=garden: is a single text"):

@@ -8,6 +8,7 @@ from reference import read_causal_text
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rmt_lightning.core.errors import UserError
 from rmt_lightning.models.generation import Stream, generate, read
 from rmt_lightning.models.rmt import RMTDecoder
 from rmt_lightning.models.tiny import TinyGPT
@@ -117,6 +118,11 @@ def test_sampling_follows_the_scores(model: RMTDecoder) -> None:
 def test_what_cannot_be_asked_for(model: RMTDecoder) -> None:
     with pytest.raises(ValueError, match="holds no token"):
         generate(model, prompt(1)[:, :0], 1)
-    for options in ({"temperature": -1.0}, {"temperature": 1.0, "top_p": 2.0}, {"temperature": 1.0, "top_k": 0}):
+    with pytest.raises(ValueError, match="max_new_tokens=-1; give 0 or more"):
+        generate(model, prompt(3), -1)
+    for mask in (torch.ones(1, 2), -torch.ones(1, 3), torch.full((1, 3), float("nan"))):
+        with pytest.raises(UserError, match=r"^attention_mask: give a tensor of 1 for text"):
+            generate(model, prompt(3), 1, mask)
+    for options in ({"temperature": -1.0}, {"top_p": 2.0}, {"top_k": 0}, {"temperature": 1.0, "top_k": 0}):
         with pytest.raises(ValueError, match=r"strictly positive|> 0"):
             generate(model, prompt(3), 1, **options)

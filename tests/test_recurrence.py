@@ -11,6 +11,7 @@ import torch
 from reference import read_text
 from torch import Tensor
 
+from rmt_lightning.core.errors import UserError
 from rmt_lightning.models.recurrence import Segment, unroll
 from rmt_lightning.models.rmt import RMTEncoder
 from rmt_lightning.models.segment_model import SegmentModel
@@ -183,6 +184,23 @@ def test_plain_ids_that_fill_segments_equal_segments(make_model: Make) -> None:
     model = make_model()
     ids = texts(2, 3, model.text_length)
     torch.testing.assert_close(model(ids.flatten(1))[0][:, 0], model(ids)[0][:, 0], atol=ATOL, rtol=1e-6)
+
+
+def test_what_is_no_text_is_not_read(make_model: Make) -> None:
+    model = make_model()
+    ids = texts(2, 1, 20)[:, 0]
+    told = r"^attention_mask: give a tensor of 1 for text and 0 for padding, \(2, 20\)$"
+    masks = (torch.ones(2, 3), torch.ones(1, 20), torch.full((2, 20), 0.5), torch.full((2, 20), 2), [[1] * 20] * 2)
+    for mask in masks:
+        with pytest.raises(UserError, match=told):
+            model(ids, mask)
+    for wrong in (ids[0], ids.float(), ids.bool(), ids[None, None]):
+        with pytest.raises(UserError, match=r"^input_ids: give a tensor of whole numbers, \(texts, tokens\)$"):
+            model.encode(wrong)
+    with pytest.raises(UserError, match=r"^input_ids: has segments of 20 tokens, and one has room for 13; give plain"):
+        model(ids[None])
+    with pytest.raises(UserError, match=r"^attention_mask: is for plain ids"):
+        model(ids[:, None, :10], torch.ones(2, 10))
 
 
 def test_first_memory_starts_at_the_scale_of_the_words(make_model: Make) -> None:

@@ -6,7 +6,8 @@ Shapes: B batch, N tokens of a text, C answers.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +23,11 @@ from rmt_lightning.models.pretrained import opened
 from rmt_lightning.models.segment_model import SegmentModel
 
 HEAD = "head.safetensors"
+_HALF = re.compile("[\ud800-\udfff]")
+
+
+def _are_texts(given: Any) -> bool:
+    return isinstance(given, list | tuple) and all(isinstance(text, str) for text in given)
 
 
 class Answerer(nn.Module, ModelHubMixin, library_name="rmt_lightning"):
@@ -35,12 +41,14 @@ class Answerer(nn.Module, ModelHubMixin, library_name="rmt_lightning"):
         answers: the C answers that scores stand for.
 
     Raises:
-        UserError: if there are not as many answers as scores.
+        UserError: if the head does not read what the model makes, or there are not as many answers as scores.
     """
 
     def __init__(self, model: SegmentModel[Any], head: nn.Linear, answers: Sequence[str]) -> None:
         super().__init__()
-        if isinstance(answers, str) or len(answers) != head.out_features:
+        if head.in_features != model.width:
+            raise UserError(f"head: reads {head.in_features} numbers, and the model makes {model.width}; give another")
+        if not _are_texts(answers) or len(answers) != head.out_features:
             raise UserError(f"answers: the head gives {head.out_features} scores; give a list of so many texts")
         self.model = model
         self.head = head
@@ -58,9 +66,15 @@ class Answerer(nn.Module, ModelHubMixin, library_name="rmt_lightning"):
     @torch.no_grad()
     def scores(self, texts: str | Sequence[str]) -> Tensor:
         """(B, C), larger for likelier answers; a single text is a batch of one."""
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        if not all(isinstance(text, str) for text in texts):
+        if isinstance(texts, str):
+            texts = [texts]
+        elif isinstance(texts, Iterable) and not isinstance(texts, Mapping | Set):
+            # Those have no order that answers could keep.
+            texts = list(texts)
+        if not _are_texts(texts):
             raise UserError("texts: give a text, or a list of texts")
+        if any(_HALF.search(text) for text in texts):
+            raise UserError("texts: hold half of a surrogate pair, which stands for no letter; leave it out")
         if not texts:
             return self.head.weight.new_zeros(0, len(self.answers))
         assert self.model.tokenizer is not None

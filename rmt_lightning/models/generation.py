@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from rmt_lightning.models import state as tree
-from rmt_lightning.models.recurrence import Segment
+from rmt_lightning.models.recurrence import Segment, text_mask
 
 
 class Writer(Protocol):
@@ -219,8 +219,12 @@ def generate(
 
     Raises:
         ValueError: if a row has no token to go on from, or a setting is out of range.
+        UserError: if there are no such ids, or the mask is none of theirs.
     """
     choose = _chooser(temperature, top_k, top_p, generator)
+    if max_new_tokens < 0:
+        raise ValueError(f"generate: max_new_tokens={max_new_tokens}; give 0 or more")
+    attention_mask = text_mask(input_ids, attention_mask)
     stop = torch.tensor(stop_tokens, dtype=torch.long, device=input_ids.device)
     stream = read(model, input_ids, attention_mask, stream)
     if max_new_tokens and not _holds_text(stream.segment).all():
@@ -247,13 +251,13 @@ def _chooser(
     temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
 ) -> Callable[[Tensor], Tensor]:
     """How the next token is chosen: scores (B, V) -> ids (B, 1)."""
-    if temperature == 0:
-        return lambda scores: scores.argmax(dim=-1, keepdim=True)
-    warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(float(temperature))]
+    warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(float(temperature))] if temperature else []
     if top_k is not None:
         warpers.append(TopKLogitsWarper(top_k))
     if top_p is not None:
         warpers.append(TopPLogitsWarper(float(top_p)))
+    if not temperature:
+        return lambda scores: scores.argmax(dim=-1, keepdim=True)
 
     def draw(scores: Tensor) -> Tensor:
         for warp in warpers:

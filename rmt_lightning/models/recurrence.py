@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from rmt_lightning.core.errors import UserError
+
 State = TypeVar("State")
 Piece = TypeVar("Piece")
 
@@ -35,6 +37,25 @@ class Segment(NamedTuple):
             return hidden[:, -1]
         last = (self.attention_mask.sum(dim=1) - 1).clamp(min=0)
         return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+
+def text_mask(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """(B, N), 1 for text and 0 for padding of plain ids (B, N); without a mask, all is text.
+
+    Raises:
+        UserError: if there are no such ids, or the mask is another.
+    """
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.dtype not in (torch.long, torch.int):
+        raise UserError("input_ids: give a tensor of whole numbers, (texts, tokens)")
+    if attention_mask is None:
+        return torch.ones_like(input_ids)
+    if (
+        not isinstance(attention_mask, Tensor)
+        or attention_mask.shape != input_ids.shape
+        or not ((attention_mask == 0) | (attention_mask == 1)).all()
+    ):
+        raise UserError(f"attention_mask: give a tensor of 1 for text and 0 for padding, {tuple(input_ids.shape)}")
+    return attention_mask.long()
 
 
 def unroll(

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.models import state as tree
 from rmt_lightning.models.pretrained import SavedModel
-from rmt_lightning.models.recurrence import Segment, State, unroll
+from rmt_lightning.models.recurrence import Segment, State, text_mask, unroll
 
 
 class Reading(NamedTuple, Generic[State]):
@@ -133,6 +133,9 @@ class SegmentModel(nn.Module, SavedModel, ABC, Generic[State]):
                 padded anywhere, which are cut so that every row ends with its last segment; or an iterable of (B, S).
             attention_mask: (B, N), 1 for text; plain ids only.
             state: what to start from; by default `initial_state`.
+
+        Raises:
+            UserError: if it is none of these.
         """
         batch_size, segments = self._segments(input_ids, attention_mask)
         if isinstance(segments, list):
@@ -150,12 +153,19 @@ class SegmentModel(nn.Module, SavedModel, ABC, Generic[State]):
         self, input_ids: Tensor | Iterable[Tensor], attention_mask: Tensor | None
     ) -> tuple[int, list[Segment] | Iterator[Segment]]:
         """B, and the segments of an input, given as to `read`."""
+        if isinstance(input_ids, Tensor) and input_ids.dim() != 3:
+            return len(input_ids), self.cut(input_ids, attention_mask)
+        if attention_mask is not None:
+            raise UserError("attention_mask: is for plain ids, (texts, tokens); segments are full, so leave it out")
         if not isinstance(input_ids, Tensor):
             stream = iter(input_ids)
             first = next(stream)
             return len(first), (Segment(ids) for ids in chain([first], stream))
-        if input_ids.dim() == 2:
-            return len(input_ids), self.cut(input_ids, attention_mask)
+        if input_ids.shape[2] > self.text_length:
+            raise UserError(
+                f"input_ids: has segments of {input_ids.shape[2]} tokens, and one has room for {self.text_length}; "
+                "give plain ids, (texts, tokens), to have them cut"
+            )
         return len(input_ids), [Segment(ids) for ids in input_ids.unbind(dim=1)]
 
     def looked_up(self, segments: list[Segment]) -> list[Segment]:
@@ -174,13 +184,15 @@ class SegmentModel(nn.Module, SavedModel, ABC, Generic[State]):
         """Cut plain ids (B, N) into segments, counted from the end, where the question is: only the first may be short.
 
         Rows shorter than the longest one begin with empty segments, which leave their state untouched.
+
+        Raises:
+            UserError: if these are no plain ids, or the mask is none of theirs.
         """
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
+        attention_mask = text_mask(input_ids, attention_mask)
         length = max(self.text_length, -(-input_ids.shape[1] // self.text_length) * self.text_length)
         missing = length - input_ids.shape[1]
         ids = nn.functional.pad(input_ids, (missing, 0))
-        mask = nn.functional.pad(attention_mask.long(), (missing, 0))
+        mask = nn.functional.pad(attention_mask, (missing, 0))
         # Padding to the front of the row, then, within each segment, to its end.
         order = mask.argsort(dim=1, stable=True)
         ids, mask = ids.gather(1, order), mask.gather(1, order)
