@@ -103,6 +103,19 @@ def test_each_pattern_is_held() -> None:
             "+metrics.a/b.c=x",
             "+metrics.a/b.c=x: cannot be read; a key is made of names with points between them, such ",
         ),
+        ("task=detect,", "task=detect,: no such choice; did you mean detect? allowed: babi, carried, detect, "),
+        (
+            "test.segments=[1,2",
+            "test.segments=[1,2: cannot be read; a text with such characters needs quotes, and a list looks like "
+            "test.segments=[1,2]: type 'test.segments=",
+        ),
+        (
+            "test.segments=range(3)",
+            "test.segments=range(3): gives the values of a sweep (--multirun); for one text, type 'test.segments=",
+        ),
+        ("curriculum.steps={1:2}", "curriculum.steps={1:2}: has no part named 1; give a value of another kind\n"),
+        ("+seed=2", "seed: is a setting already; write seed=… without +\n"),
+        ("metrics={}", "metrics={}: sets nothing; name what is to be set, or leave it out\n"),
         ("noise._target_=os.absent", "noise._target_=os.absent: cannot be imported (No module named 'os.absent'; "),
         (
             "trainer.accumulate_grad_batches=2",

@@ -317,6 +317,10 @@ REFUSED = [
     ("model.memory_sise=2,3 --multirun", "model.memory_sise: no such setting; did you mean memory_size?"),
     ("model=lstm,lsmt --multirun", "model=lsmt: no such choice; did you mean lstm?"),
     ("model.memory_size=2,3", "model.memory_size=2,3: a comma separates the values of a sweep"),
+    (
+        "hydra.sweep.dir=a,b --multirun",
+        """hydra.sweep.dir=a,b: is one for all jobs; for one text with commas, type 'hydra.sweep.dir="a,b"'""",
+    ),
 ]
 
 

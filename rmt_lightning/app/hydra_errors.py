@@ -33,6 +33,10 @@ NO_VALUE = re.compile(r"Error merging override (.+)")
 NO_SETTING = re.compile(r"Could not override '([^']+)'")
 NO_CHOICE = re.compile(r"Config group override must be a string or a list\. Got (\w+)")
 SEVERAL = re.compile(r"Ambiguous value for argument '(.*)'$", flags=re.MULTILINE)
+FUNCTION = re.compile(r"Sweep parameters '(.*)' requires --multirun$")
+NO_PART = re.compile(r"^Key '(.*)' is not in struct$", flags=re.MULTILINE)
+THERE = re.compile(r"Could not append to config\. An item is already at '(.*)'")
+SWEPT = re.compile(r"Sweeping over Hydra's configuration is not supported : '(.*)'$")
 TWICE = re.compile(r"Multiple values for ([^. ]+)\.|force-add of config groups is not supported: '\+\+([^=]+)=")
 PLACE = re.compile(r"^full_key: (\S+)", flags=re.MULTILINE)
 # Groups of Hydra whose choices its plugins bring.
@@ -97,7 +101,7 @@ def front_door(
                 if begun or isinstance(error, OmegaConfBaseException) or NO_CHOICE.search(str(error)):
                     raise
                 # Text of a yaml that cannot be read, or options that do not go together.
-                raise UserError(_unreadable_choice() or str(error)) from None
+                raise UserError(_unreadable_choice() or " ".join(str(error).split())) from None
             except yaml.YAMLError as error:
                 raise UserError(_unreadable_choice() or " ".join(str(error).split())) from None
             except Exception as error:  # Hydra asserts what it has been told, and divides by it
@@ -191,6 +195,8 @@ def check_places(settings: Any) -> None:
     typed: Any = OmegaConf.to_container(settings.overrides, resolve=False)
     for word in typed["task"]:
         group, _, choice = word.lstrip("+").partition("=")
+        if re.fullmatch(r"\{\s*\}", choice):
+            raise UserError(f"{word}: sets nothing; name what is to be set, or leave it out")
         files = (CONF / group).glob("*.yaml") if choice.startswith("[") else ()
         if any(re.search("^_target_:", path.read_text(encoding="utf-8"), flags=re.MULTILINE) for path in files):
             raise UserError(f"{word}: a run has one {group}; give one choice, without brackets")
@@ -303,6 +309,14 @@ def _one_line(error: BaseException, config_name: str) -> str:
             f"{several[1]}: a comma separates the values of a sweep (--multirun) or of a list ({key}=[{text}]); "
             f"for one text, type {for_shell(setting(key, text))}"
         )
+    if there := THERE.search(str(said)):
+        return f"{there[1]}: is a setting already; write {there[1]}=… without +"
+    if function := FUNCTION.search(str(said)):
+        hint = for_shell(setting(*function[1].split("=", 1)))
+        return f"{function[1]}: gives the values of a sweep (--multirun); for one text, type {hint}"
+    if swept := SWEPT.search(str(said)):
+        hint = for_shell(setting(*swept[1].split("=", 1)))
+        return f"{swept[1]}: is one for all jobs; for one text with commas, type {hint}"
     if twice := TWICE.search(str(said)):
         group = twice[1] or twice[2]
         return f"{group}: is among the defaults; write {group}=… without +"
@@ -325,6 +339,10 @@ def _one_line(error: BaseException, config_name: str) -> str:
     for word in sys.argv[1:]:
         if word[0] == "~" and f"Interpolation key '{word[1:].partition('=')[0]}." in str(said):
             return f"{word}: the run needs it; leave it out"
+    if (part := NO_PART.search(str(said))) and key:
+        whole = key.removesuffix(f".{part[1]}")
+        typed = next((word for word in sys.argv[1:] if word.lstrip("+").startswith(f"{whole}={{")), whole)
+        return f"{typed}: has no part named {part[1]}; give a value of another kind"
     if (merged := NO_VALUE.search(str(said))) and len(causes) > 1:
         return f"{merged[1]}: {str(causes[1]).splitlines()[0]}; give another value, or leave it out"
     lines = [line.strip() for line in str(said).splitlines() if line.strip()]
@@ -339,9 +357,12 @@ def _unread(word: str) -> str:
     key, equals, text = word.partition("=")
     if not equals or not re.fullmatch(r"[+~]*[\w@:$-]+([./][\w@:$-]+)*", key, flags=re.ASCII):
         return f"'{word}': settings are given as key=value, such as seed=2"
+    if choices := sorted(path.stem for path in (CONF / key.lstrip("+~")).glob("*.yaml")):
+        return f"{word}: no such choice; {suggest(text, choices)}"
     if (quoted_text := setting(key, text)) == word:
         return f"{word}: cannot be read; a key is made of names with points between them, such as noise.documents"
-    return f"{word}: cannot be read; a text with such characters needs quotes: type {for_shell(quoted_text)}"
+    other = f", and a list looks like {key}=[1,2]" if text.startswith("[") else ""
+    return f"{word}: cannot be read; a text with such characters needs quotes{other}: type {for_shell(quoted_text)}"
 
 
 def _no_memory(error: BaseException, place: re.Match[str] | None = None) -> str:
