@@ -315,7 +315,13 @@ def test_a_module_is_found_without_importing_what_it_is_part_of(
         check_trust("whole.inner.other")
 
 
-@pytest.mark.parametrize("target", ["torch.load", "subprocess.Popen", "os.system", "numpy.DataSource", "exec"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "torch.load", "subprocess.Popen", "os.system", "numpy.DataSource", "exec", "rmt_lightning.UserError",
+        "torchmetrics.absent.Metric",
+    ],
+)  # fmt: skip
 def test_nobody_is_advised_to_trust_a_library(target: str) -> None:
     with pytest.raises(UserError, match=r"use a run folder that you know$"):
-        check_saved({"noise": {"_target_": target}}, Path("run/config.yaml"), None)
+        check_saved({"metrics": {"x": {"_target_": target}}}, Path("run/config.yaml"), None)

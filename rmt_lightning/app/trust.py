@@ -11,6 +11,7 @@ import importlib.util
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from importlib.machinery import PathFinder
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -178,7 +179,9 @@ def _is_allowed(target: Any, key: str, trust: Trust) -> bool:
     if module.partition(".")[0] == "torchmetrics":
         from torchmetrics import Metric
 
-        return key.startswith("metrics.") and issubclass(_class(module, name, ["torchmetrics"]), Metric)
+        with suppress(UserError):
+            return key.startswith("metrics.") and issubclass(_class(module, name, ["torchmetrics"]), Metric)
+        return False
     trusted = [trust] if isinstance(trust, str) else trust or []
     if _is_brought(module):
         trusted = [*trusted, module]
@@ -189,7 +192,7 @@ def _may_be_yours(name: str) -> bool:
     """Whether it looks like a class that neither Python nor a library brings, which this must not advise to trust."""
     module, _, last = name.rpartition(".")
     top = module.partition(".")[0]
-    library = top in sys.stdlib_module_names or top in packages_distributions()
+    library = top in {*sys.stdlib_module_names, *packages_distributions(), rmt_lightning.__name__}
     return bool(module) and last[:1].isupper() and not library
 
 
