@@ -638,6 +638,8 @@ def test_keys_and_home_folders_stay_here(here: Path, monkeypatch: pytest.MonkeyP
         ("~jane/x", "~/x"),
         ("/scratch/users/jane/x /homes/jane /home2/jane", "~/x ~ ~"),
         ("s3://b/%2Fhome%2Fjane%2Fx", "s3://b/~%2Fx"),
+        ("sftp://host/data/home/jane/x or //host/home/jane/x", "~/x or ~/x"),
+        ("/afs/example.org/user/j/jane/x", "~/x"),
     ],
 )
 def test_home_folders(text: str, shown: str) -> None:
@@ -664,6 +666,7 @@ RANDOM = "q7Xw2Lp9Zt4Vb8Nc3Rk6Yd1Hf5Js0Gm"
         "Bearer abcdefgh", "https://jane:pass@word@example.org", "jane:word@example.org", "s3://x?sig=abc",
         "https://hooks.slack.com/services/T0/B0/abc", "AccountKey=abc", "--api-key abc",
         "hvs.CAESIJabcdefGHIJ12345678", "sq0atp-abcdefGHIJ1234567890ab", "HF_TOKEN=abc", "password: 'abc'",
+        "curl -u jane:word", "AGE-SECRET-KEY-1QPZRY9X8GF2TVDW0S3JN54KHCE6MUA7L",
         "-----BEGIN PRIVATE KEY-----\nabc\n-----END PRIVATE KEY-----", "Xk9fQ2mZ", "aB3dE5fG7h", "tR0ub4DoR",
         "pW7xKq2ZtB4v", "hUnTeR2x9", "Zq8PvL2mXw4TsB6n",
     ],
@@ -695,7 +698,7 @@ def test_settings_are_known_by_their_names() -> None:
         "passwd", "auth", "access_token_file", "private_key_path", "secretKey", "apiKey", "WANDB_API_KEY", "sshKey",
         "credentials", "db_password", "Authorization", "x-api-key", "passphrase", "creds",
         "webhook_url", "dsn", "kerberos_keytab", "netrc", "seed_phrase", "session_id", "sessionId", "connection_string",
-        "salt", "hf_tok", "csrf", "connStr",
+        "salt", "hf_tok", "csrf", "connStr", "db_pw",
     ):  # fmt: skip
         assert public({name: "abc"}) == {name: "(hidden)"}
         assert public({name: {"of": ["abc"]}}) == {name: {"of": ["(hidden)"]}}

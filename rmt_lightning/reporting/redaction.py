@@ -19,10 +19,12 @@ HIDDEN = "(hidden)"
 _NAME = r"[^\\/\s:,;%&\"']+"
 _HOME = re.compile(
     r"(?:[A-Za-z]:|\\\\[\w.$-]+)?(?:\\+[\w.$-]+)*?\\+(?:home|users)\\+(?:[^\\/:*?\"<>|\n]+(?=\\)|" + _NAME + ")"
-    r"|(?<![\w./~:-])//+(?:home|users)/+" + _NAME
+    r"|(?<![\w./~:-])//+(?:[\w.-]+/+)?(?:home|users)/+" + _NAME
+    + r"|\b(?:s?ftp|ssh|scp|nfs|smb|rsync)://[^/\s]+(?:/[\w.-]+)*?/(?:home\d*|users?)/+" + _NAME
     + r"|(?<![\w./~-])[A-Za-z]:/+users/+" + _NAME
     + r"|(?:%2f[\w.-]+)*?%2f(?:home|users)%2f" + _NAME
-    + r"|(?:(?<![\w./~-])|(?<=file://))(?:(?:/[\w.-]+)*?/(?:home\d*|users?)/+" + _NAME + r"|/(?:homes|people)/" + _NAME
+    + r"|(?:(?<![\w./~-])|(?<=file://))(?:(?:/[\w.-]+)*?/(?:home\d*|users?)/+(?:\w/)?" + _NAME
+    + r"|/(?:homes|people)/" + _NAME
     + r"|/root(?![\w.-]))"
     r"|(?<![\w./~-])~[A-Za-z_][\w.-]*(?=/|$)",
     flags=re.IGNORECASE,
@@ -30,7 +32,7 @@ _HOME = re.compile(
 
 # Words of the names of settings that are hidden; glued together, they stand at the end or are unmistakable.
 _SECRET_WORDS = {
-    "key", "keys", "token", "secret", "secrets", "pass", "pwd", "passphrase", "passcode", "auth", "oauth",
+    "key", "keys", "token", "secret", "secrets", "pass", "pwd", "pw", "passphrase", "passcode", "auth", "oauth",
     "authorization", "authentication", "cookie", "bearer", "pat", "login", "signature", "sig", "sas", "jwt", "otp",
     "pin", "creds", "webhook", "dsn", "keytab", "netrc", "mnemonic", "phrase", "salt", "tok", "csrf", "hmac", "pem",
 }  # fmt: skip
@@ -49,7 +51,8 @@ _KEY = re.compile(
     r"|(?i:(?<=bearer )|(?<=basic ))[\w.~+/=-]{8,}"
     r"|(?i:\b[\w-]*(?:passw(?:or)?d|pwd|secret|token(?!s|iz)|api[_-]?key|(?:access|private|account)[_-]?key|signature)[\w-]*"
     r"|(?<=[?&])(?:key|sig|auth|code))\s*[=:]\s*[\"']?[^\s\"',&]+"
-    r"|(?<=--api-key )\S+|(?<=hooks\.slack\.com/services/)\S+"
+    r"|(?<=--api-key )\S+|(?<=\s-u )[^\s:]+:\S+|(?<=\s--user )[^\s:]+:\S+"
+    r"|\bAGE-SECRET-KEY-\w+|(?<=hooks\.slack\.com/services/)\S+"
     # how services write their keys
     r"|\b(?:sk|pk|rk)[-_](?=[\w-]*\d)[\w-]{16,}"
     r"|\b(?:hf_|gh[opsur]_|github_pat_|gl[a-z]{2,5}-|xox[a-z]-|xapp-|AIza|ya29\.|GOCSPX-|A[KS]IA|npm_|pypi-|r8_|dop_v1_"
