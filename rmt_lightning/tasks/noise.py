@@ -51,7 +51,7 @@ _PASSAGES = 20
 # No sentence has as many characters or tokens: a longer piece of text has no stops.
 PIECE = 1000
 # Soft hyphens, joiners and marks of order.
-_UNSEEN = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff]")
+_UNSEEN = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
 
 
 class Noise(Protocol):
