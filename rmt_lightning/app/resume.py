@@ -436,7 +436,8 @@ def as_typed(changed: Sequence[str], config: DictConfig, typed: Iterable[str]) -
     """How one of some settings was typed, if any was, and which it is."""
     words = {key_of(word): word for word in typed}
     key = next((key for key in changed if key in words), changed[0])
-    return words.get(key) or words.get(key.partition(".")[0]) or f"{key}={dict(flat(config))[key]}", key
+    above = (key.rsplit(".", depth)[0] for depth in range(key.count(".") + 1))
+    return next((words[part] for part in above if part in words), f"{key}={dict(flat(config))[key]}"), key
 
 
 def _is_kept(key: str) -> bool:
