@@ -118,7 +118,7 @@ def length_table(lengths: Sequence[LengthResult], asked: Sequence[int], model: S
     headings = ("segments", "tokens", "accuracy", "95% interval", "questions", *["fits"] * partial)
     table = Table(*headings, title=title, title_justify="left")
     results = {result.segments: result for result in lengths}
-    for num_segments in asked:
+    for num_segments in dict.fromkeys(asked):
         if result := results.get(num_segments):
             low, high = result.interval
             questions = "–" if result.questions is None else f"{result.questions:,}"

@@ -85,8 +85,14 @@ class FactModule(SegmentModule, ABC):
         self.val_loss = MeanMetric()
         assert model.tokenizer is not None
         rows = [torch.tensor(row, dtype=torch.long) for row in token_ids(model.tokenizer, list(answers))]
-        if len({tuple(row.tolist()) for row in rows} - {()}) < len(rows):
-            raise UserError("backbone: its tokenizer cannot tell two of the answers apart; choose another backbone")
+        known: dict[tuple[int, ...], str] = {(): "nothing"}
+        for answer, row in zip(answers, rows, strict=True):
+            other = known.setdefault(tuple(row.tolist()), answer)
+            if other is not answer:
+                raise UserError(
+                    f"backbone: its tokenizer cannot tell two of the answers apart, {other} and {answer}; choose "
+                    "another backbone, or other answers"
+                )
         # (C, A), with -1 after their ends, as the data has them.
         self.register_buffer("answer_ids", nn.utils.rnn.pad_sequence(rows, True, -1), persistent=False)
 

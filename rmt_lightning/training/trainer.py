@@ -217,7 +217,7 @@ def _started(cluster: Any) -> int | None:
 
 
 def _check_cpu(accelerator: str, devices: Any, precision: Any) -> None:
-    if accelerator in ("gpu", "cuda"):
+    if accelerator in ("gpu", "cuda") or (accelerator == "mps" and not torch.backends.mps.is_available()):
         raise UserError(f"trainer.accelerator={accelerator}: torch finds no GPU; give cpu or auto")
     cores = os.cpu_count() or 1
     most = max(8, cores)
