@@ -435,7 +435,12 @@ def test_a_tokenizer_is_trained_once(tmp_path: Path) -> None:
         trained(backbone, name)
         assert read, "nothing else may be taken for it"
     damaged = kept.read_bytes().replace(b"garden", b"burden", 1)
-    for damage in (partial(kept.write_bytes, damaged), partial(os.truncate, kept, 99), kept.unlink):
+
+    def pipe() -> None:
+        kept.unlink()
+        os.mkfifo(kept)
+
+    for damage in (partial(kept.write_bytes, damaged), partial(os.truncate, kept, 99), pipe, kept.unlink):
         damage()
         assert trained(bert) == first and read
     shutil.rmtree(tmp_path)

@@ -412,7 +412,12 @@ def test_a_damaged_cache_is_built_again(
     content = bytearray(path.read_bytes())
     content[-2] ^= 1
     path.write_bytes(content)
-    for damage in (None, path.unlink, lambda: os.truncate(path, 40)):
+
+    def pipe() -> None:
+        path.unlink()
+        os.mkfifo(path)
+
+    for damage in (None, path.unlink, lambda: os.truncate(path, 40), pipe):
         if damage:
             damage()
         assert tokenize(Prose(10), tokenizer, tmp_path)["train"].tokens[:].tolist() == before

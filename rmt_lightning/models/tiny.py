@@ -60,8 +60,10 @@ class TrainingText:
         key = hashlib.sha256(f"{self.fingerprint()}|{settings}|v1".encode()).hexdigest()[:32]
         # RuntimeError: where home is, is unknown.
         with suppress(OSError, RuntimeError):
-            checksum, _, content = self._place(key).read_bytes().partition(b"\n")
-            if hashlib.sha256(content).hexdigest().encode() == checksum:
+            place = self._place(key)
+            # Reading a pipe or a device has no end.
+            checksum, _, content = (place.read_bytes() if place.is_file() else b"").partition(b"\n")
+            if content and hashlib.sha256(content).hexdigest().encode() == checksum:
                 return Tokenizer.from_str(content.decode())
         tokenizer = train()
         content = tokenizer.to_str().encode()

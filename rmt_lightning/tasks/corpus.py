@@ -145,6 +145,9 @@ def _open(folder: Path, vocabulary_size: int) -> dict[Split, Corpus] | None:
         PermissionError: if it is somebody else's alone.
     """
     try:
+        if not all(path.is_file() or path.is_dir() for path in folder.rglob("*")):
+            # Reading a pipe or a device has no end.
+            return None
         if json.loads((folder / _CHECKSUMS).read_text(encoding="utf-8")) != _checksums(folder):
             return None
         if any(np.load(folder / split / "tokens.npy", mmap_mode="r").max() >= vocabulary_size for split in SPLITS):
