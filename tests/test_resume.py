@@ -30,7 +30,7 @@ from rmt_lightning.app.resume import check_folder, save_config
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import append_csv, write_atomically
 from rmt_lightning.core.quoting import setting
-from rmt_lightning.core.run_folder import claimed
+from rmt_lightning.core.run_folder import claimed, locate
 from rmt_lightning.training.callbacks.checkpoints import MetricsTable, read_checkpoint, read_newest
 
 # Dropout makes random numbers matter; three lengths make the curriculum matter.
@@ -706,6 +706,16 @@ def test_a_checkpoint_that_may_not_be_read_is_not_damaged(uninterrupted: Path, m
     monkeypatch.setattr(Path, "open", closed)
     with pytest.raises(UserError, match=r"last\.ckpt: cannot be read \(Permission denied\); make it readable$"):
         read_newest(last)
+
+
+@pytest.mark.fault("a run folder may not be read", "that is said, and not that it is missing")
+def test_a_run_that_may_not_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def closed(path: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "stat", closed)
+    with pytest.raises(UserError, match=r"^resume=run: cannot be read \(Permission denied\); ask whose"):
+        locate("run", "resume")
 
 
 @pytest.mark.soak

@@ -48,13 +48,17 @@ def locate(path: str, key: str) -> tuple[Path, Path | None]:
     That of a folder is the last one, which may have been lost while earlier ones are there.
 
     Raises:
-        UserError: naming the setting `key`, if there is no run; or what is no file in it.
+        UserError: naming the setting `key`, if there is no run, or none that may be read; or what is no file in it.
     """
-    # A name of 300 characters is an error to pathlib, and to os.path no file.
     given = Path(os.path.realpath(path))
     run = given if os.path.isdir(given) else given.parent.parent
-    if not os.path.exists(given) or not os.path.exists(run / CONFIG):
-        raise UserError(f"{key}={path}: no run there; give a run folder or one of its {CHECKPOINTS}/*.ckpt")
+    try:
+        for place in (given, run / CONFIG):
+            os.stat(place)
+    except PermissionError as error:
+        raise UserError(f"{key}={path}: cannot be read ({error.strerror}); ask whose it is for that") from None
+    except OSError:
+        raise UserError(f"{key}={path}: no run there; give a run folder or one of its {CHECKPOINTS}/*.ckpt") from None
     refuse_pipes(run)
     if given.is_file():
         return run, given
