@@ -114,6 +114,10 @@ def test_each_pattern_is_held() -> None:
             "test.segments=range(3): gives the values of a sweep (--multirun); for one text, type 'test.segments=",
         ),
         ("curriculum.steps={1:2}", "curriculum.steps={1:2}: has no part named 1; give a value of another kind\n"),
+        (
+            "hydra.sweep.dir=[x]",
+            "hydra.sweep.dir=[x]: Cannot convert 'list' to string: '['x']'; for a text, type 'hydra.sweep.dir=",
+        ),
         ("+seed=2", "seed: is a setting already; write seed=… without +\n"),
         ("metrics={}", "metrics={}: sets nothing; name what is to be set, or leave it out\n"),
         ("noise._target_=os.absent", "noise._target_=os.absent: cannot be imported (No module named 'os.absent'; "),
@@ -126,6 +130,12 @@ def test_each_pattern_is_held() -> None:
 )
 def test_a_line_that_helps(word: str, told: str, refused: Callable[..., str]) -> None:
     assert refused(word, "hydra.run.dir=run").startswith(f"error: {told}")
+
+
+@pytest.mark.fault("RMT_LIGHTNING_CACHE is set to nothing", "the cache is where it is by default")
+def test_an_empty_variable_is_none(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RMT_LIGHTNING_CACHE", "")
+    assert refused("trust=absent", "hydra.run.dir=run").startswith("error: trust=absent: there is no module absent;")
 
 
 @pytest.mark.fault("a command is given what it has not, with or without +", "refused in a line that says what it has")

@@ -116,6 +116,8 @@ def steady_screen(needed: Callable[[], bool]) -> Iterator[None]:
     """
     # Figures go to files, whatever draws on the screen of a notebook; and a screen without width would show nothing.
     os.environ.pop("MPLBACKEND", None)
+    # It tells of its fonts.
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
     if not os.environ.get("COLUMNS", "").strip("0"):
         os.environ.pop("COLUMNS", None)
     for descriptor in range(3):
@@ -191,8 +193,6 @@ def start_logging(file: Path | None, first_process: bool) -> None:
     for name in ("rmt_lightning", "py.warnings"):
         logging.getLogger(name).handlers = handlers
         logging.getLogger(name).propagate = False
-    # It tells of its fonts.
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)
     logging.getLogger("rmt_lightning").setLevel(logging.INFO)
 
 

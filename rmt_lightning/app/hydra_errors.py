@@ -80,6 +80,9 @@ def front_door(
         # A run has succeeded whoever watches it; of what only tells something, that is all.
         with steady_screen(lambda: config_name != "train" or not begun), told_in_one_line(config_name):
             forget_leftovers(sys.argv)
+            if not os.environ.get("RMT_LIGHTNING_CACHE"):
+                # Empty is as good as not set.
+                os.environ.pop("RMT_LIGHTNING_CACHE", None)
             if not sys.flags.safe_path and os.getcwd() not in sys.path:
                 # As with `python -m`: where classes of the user's own stand.
                 sys.path.insert(0, os.getcwd())
@@ -344,7 +347,10 @@ def _one_line(error: BaseException, config_name: str) -> str:
         typed = next((word for word in sys.argv[1:] if word.lstrip("+").startswith(f"{whole}={{")), whole)
         return f"{typed}: has no part named {part[1]}; give a value of another kind"
     if (merged := NO_VALUE.search(str(said))) and len(causes) > 1:
-        return f"{merged[1]}: {str(causes[1]).splitlines()[0]}; give another value, or leave it out"
+        told = str(causes[1]).splitlines()[0]
+        if "to string" in told:
+            return f"{merged[1]}: {told}; for a text, type {for_shell(setting(*merged[1].split('=', 1)))}"
+        return f"{merged[1]}: {told}; give another value, or leave it out"
     lines = [line.strip() for line in str(said).splitlines() if line.strip()]
     told = f"{key + ': ' if key else ''}{lines[0] if lines else type(said).__name__}"
     if looked_up := [word for word in sys.argv[1:] if "${" in word and word.lstrip("+").startswith(key or "")]:

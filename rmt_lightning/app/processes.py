@@ -51,8 +51,12 @@ def forget_leftovers(command: Sequence[str]) -> None:
 def _check_numbers(*names: str) -> None:
     for name in names:
         if not os.environ.get(name, "").isdecimal():
+            launcher = next(
+                (told for told in ("TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS") if told in os.environ), name
+            )
             raise UserError(
-                f"{name}={os.environ.get(name, '')}: tells which process of a run this is, and must be a number"
+                f"{name}={os.environ.get(name, '')}: tells which process of a run this is, and must be a number; unset "
+                f"{launcher} if no launcher has set it for this run"
             )
 
 
