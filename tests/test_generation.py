@@ -123,6 +123,12 @@ def test_what_cannot_be_asked_for(model: RMTDecoder) -> None:
     for mask in (torch.ones(1, 2), -torch.ones(1, 3), torch.full((1, 3), float("nan"))):
         with pytest.raises(UserError, match=r"^attention_mask: give a tensor of 1 for text"):
             generate(model, prompt(3), 1, mask)
-    for options in ({"temperature": -1.0}, {"top_p": 2.0}, {"top_k": 0}, {"temperature": 1.0, "top_k": 0}):
+    for options in (
+        {"temperature": -1.0},
+        {"top_p": 2.0},
+        {"top_p": float("nan")},
+        {"top_k": 0},
+        {"temperature": 1.0, "top_k": 0},
+    ):
         with pytest.raises(ValueError, match=r"strictly positive|> 0"):
             generate(model, prompt(3), 1, **options)

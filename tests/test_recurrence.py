@@ -197,10 +197,22 @@ def test_what_is_no_text_is_not_read(make_model: Make) -> None:
     for wrong in (ids[0], ids.float(), ids.bool(), ids[None, None]):
         with pytest.raises(UserError, match=r"^input_ids: give a tensor of whole numbers, \(texts, tokens\)$"):
             model.encode(wrong)
-    with pytest.raises(UserError, match=r"^input_ids: has segments of 20 tokens, and one has room for 13; give plain"):
-        model(ids[None])
+    for longer in (ids[None], iter([ids]), iter([ids[:, :9], ids[0]]), ids[:, :9].tolist()):
+        with pytest.raises(UserError, match=r"^input_ids: a segment has room for 13 tokens; give tensors"):
+            model(longer)
+    for nothing in (iter([]), ids[:, None, :0].expand(2, 0, 0)):
+        with pytest.raises(UserError, match=r"^input_ids: holds no segment; give one at least$"):
+            model(nothing)
     with pytest.raises(UserError, match=r"^attention_mask: is for plain ids"):
         model(ids[:, None, :10], torch.ones(2, 10))
+
+
+@pytest.mark.parametrize("settings", [{"segment_length": 20.0}, {"bptt_depth": -2}, {"bptt_depth": 1.5}], ids=str)
+def test_what_is_no_length_and_no_depth(settings: dict[str, float], make_model: Make) -> None:
+    with pytest.raises(
+        UserError, match=r"^segment_length: leaves no room for text|^bptt_depth=.*: is no number of borders"
+    ):
+        make_model(**settings)
 
 
 def test_first_memory_starts_at_the_scale_of_the_words(make_model: Make) -> None:

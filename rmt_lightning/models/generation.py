@@ -255,6 +255,8 @@ def _chooser(
     if top_k is not None:
         warpers.append(TopKLogitsWarper(top_k))
     if top_p is not None:
+        if not 0 <= top_p <= 1:
+            raise ValueError(f"generate: top_p={top_p}; give a probability, > 0")
         warpers.append(TopPLogitsWarper(float(top_p)))
     if not temperature:
         return lambda scores: scores.argmax(dim=-1, keepdim=True)

@@ -43,12 +43,19 @@ class SegmentModel(nn.Module, SavedModel, ABC, Generic[State]):
         width: D of what `readout` returns.
         bptt_depth: over how many borders between segments gradients flow back; -1 for all of them.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+
+    Raises:
+        UserError: if there is no room for text, or no such number of borders.
     """
 
     def __init__(
         self, text_length: int, width: int, bptt_depth: int = -1, gradient_checkpointing: bool = False
     ) -> None:
         super().__init__()
+        if not isinstance(text_length, int) or text_length < 1:
+            raise UserError("segment_length: leaves no room for text; give a larger whole number")
+        if not isinstance(bptt_depth, int) or bptt_depth < -1:
+            raise UserError(f"bptt_depth={bptt_depth}: is no number of borders; give one, or -1 for all of them")
         self.text_length = text_length
         self.width = width
         self.bptt_depth = bptt_depth
@@ -157,16 +164,20 @@ class SegmentModel(nn.Module, SavedModel, ABC, Generic[State]):
             return len(input_ids), self.cut(input_ids, attention_mask)
         if attention_mask is not None:
             raise UserError("attention_mask: is for plain ids, (texts, tokens); segments are full, so leave it out")
-        if not isinstance(input_ids, Tensor):
-            stream = iter(input_ids)
-            first = next(stream)
-            return len(first), (Segment(ids) for ids in chain([first], stream))
-        if input_ids.shape[2] > self.text_length:
+        segments = map(self._segment, input_ids.unbind(dim=1) if isinstance(input_ids, Tensor) else input_ids)
+        if (first := next(segments, None)) is None:
+            raise UserError("input_ids: holds no segment; give one at least")
+        if isinstance(input_ids, Tensor):
+            return len(input_ids), [first, *segments]
+        return len(first.input_ids), chain([first], segments)
+
+    def _segment(self, input_ids: Tensor) -> Segment:
+        if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.shape[1] > self.text_length:
             raise UserError(
-                f"input_ids: has segments of {input_ids.shape[2]} tokens, and one has room for {self.text_length}; "
-                "give plain ids, (texts, tokens), to have them cut"
+                f"input_ids: a segment has room for {self.text_length} tokens; give tensors (texts, tokens) of no "
+                "more, or plain ids (texts, tokens) of any length"
             )
-        return len(input_ids), [Segment(ids) for ids in input_ids.unbind(dim=1)]
+        return Segment(input_ids)
 
     def looked_up(self, segments: list[Segment]) -> list[Segment]:
         """The same segments, for training with their `words` if the model can make use of them; by default without."""
