@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
+import pickle
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -213,6 +215,14 @@ def test_weights_that_are_no_numbers_are_refused(tokenizer: PreTrainedTokenizerB
     model.encoder.layer[1].output.dense.bias.data[3] = torch.nan
     with pytest.raises(UserError, match=r"its weights are damaged \(encoder.layer.1.output.dense.bias is not finite\)"):
         Encoder(model, tokenizer)
+    config = copy.deepcopy(CONFIGS["bert"][0])
+    config.layer_norm_eps = math.nan
+    with pytest.raises(UserError, match=r"^backbone: bert makes of words what is no number, so its config or its weig"):
+        Encoder(AutoModel.from_config(config), tokenizer)
+    model = TinyGPT(width=16, layers=1, heads=2).decoder(tokenizer).model
+    model.transformer.ln_f.eps = math.nan
+    with pytest.raises(UserError, match=r"^backbone: gpt2 makes of words what is no number"):
+        Decoder(model, tokenizer)
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -340,6 +350,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         r"its tokenizer knows 2 words",
     ),
     "with a damaged tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{"), r"cannot be loaded \(Ex"),
+    "a tokenizer without [UNK]": (
+        lambda folder: [
+            *(path.unlink() for path in folder.glob("tokenizer*")),
+            (folder / "vocab.txt").write_text("\n".join(map(str, range(900)))),
+        ],
+        r"cannot be loaded \(Exception: WordPiece error: Missing \[UNK\] token from the vocabulary\)",
+    ),
     "weights by other names": (lambda folder: _weights(folder, _rename), r"21 of its weights are missing, such"),
     "a weight is missing": (
         lambda folder: _weights(folder, lambda weights: weights.pop("encoder.layer.0.output.dense.bias")),
@@ -353,6 +370,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "quantized": (
         lambda folder: _config(folder, quantization_config={"quant_method": "gptq", "bits": 4}),
         r"its weights are quantized, and such cannot be trained",
+    ),
+    "a pickle": (
+        lambda folder: [
+            (folder / "model.safetensors").unlink(),
+            (folder / "pytorch_model.bin").write_bytes(pickle.dumps(os.getcwd, protocol=2)),
+        ],
+        r"its pytorch_model.bin holds more than weights, which would have to be executed; give a model.safetensors",
     ),
     "config of no model": (lambda folder: _config(folder, hidden_act="none such"), r"cannot be loaded \(KeyError"),
 }  # fmt: skip

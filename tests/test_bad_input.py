@@ -66,6 +66,7 @@ TABLE = [
     # ranges
     ("model.memory_size=-1", r"model.memory_size=-1: must be greater than or equal to 0"),
     ("model.bptt_depth=0", r"model.bptt_depth=0: memory would never learn; give 1 or more, or -1 for all segments"),
+    ("backbone.initializer_range=1e-9", "backbone.initializer_range=1e-09: must be greater than or equal to 0.001"),
     ("model.bptt_depth=-2", r"model.bptt_depth=-2: must be greater than or equal to -1"),
     ("data.segment_length=513", r"data.segment_length=513: the backbone sees at most 512 tokens; give 512 or less"),
     ("data.segment_length=12", r"data.segment_length=12: 10 memory and 3 special tokens leave no room for text; "),

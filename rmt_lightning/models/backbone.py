@@ -26,6 +26,8 @@ SPARSE = ("longformer", "big_bird")
 # What to choose if a backbone does not serve.
 ENCODERS = "an encoder such as BERT, RoBERTa, DistilBERT, ELECTRA, MPNet or ModernBERT"
 DECODERS = "a causal language model such as GPT-2, OPT, GPT-NeoX, Llama or Qwen"
+# What is wrong if its config or its weights are.
+UNREAL = "makes of words what is no number, so its config or its weights are damaged"
 _SPECIAL = ("pad", "bos", "eos", "cls", "sep", "mask", "unk")
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Cache, PreTrainedConfig, PreTrain
 from transformers.masking_utils import create_masks_for_generate
 
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.models.backbone import DECODERS, Transformer, alike, inside, tried
+from rmt_lightning.models.backbone import DECODERS, UNREAL, Transformer, alike, inside, tried
 
 
 class SegmentCache(Cache):
@@ -115,6 +115,8 @@ class Decoder(Transformer):
             # Memory is no word.
             embedded[2:, 1] = embedded[2].mean(dim=0)
             hidden = self(embedded, visible, positions, slice(0, 1))
+        if not hidden.isfinite().all():
+            return UNREAL
         if not (alike(hidden[1, ~hole], hidden[0, ~hole], 1e-5) and alike(hidden[0, ~hole], plain)):
             return "does not obey masks and positions: what it makes of a text depends on what is hidden from it"
         if alike(hidden[3, 0], hidden[2, 0], 1e-6):

@@ -16,7 +16,7 @@ from transformers.masking_utils import create_bidirectional_mask, create_bidirec
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.models import bert
-from rmt_lightning.models.backbone import ENCODERS, SPARSE, Transformer, alike, inside
+from rmt_lightning.models.backbone import ENCODERS, SPARSE, UNREAL, Transformer, alike, inside
 
 # They tell of padding to whole windows and blocks, which changes nothing.
 logging.getLogger(LongformerModel.__module__).setLevel(logging.ERROR)
@@ -46,8 +46,10 @@ class Encoder(Transformer):
         cls = tokenizer.bos_token_id if tokenizer.cls_token_id is None else tokenizer.cls_token_id
         sep = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
         if cls is None or sep is None:
+            kind = model.config.model_type
             raise UserError(
-                f"backbone: {model.config.model_type} has no tokens to begin and to end a segment; choose {self.OTHERS}"
+                f"backbone: {kind} has no tokens to begin and to end a segment; choose {self.OTHERS}, "
+                "or name them in its tokenizer_config.json (cls_token, sep_token)"
             )
         self.cls_token_id = int(cls)
         self.sep_token_id = int(sep)
@@ -68,6 +70,8 @@ class Encoder(Transformer):
         hidden = self(embedded, mask)[:, :size]
         if hidden.shape[1:] != (size, self.width):
             return "gives no hidden state for each token"
+        if not hidden.isfinite().all():
+            return UNREAL
         if not alike(hidden[1], hidden[0], 1e-5):
             return "does not obey a mask: what it makes of a text depends on the padding after it"
         if not alike(hidden[0], plain[0]):

@@ -71,6 +71,13 @@ def reads_backbone(constructor: Callable[..., Any]) -> bool:
     return not _CHOICES.keys().isdisjoint(inspect.signature(constructor).parameters)
 
 
+def _usable(loaded: Any) -> Any:
+    """What has been loaded. Some tokenizers whose files are damaged fail when they come upon a word that is new."""
+    if isinstance(loaded, PreTrainedTokenizerBase):
+        loaded("Mary \N{SNOWMAN}")
+    return loaded
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep transformers from warning, in tables and guesses: what matters of it is told once, by us."""
@@ -168,12 +175,17 @@ class Pretrained:
             options["local_files_only"] = True
         try:
             with _quiet():
-                return auto_class.from_pretrained(self.name, trust_remote_code=False, **options)
+                return _usable(auto_class.from_pretrained(self.name, trust_remote_code=False, **options))
         except Exception as error:  # each library raises classes of its own
             if "custom code" in str(error):
                 raise UserError(
                     f"backbone.name={self.name}: brings code of its own, which is not executed; give a model that "
                     "transformers knows"
+                ) from None
+            if "Weights only load failed" in str(error):
+                raise UserError(
+                    f"backbone.name={self.name}: its pytorch_model.bin holds more than weights, which would have to be "
+                    "executed; give a model.safetensors"
                 ) from None
             # The Hub's checks of a config tell what is wrong in their last line.
             reason = str(error).splitlines()[-1].strip() if isinstance(error, StrictDataclassError) else told(error)
@@ -212,7 +224,7 @@ class Restored:
     def _load(self, auto_class: Any, folder: Path) -> Any:
         try:
             with _quiet():
-                return auto_class.from_pretrained(folder, trust_remote_code=False)
+                return _usable(auto_class.from_pretrained(folder, trust_remote_code=False))
         except Exception as error:  # each library raises classes of its own
             raise UserError(
                 f"{folder.parent}: holds no whole model ({folder.name}: {told(error)}); put back its {folder.name}/"

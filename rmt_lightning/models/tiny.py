@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tokenizers
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Le, Lt
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     AutoModel,
@@ -96,7 +96,7 @@ class Tiny:
         max_positions: Annotated[int, Ge(1), Le(2**20)] = 512,
         vocabulary_size: Annotated[int, Ge(300), Le(2**20)] = 2000,
         dropout: Annotated[float, Ge(0), Lt(1)] = 0.0,
-        initializer_range: Annotated[float, Gt(0), Le(100)] = 0.02,
+        initializer_range: Annotated[float, Ge(1e-3), Le(100)] = 0.02,
     ) -> None:
         if width % heads:
             raise UserError(f"backbone.width={width}: must be a multiple of backbone.heads={heads}")
