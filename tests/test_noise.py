@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -97,6 +98,7 @@ def test_sentences() -> None:
         "ሰላም። |እንዴት ነህ።",
         "Բարեւ։ |Ինչպես ես։",
         "Žádný. |Škoda! |Łódź… |Žena.",
+        "שלום.\u200f |מה שלומך?\u200f |\u2067טוב.\u2069 |\u202bיפה!\u202c",
     ],
 )
 def test_sentences_of_other_languages(text: str) -> None:
@@ -417,7 +419,13 @@ def test_a_damaged_cache_is_built_again(
         path.unlink()
         os.mkfifo(path)
 
-    for damage in (None, path.unlink, lambda: os.truncate(path, 40), pipe):
+    def whole_pipe() -> None:
+        (folder,) = (path for path in (tmp_path / "noise").iterdir() if path.is_dir())
+        shutil.rmtree(folder)
+        os.mkfifo(folder)
+        os.mkfifo(f"{folder}-partial")
+
+    for damage in (None, path.unlink, lambda: os.truncate(path, 40), pipe, whole_pipe):
         if damage:
             damage()
         assert tokenize(Prose(10), tokenizer, tmp_path)["train"].tokens[:].tolist() == before

@@ -37,8 +37,8 @@ def own_file(path: Path) -> Path:
 
 def removed(path: Path) -> Path:
     """Remove whatever stands at a path; of a link, not what it leads to. Returns the path."""
-    if path.is_symlink():
-        path.unlink()
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
     return path
 

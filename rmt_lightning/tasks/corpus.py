@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.core.files import digest
+from rmt_lightning.core.files import digest, removed
 from rmt_lightning.tasks.facts import Split
 from rmt_lightning.tasks.noise import PIECE, SPLITS, Noise, counted, spaced
 
@@ -112,7 +112,7 @@ def tokenize(noise: Noise, tokenizer: PreTrainedTokenizerBase, cache_dir: str | 
     Raises:
         UserError: if a split holds no text, or the tokenizer does not know it.
     """
-    key = hashlib.sha256(f"{noise.fingerprint()}|{_tokenizer_fingerprint(tokenizer)}|v4".encode()).hexdigest()[:32]
+    key = hashlib.sha256(f"{noise.fingerprint()}|{_tokenizer_fingerprint(tokenizer)}|v5".encode()).hexdigest()[:32]
     size = len(tokenizer)
     with ExitStack() as held:
         try:
@@ -175,9 +175,9 @@ def _emptied(folder: Path) -> Path:
     """Clear the place of an entry of the cache, and make the folder in which it is built."""
     if folder.exists():
         log.warning("%s is damaged; tokenizing again", folder)
-        shutil.rmtree(folder)
-    partial = folder.with_name(f"{folder.name}-partial")
-    shutil.rmtree(partial, ignore_errors=True)
+        # Whatever it is; and that it cannot be removed is told.
+        shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
+    partial = removed(folder.with_name(f"{folder.name}-partial"))
     partial.mkdir()
     return partial
 

@@ -33,7 +33,10 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 # Where a sentence ends. English is cut as it always was (first line): at the space after a period, question or
 # exclamation mark and perhaps a closing quote, before a capital or a quote; not after titles and initials. Other
 # languages have other capitals, letters without case, other quotes (« „ ¿), and marks without a space after them (。).
-_CLOSE, _OPEN = r"[\p{Pe}\p{Pf}\"']", r"[\p{Ps}\p{Pi}\"'¿¡]"
+# Soft hyphens, joiners and marks of order, which may stand on both sides of it, are not seen.
+_MARKS = "\u00ad\u200b-\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff"
+_UNSEEN = re.compile(f"[{_MARKS}]")
+_CLOSE, _OPEN = rf"[\p{{Pe}}\p{{Pf}}\"'{_MARKS}]", rf"[\p{{Ps}}\p{{Pi}}\"'¿¡{_MARKS}]"
 _FOREIGN = r"(?![A-Za-z0-9])[\p{SB=Upper}\p{SB=OLetter}\p{Nd}]"
 _EAST_ASIAN = r"[\p{Han}\p{Hiragana}\p{Katakana}\u3000-\u303f\uff00-\uffef]"
 _NO_TITLE = r"(?<!\b(?:Mr|Mrs|Dr|St|\p{Lu}|(?!\p{Latin})\p{L})\.)"
@@ -50,8 +53,6 @@ _UNSPACED = regex.compile(rf"{_EAST_ASIAN}[.!?…]*{_CLOSE}*$")
 _PASSAGES = 20
 # No sentence has as many characters or tokens: a longer piece of text has no stops.
 PIECE = 1000
-# Soft hyphens, joiners and marks of order.
-_UNSEEN = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
 
 
 class Noise(Protocol):
