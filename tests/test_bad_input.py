@@ -66,6 +66,8 @@ TABLE = [
     # ranges
     ("model.memory_size=-1", r"model.memory_size=-1: must be greater than or equal to 0"),
     ("model.bptt_depth=0", r"model.bptt_depth=0: memory would never learn; give 1 or more, or -1 for all segments"),
+    ("task=whereabouts task.moves=2000000000", "task.moves=2000000000: must be less than or equal to 1000"),
+    ("logger=tensorboard +logger.nosuch=1", "logger.nosuch: no such setting; allowed: "),
     ("backbone.initializer_range=1e-9", "backbone.initializer_range=1e-09: must be greater than or equal to 0.001"),
     ("model.bptt_depth=-2", r"model.bptt_depth=-2: must be greater than or equal to -1"),
     ("data.segment_length=513", r"data.segment_length=513: the backbone sees at most 512 tokens; give 512 or less"),

@@ -39,9 +39,13 @@ def compose(override: str) -> DictConfig:
         return hydra.compose("train", [override])
 
 
-def compose_a_run(override: str) -> DictConfig:
+def compose_a_run(override: str, mode: RunMode = RunMode.RUN) -> DictConfig:
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return GlobalHydra.instance().config_loader().load_configuration("train", [override], RunMode.RUN)
+        return GlobalHydra.instance().config_loader().load_configuration("train", [override], mode)
+
+
+def compose_a_sweep(override: str) -> DictConfig:
+    return compose_a_run(override, RunMode.MULTIRUN)
 
 
 def build_metric(override: str) -> object:
@@ -59,6 +63,9 @@ SAID: dict[str, tuple[Callable[[str], object], str, type[Exception], str]] = {
     "NO_VALUE": (compose_a_run, "hydra.mode=x", ConfigCompositionException, "hydra.mode=x"),
     "NO_SETTING": (compose, "hold.steps=9", ConfigCompositionException, "hold.steps"),
     "NO_CHOICE": (compose, "hold=null", ValueError, "NoneType"),
+    "THERE": (compose, "+seed=2", ConfigCompositionException, "seed"),
+    "FUNCTION": (compose_a_run, "seed=range(3)", ConfigCompositionException, "seed=range(3"),
+    "SWEPT": (compose_a_sweep, "hydra.sweep.dir=a,b", ConfigCompositionException, "hydra.sweep.dir=a,b"),
     "SEVERAL": (compose_a_run, "cache_dir=a,b", ConfigCompositionException, "cache_dir=a,b"),
     "ARGUMENTS": (
         build_metric,
@@ -113,11 +120,12 @@ def test_each_pattern_is_held() -> None:
             "test.segments=range(3)",
             "test.segments=range(3): gives the values of a sweep (--multirun); for one text, type 'test.segments=",
         ),
-        ("curriculum.steps={1:2}", "curriculum.steps={1:2}: has no part named 1; give a value of another kind\n"),
+        ("curriculum.steps={1:2}", "curriculum.steps={1: 2}: must be a valid integer or must be a valid list\n"),
         (
             "hydra.sweep.dir=[x]",
             "hydra.sweep.dir=[x]: Cannot convert 'list' to string: '['x']'; for a text, type 'hydra.sweep.dir=",
         ),
+        ("+task=detect", "task: is among the defaults; write task=… without +\n"),
         ("+seed=2", "seed: is a setting already; write seed=… without +\n"),
         ("metrics={}", "metrics={}: sets nothing; name what is to be set, or leave it out\n"),
         ("noise._target_=os.absent", "noise._target_=os.absent: cannot be imported (No module named 'os.absent'; "),

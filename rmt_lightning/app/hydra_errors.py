@@ -34,10 +34,12 @@ NO_SETTING = re.compile(r"Could not override '([^']+)'")
 NO_CHOICE = re.compile(r"Config group override must be a string or a list\. Got (\w+)")
 SEVERAL = re.compile(r"Ambiguous value for argument '(.*)'$", flags=re.MULTILINE)
 FUNCTION = re.compile(r"Sweep parameters '(.*)' requires --multirun$")
-NO_PART = re.compile(r"^Key '(.*)' is not in struct$", flags=re.MULTILINE)
 THERE = re.compile(r"Could not append to config\. An item is already at '(.*)'")
 SWEPT = re.compile(r"Sweeping over Hydra's configuration is not supported : '(.*)'$")
-TWICE = re.compile(r"Multiple values for ([^. ]+)\.|force-add of config groups is not supported: '\+\+([^=]+)=")
+TWICE = re.compile(
+    r"Multiple values for ([^. ]+)\.|force-add of config groups is not supported: '\+\+([^=]+)="
+    r"|^(\S+) appears more than once in the final defaults list"
+)
 PLACE = re.compile(r"^full_key: (\S+)", flags=re.MULTILINE)
 # Groups of Hydra whose choices its plugins bring.
 _OF_SWEEPS = ("hydra/launcher", "hydra/sweeper")
@@ -321,7 +323,7 @@ def _one_line(error: BaseException, config_name: str) -> str:
         hint = for_shell(setting(*swept[1].split("=", 1)))
         return f"{swept[1]}: is one for all jobs; for one text with commas, type {hint}"
     if twice := TWICE.search(str(said)):
-        group = twice[1] or twice[2]
+        group = next(filter(None, twice.groups()))
         return f"{group}: is among the defaults; write {group}=… without +"
     if default := NO_DEFAULT.search(str(said)):
         # A part of a part, such as model.update, comes with some choices of the whole alone.
@@ -342,10 +344,6 @@ def _one_line(error: BaseException, config_name: str) -> str:
     for word in sys.argv[1:]:
         if word[0] == "~" and f"Interpolation key '{word[1:].partition('=')[0]}." in str(said):
             return f"{word}: the run needs it; leave it out"
-    if (part := NO_PART.search(str(said))) and key:
-        whole = key.removesuffix(f".{part[1]}")
-        typed = next((word for word in sys.argv[1:] if word.lstrip("+").startswith(f"{whole}={{")), whole)
-        return f"{typed}: has no part named {part[1]}; give a value of another kind"
     if (merged := NO_VALUE.search(str(said))) and len(causes) > 1:
         told = str(causes[1]).splitlines()[0]
         if "to string" in told:

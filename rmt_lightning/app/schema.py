@@ -107,7 +107,7 @@ def check_parts(config: DictConfig, names: Iterable[str]) -> None:
 
 
 def _check_missing(config: DictConfig, path: str) -> None:
-    for name in map(str, config):
+    for name in config:
         if OmegaConf.is_missing(config, name):
             raise UserError(f"{path}{name}: is missing; give {path}{name}=…")
         if isinstance(config[name], DictConfig):
@@ -115,7 +115,7 @@ def _check_missing(config: DictConfig, path: str) -> None:
 
 
 def _check_nodes(config: DictConfig, path: str) -> None:
-    for name in map(str, config):
+    for name in config:
         if isinstance(config[name], DictConfig):
             _check_nodes(config[name], f"{path}{name}.")
     if "_target_" in config:
@@ -161,6 +161,8 @@ def _check_settings(target: Callable[..., Any], given: dict[str, Any], path: str
         name for name, parameter in parameters.items() if name in given or parameter.default is not parameter.empty
     ]
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    # A logger hands what it does not know on to what it is made of, when the run has begun.
+    takes_any = takes_any and path != "logger."
     for name in given:
         if name not in parameters and not takes_any:
             raise UserError(f"{path}{name}: no such setting; {suggest(name, allowed)}")

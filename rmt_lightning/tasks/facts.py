@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import numpy as np
-from annotated_types import Ge
+from annotated_types import Ge, Le
 
 from rmt_lightning.core.errors import UserError
 
@@ -152,7 +152,7 @@ class Whereabouts:
     where: Literal["start", "anywhere"] = "anywhere"
     answers = (*PLACES, "nowhere")
 
-    def __init__(self, moves: Annotated[int, Ge(1)] = 4) -> None:
+    def __init__(self, moves: Annotated[int, Ge(1), Le(1000)] = 4) -> None:
         self.moves = moves
 
     @property

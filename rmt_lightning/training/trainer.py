@@ -91,7 +91,7 @@ class RunTrainer(L.Trainer):
         self.compile_mode = compile
         self.budget = TimeBudget(max_time) if max_time is not None else None
         on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-        if not on_gpu and accelerator != "mps":
+        if not on_gpu and not (accelerator == "mps" and torch.backends.mps.is_available()):
             _check_cpu(accelerator, devices, precision)
         if gradient_clip_algorithm == "value" and not gradient_clip_val:
             raise UserError(
