@@ -358,7 +358,7 @@ def _nearest(group: str, part: DictConfig) -> str | None:
 
 def flat(config: DictConfig, above: str = "") -> Iterator[tuple[str, Any]]:
     """The settings of a config by their dotted keys, interpolations resolved."""
-    for name in config:
+    for name in list[Any](config):
         key = f"{above}{name}"
         try:
             value = config[name]

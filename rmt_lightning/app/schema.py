@@ -107,7 +107,7 @@ def check_parts(config: DictConfig, names: Iterable[str]) -> None:
 
 
 def _check_missing(config: DictConfig, path: str) -> None:
-    for name in config:
+    for name in list[Any](config):
         if OmegaConf.is_missing(config, name):
             raise UserError(f"{path}{name}: is missing; give {path}{name}=…")
         if isinstance(config[name], DictConfig):
@@ -115,7 +115,7 @@ def _check_missing(config: DictConfig, path: str) -> None:
 
 
 def _check_nodes(config: DictConfig, path: str) -> None:
-    for name in config:
+    for name in list[Any](config):
         if isinstance(config[name], DictConfig):
             _check_nodes(config[name], f"{path}{name}.")
     if "_target_" in config:

@@ -166,7 +166,7 @@ def _locked(folder: Path) -> Iterator[None]:
     # Where cache_dir is a folder of the user's own, other things may stand in its noise/.
     for begun in folder.parent.glob("[0-9a-f]" * len(folder.name) + "-*"):
         with suppress(Timeout), FileLock(folder.with_name(f"{begun.name.partition('-')[0]}.lock"), timeout=0):
-            shutil.rmtree(begun, ignore_errors=True)
+            removed(begun)
     with FileLock(folder.with_name(f"{folder.name}.lock")):
         yield
 
