@@ -27,10 +27,10 @@ test: $(VENV)/.installed-test  ## run linter, type checker and the whole test su
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 soak: $(VENV)/.installed-test  ## try every fault, with the tests that make test leaves out; ends with a table
-	$(BIN)/python -m pytest -n 2 -m "soak or fault" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "soak or fault" $(ARGS)
 
 bench: install  ## measure speed beside the published way and the machine's limit: experiments/benchmarks
 	$(BIN)/python experiments/benchmarks/run.py $(ARGS)

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
-import runpy
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from itertools import chain
+from multiprocessing import forkserver
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import pytest
 import torch
-from hydra._internal.hydra import Hydra
+import warm
 from hydra.core.global_hydra import GlobalHydra
-from hydra.types import RunMode
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.core.files import write_csv
@@ -120,34 +119,20 @@ def environment(cache: Path) -> dict[str, str]:
     return kept | own | {"NETRC": os.devnull, "WANDB_SILENT": "true"}
 
 
-def _command(program: str, words: list[str], folder: str, environment: dict[str, str], output: list[str]) -> None:
-    """What a process does that stands in for `python -m <module>` or `python <driver.py>`, and has begun warm."""
-    os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(environment)
-    for descriptor, name in enumerate(output, start=1):
-        os.dup2(os.open(name, os.O_WRONLY), descriptor)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.argv = [program, *words]
-    if program.endswith(".py"):
-        sys.path.insert(0, str(Path(program).parent))
-        runpy.run_path(program, run_name="__main__")
-    else:
-        sys.path.insert(0, folder)
-        runpy.run_module(program, run_name="__main__", alter_sys=True)
-
-
 @pytest.fixture(scope="session")
-def warm() -> Any:
+def forks() -> Any:
     """Processes that are forked from one which has imported what takes seconds to import."""
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rmt_lightning.app.training", "rmt_lightning.app.hydra_errors"])
+    context.set_forkserver_preload(["warm"])
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
     return context
 
 
 @pytest.fixture(scope="session")
-def launch(tmp_path_factory: pytest.TempPathFactory, warm: Any) -> Run:
+def launch(tmp_path_factory: pytest.TempPathFactory, forks: Any) -> Run:
     """A module or a program as a process of its own, in a folder."""
 
     def run(program: str, *words: str, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -162,7 +147,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory, warm: Any) -> Run:
         ]
         for reader in readers:
             reader.start()
-        process = warm.Process(target=_command, args=(program, list(words), str(folder), environment, output))
+        process = forks.Process(target=warm.command, args=(program, list(words), str(folder), environment, output))
         process.start()
         process.join(240)
         assert process.exitcode is not None, "it hangs"
@@ -218,12 +203,6 @@ def train(command: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
-def compose_once(monkeypatch: pytest.MonkeyPatch, words: Sequence[str]) -> None:
-    """Save half of the time that Hydra takes: it composes a config first to see whether it is that of a sweep."""
-    if not any(word in ("-m", "--multirun") or "hydra.mode" in word for word in words):
-        monkeypatch.setattr(Hydra, "get_mode", lambda *_, **__: RunMode.RUN)
-
-
 @pytest.fixture
 def refused(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -236,7 +215,6 @@ def refused(
     monkeypatch.setenv("RMT_LIGHTNING_CACHE", str(cache))
 
     def run(*words: str) -> str:
-        compose_once(monkeypatch, words)
         monkeypatch.setattr(sys, "argv", ["train", *words])
         with pytest.raises(SystemExit) as left:
             front_door.run()
@@ -251,6 +229,13 @@ def refused(
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--faults-csv", type=Path, help="where to write the table of faults as csv")
+
+
+def pytest_collection_finish() -> None:
+    # All modules are there: no garbage, which the collector need not look at again and again.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000)
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import SMALL, Run, compose_once
+from conftest import SMALL, Run
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from transformers import BertConfig, BertModel, PreTrainedTokenizerBase
@@ -263,7 +263,6 @@ def test_one_line(
     small = [] if resumed else [s for s in SMALL if not typed.startswith("backbone=") or not s.startswith("backbone.")]
     small = [s for s in small if "noise=" not in typed or not s.startswith("noise.")]
     small = [s for s in small if s.split("=")[0] not in {part.split("=")[0] for part in typed.split(" ")}]
-    compose_once(monkeypatch, typed.split(" "))
     monkeypatch.setattr(sys, "argv", ["train", *small, *typed.split(" ")])
     with pytest.raises(SystemExit) as exit_:
         front_door.run()
