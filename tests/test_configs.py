@@ -141,7 +141,11 @@ IDLE = [
     ("curriculum.max_segments=2", "optim.lr=[1e-3,1e-3]", None),
     ("task=detect", "answer.all_questions=true", "changes nothing, for task=detect has one question"),
     ("task=reasoning", "answer.all_questions=true", None),
-    ("hold=state_passing hold.until_rate=null", "hold.rounds=2", "changes nothing, for without hold.until_rate "),
+    (
+        "hold=state_passing hold.until_rate=1",
+        "hold.rounds=2",
+        "changes nothing, for hold.until_rate=1 is met after one",
+    ),
     ("curriculum.max_segments=3", "model.bptt_depth=2", "changes nothing, for the longest inputs have 2 borders"),
     ("curriculum.max_segments=3", "model.bptt_depth=1", None),
     ("curriculum.max_segments=1", "model.bptt_depth=-1", None),

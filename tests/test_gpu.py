@@ -133,7 +133,7 @@ def run(tmp_path: Path, environment: dict[str, str]) -> Callable[..., subprocess
 
 
 TRAIN = ("-m", "rmt_lightning.train", f"trainer.accelerator={'gpu' if DEVICE == 'cuda' else 'cpu'}")
-HOLD = ("curriculum.max_segments=2", "hold=state_passing", "hold.steps=6", "hold.rounds=1", "hold.until_rate=0.9")
+HOLD = ("curriculum.max_segments=2", "hold=state_passing", "hold.steps=6", "hold.rounds=1", "hold.until_rate=1")
 CARRIED = {"hold": (*SMALL, *HOLD), "language modeling": RUNNING_TEXT}
 
 

@@ -18,7 +18,6 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from rmt_lightning.analysis.extrapolation import LengthResult, replies, score_length
 from rmt_lightning.analysis.probing import ProbeResult, score_probe
-from rmt_lightning.analysis.retention import follow
 from rmt_lightning.app.build import find_device, load, testable
 from rmt_lightning.app.console import start_logging, take_over_lightning
 from rmt_lightning.app.results import length_table, probe_table, tell_folder, tell_limit
@@ -36,6 +35,7 @@ from rmt_lightning.tasks.placement import Key, Placement
 from rmt_lightning.tasks.probes import probes
 from rmt_lightning.training.answering import FactClassifier, FactModule
 from rmt_lightning.training.callbacks.hardware import host_memory, make_fast
+from rmt_lightning.training.retention import early, follow
 
 log = logging.getLogger(__name__)
 
@@ -343,13 +343,15 @@ def _follow(
     classifier: FactClassifier, placement: Placement, config: DictConfig, streams: int, device: torch.device
 ) -> dict[str, Any] | None:
     """Measure the rate at which memory is lost, and put what was found into a row."""
-    with _bar(f"following {streams} memories", config.follow, streams) as advance, _autocast(device):
-        found = follow(
-            classifier.model, lambda end, answer: classifier.judge(end, answer).right, placement,
-            config.follow, config.every, streams, device, advance,
-        )  # fmt: skip
-    if found is None:
+    numbers = early(placement, "test", streams)
+    if not numbers:
         return None
+    with _bar(f"following {len(numbers)} memories", config.follow, len(numbers)) as advance, _autocast(device):
+        for found in follow(  # noqa: B007
+            classifier.model, lambda end, answer: classifier.judge(end, answer).right, placement, "test", numbers,
+            config.follow, config.every, device,
+        ):  # fmt: skip
+            advance()
     counts = {"streams": found.streams, "questions": found.questions, "written": found.written}
     return {**counts, **found.row(), "right": found.right}
 

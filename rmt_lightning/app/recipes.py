@@ -171,8 +171,8 @@ class FactRecipe(Recipe):
         yield from self._rounded(config)
         if config.answer.get("all_questions") and _asks_one(self.data.placement):
             yield "answer.all_questions", f"changes nothing, for task={self.data.placement.task.name} has one question"
-        if config.get("hold") and "rounds" in config.hold and config.hold.until_rate is None:
-            yield "hold.rounds", "changes nothing, for without hold.until_rate there is one"
+        if config.get("hold") and "rounds" in config.hold and config.hold.until_rate == 1:
+            yield "hold.rounds", "changes nothing, for hold.until_rate=1 is met after one"
 
     def _rounded(self, config: DictConfig) -> Iterator[tuple[str, str]]:
         """Whether stages go on beyond their budget, at a learning rate of 0, to the validation that ends them."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Annotated, Any, NamedTuple
 
 import lightning as L
@@ -23,9 +24,11 @@ from rmt_lightning.models import state as tree
 from rmt_lightning.models.segment_model import SegmentModel, check_room
 from rmt_lightning.tasks.datamodule import FactBatch, FactDataModule, FactDataset
 from rmt_lightning.tasks.placement import Key
+from rmt_lightning.training.answering import FactModule
 from rmt_lightning.training.optimization import Rate, WarmupDecay
 from rmt_lightning.training.phases.curriculum import draw_length, validated
 from rmt_lightning.training.phases.phase import Outcome, Phase, Progress, Start, Verdict
+from rmt_lightning.training.retention import LEAD, early, measure
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +44,9 @@ class Losses:
         age: mean age of the memories in the pool, in segments.
         told: how many old memories that knew no fact, or not all, were told the others.
         missed: how many of these then gave a wrong answer.
+        followed: at the end of a round, how many segments of validation text were read by memories that held; 0 if
+            fewer than half of them answered at all.
+        followed_lost: how many of these were lost.
     """
 
     step: int
@@ -49,6 +55,8 @@ class Losses:
     age: float
     told: int
     missed: int
+    followed: int | None = None
+    followed_lost: int | None = None
 
 
 class Memories(NamedTuple):
@@ -166,13 +174,14 @@ class StatePassing(Phase):
             pull them back to where they belong.
         fragments: how many pieces of facts stand in a segment of noise on average. What destroys memory is text that
             looks like a fact: "the kitchen cabinet", "I walked to the door".
-        until_rate: memory holds if no more memories than these are lost a segment in the last quarter of a round, amid
-            the fragments. They destroy far more than text does: where 0.6% were lost amid them, none was in 65,536
-            segments of prose.
+        until_rate: memory holds if no more memories than these are lost a segment. At the end of a round, memories of
+            validation samples are followed through validation text, without fragments, until the 95% interval of the
+            rate lies below this one or above it. That takes 3.7 / until_rate segments if none is lost, and three times
+            as many at most. 1 measures nothing, and is met by any memory.
         rounds: how many there are at most until then.
 
     Raises:
-        UserError: by `prepare`, if there is no memory to carry, or nowhere to carry it.
+        UserError: by `prepare`, if there is no memory to carry, nowhere to carry it, or none that can be followed.
     """
 
     name = "state_passing"
@@ -189,7 +198,7 @@ class StatePassing(Phase):
         youth: Annotated[int, Ge(1)] = 10,
         jitter: Annotated[float, Ge(0), Le(100)] = 0.0,
         fragments: Annotated[float, Ge(0)] = 1.0,
-        until_rate: Annotated[float, Gt(0), Le(1)] = 1e-2,
+        until_rate: Annotated[float, Ge(1e-6), Le(1)] = 1e-4,
         rounds: Annotated[int, Ge(1)] = 3,
     ) -> None:
         self.steps = steps
@@ -208,9 +217,9 @@ class StatePassing(Phase):
         self.counts = dict.fromkeys(_COUNTS, 0)
 
     def prepare(self, module: L.LightningModule, data: FactDataModule, before: Phase | None) -> None:
-        model = getattr(module, "model", None)
-        if not isinstance(data, FactDataModule) or not isinstance(model, SegmentModel):
+        if not isinstance(data, FactDataModule) or not isinstance(module, FactModule):
             raise UserError("hold=state_passing: asks questions, which running text has not; leave it out")
+        model = module.model
         if not any(leaf.numel() for leaf in tree.leaves(model.initial_state(1))):
             raise UserError("hold=state_passing: this model has no memory to hold; leave it out")
         if data.batch_size < 2:
@@ -226,6 +235,12 @@ class StatePassing(Phase):
                 f"hold.fragments={self.fragments:g}: more pieces than a segment of {data.placement.text_length} tokens "
                 "has room for; give less"
             )
+        if self.until_rate < 1 and not early(data.placement, "validation", 1):
+            raise UserError(
+                f"hold.until_rate={self.until_rate:g}: no memory can be followed, for no validation sample tells all "
+                f"its facts within {LEAD - 1} segments; raise data.segment_length, or give hold.until_rate=1"
+            )
+        self._measure = partial(measure, module, data, self.until_rate)
         self.carried = min(data.batch_size - 1, max(1, round(self.share * data.batch_size)))
         sample, state = FactDataset(data.placement, "train")[Key(1, 0)], model.initial_state(1)
         batch = FactBatch(*(part[None].to(tree.leaves(state)[0].device) for part in sample))
@@ -283,21 +298,17 @@ class StatePassing(Phase):
         return self.first_step is not None and bool(self.history) and self.history[-1].step >= self.last_step
 
     @property
-    def _last_quarter(self) -> list[Losses]:
-        return [losses for losses in self.history if losses.step > self.round_step + 3 * self.steps // 4]
-
-    @property
-    def rate(self) -> LossRate:
-        """How many memories were lost in the last quarter of the present round."""
-        last = self._last_quarter
-        return LossRate(sum(losses.lost for losses in last), sum(losses.segments for losses in last))
+    def rate(self) -> LossRate | None:
+        """How many memories were lost in validation text after the last round; None if that was not measured."""
+        last = self.history[-1] if self.history else None
+        if last is None or last.followed is None or last.followed_lost is None:
+            return None
+        return LossRate(last.followed_lost, last.followed)
 
     @property
     def _lost_too_many(self) -> bool:
-        if self.rate.exposure or self.until_rate == 1:
-            return self.rate.rate > self.until_rate
-        # A model that cannot answer at all has no memory to lose.
-        return any(losses.missed for losses in self._last_quarter)
+        # A model that cannot answer has no memory to lose.
+        return self.rate is not None and not self.rate.interval[1] <= self.until_rate
 
     @property
     def _goes_on(self) -> bool:
@@ -315,13 +326,16 @@ class StatePassing(Phase):
     @property
     def _told_rate(self) -> str:
         rate = self.rate
-        if not rate.exposure:
-            return "no memory was worth keeping, for late facts were missed"
-        return f"{rate.lost} of the old memories were lost in {rate.exposure:,} segments, {rate.rate:.2%} a segment"
+        if rate is None or not rate.exposure:
+            return "fewer than half of the validation samples were answered even at once"
+        return (
+            f"{rate.lost} memories were lost in {rate.exposure:,} segments of validation text, "
+            f"{rate.interval[0]:.2g} to {rate.interval[1]:.2g} a segment"
+        )
 
     def advice(self, again: str) -> str:
         return (
-            f"memory does not hold yet: {self._told_rate}, which is more than hold.until_rate={self.until_rate:g}; "
+            f"memory does not hold yet: {self._told_rate}, and hold.until_rate={self.until_rate:g} is asked for; "
             f"raise hold.rounds or hold.steps and go on with {again}"
         )
 
@@ -329,13 +343,16 @@ class StatePassing(Phase):
         counts = dict(zip(_COUNTS, total(torch.tensor(list(self.counts.values()))).tolist(), strict=True))
         ages = self.old.age[self.old.age >= 0].float()
         losses = Losses(step=step, age=float(ages.mean()) if len(ages) else 0.0, **counts)
-        self.history.append(losses)
         self.counts = dict.fromkeys(_COUNTS, 0)
         log.info(
             "%s: step %d of %d, lost %d memories in %d segments, missed %d of %d late facts, mean age %.0f",
             self.title, step - self.round_step, self.steps, losses.lost, losses.segments, losses.missed,
             losses.told, losses.age,
         )  # fmt: skip
+        if step >= self.last_step and self.until_rate < 1:
+            rate = self._measure(total)
+            losses = replace(losses, followed=rate.exposure, followed_lost=rate.lost)
+        self.history.append(losses)
         if self._goes_on:
             self.begin(step)
             return "restart"
