@@ -485,17 +485,38 @@ def test_following_counts_what_is_lost_and_when(placement: Placement) -> None:
     assert found(every=4).right == {4: 4, 8: 3, 12: 2}
 
 
+class Deaf(Forgetful):
+    """Hears an answer while it is young, and remembers it for ever."""
+
+    def __init__(self, lifetimes: torch.Tensor, answers: torch.Tensor, words: torch.Tensor) -> None:
+        super().__init__(lifetimes, answers)
+        self.words = words
+
+    def initial_state(self, batch_size: int) -> torch.Tensor:
+        return torch.zeros(batch_size, 2)
+
+    def read_segment(self, segment: Segment, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        age, heard = memory.unbind(dim=1)
+        hears = (segment.input_ids == self.words[:, None]).any(dim=1) & (age < self.lifetimes)
+        heard = torch.maximum(heard, hears.float())
+        # What `readout` compares with lifetimes.
+        return (1 - heard) * 1e6, torch.stack([age + 1, heard], dim=1)
+
+
 class Answering:
     """What `measure` needs of a module under a trainer, with a `Forgetful` model whose memories last so long."""
 
     device, training = torch.device("cpu"), True
 
-    def __init__(self, placement: Placement, lifetimes: list[int]) -> None:
+    def __init__(self, placement: Placement, lifetimes: list[int], deaf: bool = False) -> None:
         self.numbers = early(placement, "validation", 64)
         samples = [FactDataset(placement, "validation")[Key(4, number)] for number in self.numbers]
         texts = [placement.tokenizer.decode(sample.answers[0][sample.answers[0] >= 0]).strip() for sample in samples]
         self.answers = torch.tensor([PLACES.index(text) for text in texts])
         self.model = Forgetful(torch.tensor((lifetimes * 64)[:64]), self.answers)
+        if deaf:
+            words = torch.stack([sample.answers[0, 0] for sample in samples])
+            self.model = Deaf(self.model.lifetimes, self.answers, words)
         self.trainer = SimpleNamespace(precision_plugin=SimpleNamespace(val_step_context=nullcontext))
         self.steps = 0
 
@@ -512,27 +533,29 @@ class Answering:
 
 
 @pytest.mark.parametrize(
-    ("lifetimes", "bound", "rate", "asked"),
+    ("lifetimes", "deaf", "rate", "asked"),
     [
         # None is lost: 3.69 / 0.002 = 1,845 segments prove the bound, and 64 memories read 512 between two questions.
-        ([999], 2e-3, LossRate(0, 2_048), 4),
+        ([999], False, LossRate(0, 2_048), [4, 4]),
         # Half of them are lost at once, which is beyond the bound for sure.
-        ([5, 999], 2e-3, LossRate(32, 512), 1),
+        ([5, 999], False, LossRate(32, 512), [1]),
         # One of 64 after 10 segments: neither below the bound nor above it until 5.57 / 0.002 = 2,786 have been read.
-        ([999] * 63 + [10], 2e-3, LossRate(1, 3_040), 6),
+        ([999] * 63 + [10], False, LossRate(1, 3_040), [6, 6]),
         # Fewer than half answer at all, and those may do so by chance.
-        ([-3, -3, 999], 2e-3, LossRate(0, 0), 1),
+        ([-3, -3, 999], False, LossRate(0, 0), [1]),
+        # Facts are never lost, but half of those who have read that much without one take in none any more.
+        ([5, 999], True, LossRate(32, 512), [4, 1]),
     ],
-    ids=["none", "half", "one", "nothing to lose"],
+    ids=["none", "half", "one", "nothing to lose", "deaf when old"],
 )
 def test_memories_are_followed_until_it_is_known_whether_they_hold(
-    lifetimes: list[int], bound: float, rate: LossRate, asked: int, placement: Placement
+    lifetimes: list[int], deaf: bool, rate: LossRate, asked: list[int], placement: Placement
 ) -> None:
-    module = Answering(placement, lifetimes)
+    module = Answering(placement, lifetimes, deaf)
     data: Any = SimpleNamespace(placement=placement, rank=0, world_size=1)
-    assert measure(module, data, bound, lambda counts: counts) == rate  # type: ignore[arg-type]
+    assert measure(module, data, 2e-3, lambda counts: counts) == rate  # type: ignore[arg-type]
     # Once at the start.
-    assert module.steps == asked + 1 and module.training
+    assert module.steps == sum(asked) + len(asked) and module.training
 
 
 def test_devices_follow_different_memories(placement: Placement, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -545,7 +568,7 @@ def test_devices_follow_different_memories(placement: Placement, monkeypatch: py
         measure(Answering(placement, [9]), data, 0.1, lambda counts: counts)  # type: ignore[arg-type]
     (one, read_by_one), (other, read_by_other) = followed
     assert sorted([*one, *other]) == early(placement, "validation", 64) and len(one) == 32
-    assert (read_by_one, read_by_other) == ({"first_noise": 0}, {"first_noise": 32})
+    assert (read_by_one["first_noise"], read_by_other["first_noise"]) == (0, 32)
 
 
 def test_the_interval_of_a_rate_is_that_of_a_poisson_count() -> None:

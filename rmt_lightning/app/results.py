@@ -91,6 +91,8 @@ def phase_table(phase: Phase) -> Table | None:
     # Screens are narrow, and a csv file may count the same by two names.
     before = [[*columns.values()][:place] for place in range(len(columns))]
     names = [n for n, others in zip(columns, before, strict=True) if len({*columns[n]}) < 2 or columns[n] not in others]
+    # Nor room for what is seldom known.
+    names = [name for name in names if 2 * columns[name].count(None) < len(rows)]
     table = Table(*(name.replace("_", " ") for name in names), title=phase.title, title_justify="left")
     for row in rows if len(rows) <= _SHOWN else [rows[place] for place in places]:
         table.add_row(*(_cell(row[name]) for name in names))

@@ -176,8 +176,9 @@ class StatePassing(Phase):
             looks like a fact: "the kitchen cabinet", "I walked to the door".
         until_rate: memory holds if no more memories than these are lost a segment. At the end of a round, memories of
             validation samples are followed through validation text, without fragments, until the 95% interval of the
-            rate lies below this one or above it. That takes 3.7 / until_rate segments if none is lost, and three times
-            as many at most. 1 measures nothing, and is met by any memory.
+            rate lies below this one or above it; so are memories of nothing, which are lost if they take in no facts
+            any more. That takes 3.7 / until_rate segments each if none is lost, and three times as many at most. 1
+            measures nothing, and is met by any memory.
         rounds: how many there are at most until then.
 
     Raises:
@@ -269,7 +270,7 @@ class StatePassing(Phase):
             self._empty_pools()
             log.info("%s: %d samples of each batch go on with old memories", self.title, self.carried)
         else:
-            log.info("%s: %s; another round of %d steps", self.title, self._told_rate, self.steps)
+            log.info("%s: another round of %d steps", self.title, self.steps)
         self.round += 1
         self.round_step = step
 
@@ -353,6 +354,8 @@ class StatePassing(Phase):
             rate = self._measure(total)
             losses = replace(losses, followed=rate.exposure, followed_lost=rate.lost)
         self.history.append(losses)
+        if self.rate is not None:
+            log.info("%s: %s", self.title, self._told_rate)
         if self._goes_on:
             self.begin(step)
             return "restart"
