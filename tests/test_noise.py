@@ -25,8 +25,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.tokens import token_ids
 from rmt_lightning.models.tiny import TinyBert
-from rmt_lightning.tasks.corpus import Corpus, OnDisk, token_ids, tokenize
+from rmt_lightning.tasks.corpus import Corpus, OnDisk, tokenize
 from rmt_lightning.tasks.facts import PEOPLE, PLACES, Detect, Split
 from rmt_lightning.tasks.language import RunningText
 from rmt_lightning.tasks.noise import SPLITS, Files, Hub, Prose, sentences, spaced

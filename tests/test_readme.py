@@ -22,8 +22,8 @@ COMMANDS = [line for line in SHELL if line.startswith("python -m rmt_lightning")
 
 
 def test_the_python_example(environment: dict[str, str], tmp_path: Path) -> None:
-    # The other one is run in test_export.py.
-    program, _ = [block for kind, block in BLOCKS if kind == "python"]
+    # The others are run in test_export.py and test_ask.py.
+    program, *_ = [block for kind, block in BLOCKS if kind == "python"]
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr

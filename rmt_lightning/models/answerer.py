@@ -5,33 +5,105 @@ Shapes: B batch, N tokens of a text, C answers.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self, TypeAlias
 
 import torch
 from huggingface_hub import ModelHubMixin
-from safetensors import safe_open
-from safetensors.torch import save_file
+from rich import progress as bar
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save, save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.files import write_atomically
+from rmt_lightning.core.tokens import encode, token_ids
+from rmt_lightning.models import state as tree
 from rmt_lightning.models.pretrained import opened
+from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.segment_model import SegmentModel
 
 HEAD = "head.safetensors"
+# What says that a file holds a memory.
+_KIND = "rmt_lightning memory"
+# How a whole text is tokenized.
+_PLAIN = {"add_special_tokens": False, "verbose": False}
+# How many questions are asked at once, and how many characters are tokenized at once.
+_AT_ONCE = 64
+_CHARACTERS = 2**16
 _HALF = re.compile("[\ud800-\udfff]")
 
+# A text, the path of a file that holds one, or the pieces of one.
+Text: TypeAlias = str | Path | Iterable[str]
 
-def _are_texts(given: Any) -> bool:
-    return isinstance(given, list | tuple) and all(isinstance(text, str) for text in given)
+
+class Answer(NamedTuple):
+    """One of the answers that a model knows, and how likely the model takes it to be, from 0 to 1."""
+
+    text: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What is left of a text that has been read: a value, which asking does not change.
+
+    Attributes:
+        state: the tensors of the model's state (1, …) before the end of the text.
+        end: (n,) the tokens of that end, fewer than two segments, which are read together with a question: so that it
+            stands at the end of a full segment, as in training.
+        tokens: of the whole text.
+        model: tells by which weights it was read.
+    """
+
+    state: list[Tensor]
+    end: Tensor
+    tokens: int
+    model: str
+
+    def save(self, path: str | Path) -> None:
+        """Write it as a safetensors file, whole or not at all."""
+        tensors = {f"state.{number}": part.contiguous() for number, part in enumerate(self.state)} | {"end": self.end}
+        told = {"tokens": str(self.tokens), "model": self.model, "kind": _KIND}
+        write_atomically(Path(path), save(tensors, metadata=told))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Open what `save` has written.
+
+        Raises:
+            UserError: if there is no such file, or it holds something else.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                told, names = file.metadata() or {}, file.keys()
+                if told.get("kind") != _KIND:
+                    raise UserError(f"{path}: holds no memory; give what Memory.save has written")
+                state = [file.get_tensor(f"state.{number}") for number in range(len(names) - 1)]
+                return cls(state, file.get_tensor("end"), int(told["tokens"]), told["model"])
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise UserError(f"{path}: cannot be read ({reason}); give what Memory.save has written") from None
+        except (SafetensorError, KeyError, ValueError):
+            raise UserError(f"{path}: holds no memory; give what Memory.save has written") from None
 
 
 class Answerer(nn.Module, ModelHubMixin, library_name="rmt_lightning"):
     """A recurrent model and the linear head that was trained to read answers off it: texts in, answers out.
+
+    ```
+    answerer = Answerer.from_pretrained("mary")
+    answerer("Mary went to the garden. … Where is Mary?")         a text that ends with the question
+    memory = answerer.read(Path("book.txt"))                      a text of any length, in constant memory
+    answerer.ask(memory, ["Where is Mary?", "Where is John?"])    as often as wanted
+    ```
 
     It is saved beside its model, in the same folder: head.safetensors holds the head and the answers.
 
@@ -54,34 +126,144 @@ class Answerer(nn.Module, ModelHubMixin, library_name="rmt_lightning"):
         self.head = head
         self.answers = tuple(answers)
 
-    def forward(self, texts: str | Sequence[str]) -> str | list[str]:
-        """The answers to questions, each at the end of a text of any length; of a single text, its answer.
+    def forward(
+        self,
+        texts: str | Sequence[str] | None = None,
+        *,
+        question: str | Sequence[str] | None = None,
+        context: Text | None = None,
+    ) -> str | list[str]:
+        """The answer to a question, or the answers to several.
+
+        Args:
+            texts: a text of any length that ends with its question, or a list of such.
+            question: a question, or several about the same context, which is read once.
+            context: what is read, given as to `read`.
 
         Raises:
             UserError: if that is not what is given.
         """
-        answers = [self.answers[best] for best in self.scores(texts).argmax(dim=1).tolist()]
+        if (question is None) != (context is None) or (texts is None) == (question is None):
+            raise UserError("give texts that end with their questions, or question= and context=")
+        if question is not None and context is not None:
+            return self.ask(self.read(context), question)
+        scores = self.scores(texts if texts is not None else [])
+        answers = [self.answers[best] for best in scores.argmax(dim=1).tolist()]
         return answers[0] if isinstance(texts, str) else answers
 
     @torch.no_grad()
     def scores(self, texts: str | Sequence[str]) -> Tensor:
         """(B, C), larger for likelier answers; a single text is a batch of one."""
-        if isinstance(texts, str):
-            texts = [texts]
-        elif isinstance(texts, Iterable) and not isinstance(texts, Mapping | Set):
-            # Those have no order that answers could keep.
-            texts = list(texts)
-        if not _are_texts(texts):
-            raise UserError("texts: give a text, or a list of texts")
-        if any(_HALF.search(text) for text in texts):
-            raise UserError("texts: hold half of a surrogate pair, which stands for no letter; leave it out")
-        if not texts:
-            return self.head.weight.new_zeros(0, len(self.answers))
+        ids = [torch.tensor(row) for row in self._tokenizer(_texts("texts", texts), **_PLAIN)["input_ids"]]
+        return self._score(ids, self.model.initial_state(len(ids))) if ids else self._no_scores()
+
+    @torch.no_grad()
+    def read(self, text: Text, memory: Memory | None = None, progress: bool = False) -> Memory:
+        """Read a text, however long, in constant memory.
+
+        Args:
+            text: a text, the path of a file in UTF-8, or pieces of a text, such as an open file. Pieces are joined as
+                they are, and may end within a word.
+            memory: what an earlier call has left; reading goes on there.
+            progress: whether to show a bar.
+
+        Raises:
+            UserError: if that is no text, cannot be read, the memory is another model's, or the model keeps the whole
+                text and has no memory.
+        """
+        if self.model.max_segments is not None:
+            raise UserError(
+                f"{type(self.model).__name__}: keeps the whole text instead of a memory; call it with texts of at most "
+                f"{self.model.max_segments} segments that end with their questions"
+            )
+        length, device = self.model.text_length, self.head.weight.device
+        state, end, tokens = self.model.initial_state(1), torch.zeros(0, dtype=torch.long), 0
+        if memory is not None:
+            state, end, tokens = self._state(memory), memory.end, memory.tokens
+        for ids in self._tokens(text, progress):
+            end, tokens = torch.cat([end, ids]), tokens + len(ids)
+            # One full segment is left for the end.
+            full = max(0, len(end) // length - 1) * length
+            for segment in end[:full].split(length) if full else ():
+                _, state = self.model.step(Segment(segment[None].to(device)), state)
+            end = end[full:]
+        return Memory([part.cpu() for part in tree.leaves(state)], end, tokens, self._fingerprint())
+
+    def ask(self, memory: Memory, question: str | Sequence[str]) -> str | list[str]:
+        """The answer to a question about what has been read, or the answers to several; the memory stays as it is.
+
+        Raises:
+            UserError: if that is no question, or the memory is another model's.
+        """
+        answers = [best.text for (best,) in self.ranked(memory, question, 1)]
+        return answers[0] if isinstance(question, str) else answers
+
+    @torch.no_grad()
+    def ranked(self, memory: Memory, question: str | Sequence[str], top_k: int = 5) -> list[list[Answer]]:
+        """For each question the likeliest answers, at most so many, likeliest first.
+
+        Raises:
+            UserError: if that is no question, or the memory is another model's.
+        """
+        if top_k < 1:
+            raise UserError(f"top_k={top_k}: asks for no answer; give 1 or more")
+        questions = _texts("question", question)
+        state, end = self._state(memory), memory.end
+        rows = [torch.cat([end, torch.tensor(ids, dtype=torch.long)]) for ids in token_ids(self._tokenizer, questions)]
+        scores = [self._no_scores()]
+        for start in range(0, len(rows), _AT_ONCE):
+            some = rows[start : start + _AT_ONCE]
+            scores.append(self._score(some, tree.repeat(state, len(some))))
+        found = torch.cat(scores).float().softmax(dim=1).topk(min(top_k, len(self.answers)), dim=1)
+        return [
+            [Answer(self.answers[best], share) for best, share in zip(*row, strict=True)]
+            for row in zip(found.indices.tolist(), found.values.tolist(), strict=True)
+        ]
+
+    @property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
         assert self.model.tokenizer is not None
-        rows = self.model.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        ids = [torch.tensor(row, dtype=torch.long, device=self.head.weight.device) for row in rows]
-        mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
-        return self.head(self.model.encode(pad_sequence(ids, batch_first=True), mask))
+        return self.model.tokenizer
+
+    def _score(self, rows: list[Tensor], state: Any) -> Tensor:
+        """(B, C) after rows of token ids of any length, read from a state on."""
+        rows = [ids.long().to(self.head.weight.device) for ids in rows]
+        mask = pad_sequence([torch.ones_like(ids) for ids in rows], batch_first=True)
+        for end in self.model.read(pad_sequence(rows, batch_first=True), mask, state):  # noqa: B007
+            pass
+        summary = self.model.readout(end.hidden, end.segment)
+        scores: Tensor = self.head(summary.to(self.head.weight.dtype))
+        return scores
+
+    def _no_scores(self) -> Tensor:
+        return self.head.weight.new_zeros(0, len(self.answers))
+
+    def _tokens(self, text: Text, progress: bool) -> Iterator[Tensor]:
+        """The tokens of a text, piece by piece, as if it were tokenized at once."""
+        for number, piece in enumerate(_whole_words(_pieces(text, progress))):
+            # The first one stands where a text begins, the others behind what was before.
+            ids = (
+                [ids for ids, _ in encode(self._tokenizer, [piece])]
+                if number
+                else self._tokenizer([piece], **_PLAIN)["input_ids"]
+            )
+            yield torch.tensor(ids[0], dtype=torch.long)
+
+    def _state(self, memory: Memory) -> Any:
+        """The state that a memory holds, on this device and in this precision."""
+        if memory.model != self._fingerprint():
+            raise UserError("memory: was read by another model; read the text again with this one")
+        first = self.model.initial_state(1)
+        parts = zip(memory.state, tree.leaves(first), strict=True)
+        return tree.rebuild(first, [part.to(like.device, like.dtype) for part, like in parts])
+
+    def _fingerprint(self) -> str:
+        """Tells weights apart, by a few numbers of each, whatever precision they are in."""
+        content = hashlib.sha256()
+        for name, weight in self.named_parameters():
+            some = weight.detach().flatten()[:8].to("cpu", torch.bfloat16).float()
+            content.update(f"{name} {tuple(weight.shape)} {some.tolist()}".encode())
+        return content.hexdigest()[:16]
 
     def _save_pretrained(self, save_directory: Path) -> None:
         self.model.save_pretrained(save_directory)
@@ -108,3 +290,67 @@ class Answerer(nn.Module, ModelHubMixin, library_name="rmt_lightning"):
                 head = nn.Linear(model.width, len(answers))
                 head.load_state_dict({name: file.get_tensor(name) for name in ("weight", "bias")})
             return cls(model, head, answers).eval()
+
+
+def _texts(name: str, given: str | Sequence[str]) -> list[str]:
+    """Texts as a list, of a single one too."""
+    if isinstance(given, str):
+        given = [given]
+    elif isinstance(given, Iterable) and not isinstance(given, Mapping | Set):
+        # Those have no order that answers could keep.
+        given = list(given)
+    if not _are_texts(given):
+        raise UserError(f"{name}: give a text, or a list of texts")
+    for text in given:
+        _check_letters(name, text)
+    return list(given)
+
+
+def _are_texts(given: Any) -> bool:
+    return isinstance(given, list | tuple) and all(isinstance(text, str) for text in given)
+
+
+def _check_letters(name: str, text: str) -> None:
+    if _HALF.search(text):
+        raise UserError(f"{name}: hold half of a surrogate pair, which stands for no letter; leave it out")
+
+
+def _pieces(text: Text, progress: bool) -> Iterator[str]:
+    """A text in pieces, with a bar if that is wanted."""
+    if isinstance(text, Path):
+        try:
+            with bar.open(
+                text, "r", encoding="utf-8", description="reading", disable=not progress, transient=True
+            ) as file:
+                yield from iter(lambda: file.read(_CHARACTERS), "")
+        except OSError as error:
+            raise UserError(f"{text}: cannot be read ({error.strerror}); give the path of a text") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{text}: is no text in UTF-8; convert it first") from None
+        return
+    if isinstance(text, bytes) or not isinstance(text, Iterable):
+        raise UserError(f"text: is a {type(text).__name__}; give a text, a Path, or pieces of a text")
+    pieces = [text[at : at + _CHARACTERS] for at in range(0, len(text), _CHARACTERS)] if isinstance(text, str) else text
+    for piece in bar.track(pieces, "reading", disable=not progress, transient=True):
+        if not isinstance(piece, str):
+            raise UserError(f"text: holds a {type(piece).__name__} among its pieces; give texts")
+        _check_letters("text", piece)
+        yield piece
+
+
+def _whole_words(pieces: Iterable[str]) -> Iterator[str]:
+    """The same text in pieces of some length, each but the first of which begins with white space."""
+    kept: list[str] = []
+    length = 0
+    for piece in pieces:
+        kept.append(piece)
+        length += len(piece)
+        if length < _CHARACTERS:
+            continue
+        whole = "".join(kept)
+        # Behind the last word; of text without spaces, anywhere.
+        stop = max((place for place, _ in enumerate(whole) if whole[place].isspace()), default=0) or len(whole)
+        yield whole[:stop]
+        kept, length = [whole[stop:]], len(whole) - stop
+    if rest := "".join(kept):
+        yield rest

@@ -22,7 +22,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.tasks.corpus import Corpus, Reader, token_ids
+from rmt_lightning.core.tokens import token_ids
+from rmt_lightning.tasks.corpus import Corpus, Reader
 from rmt_lightning.tasks.facts import Example, Finite, Split, Task
 from rmt_lightning.tasks.noise import SPLITS
 

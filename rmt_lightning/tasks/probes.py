@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from rmt_lightning.tasks.corpus import token_ids
+from rmt_lightning.core.tokens import token_ids
 from rmt_lightning.tasks.facts import PEOPLE, PLACES, VERBS, Detect, Example, Finite, Split, Task, pick
 from rmt_lightning.tasks.noise import split_of
 from rmt_lightning.tasks.prose import WORDS, written

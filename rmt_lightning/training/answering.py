@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.tokens import token_ids
 from rmt_lightning.models import state as tree
 from rmt_lightning.models.segment_model import Reading, SegmentModel
-from rmt_lightning.tasks.corpus import token_ids
 from rmt_lightning.tasks.datamodule import FactBatch
 from rmt_lightning.training.module import SegmentModule
 from rmt_lightning.training.phases.phase import Outcome, Phases

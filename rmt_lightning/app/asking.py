@@ -1,0 +1,88 @@
+"""What the ask door does: reads a text, answers questions about it, and keeps what is remembered."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from omegaconf import DictConfig
+from rich import get_console
+
+from rmt_lightning.app.build import find_device
+from rmt_lightning.core.errors import UserError
+from rmt_lightning.models.answerer import Answer, Answerer, Memory
+
+
+def ask(config: DictConfig) -> None:
+    """Read what is to be read, save what is remembered, and answer.
+
+    Raises:
+        UserError: if there is nothing to read or to do, or something cannot be read or written.
+    """
+    if config.text is None and config.memory is None:
+        raise UserError("text: is missing; give text=<file>, text=- for what is piped in, or memory=<file>")
+    if config.question is not None and config.questions is not None:
+        raise UserError("questions: question= is given too; leave one of them out")
+    typed = config.question is None and config.questions is None
+    if typed and config.save is None and not _at_terminal(config):
+        raise UserError("question: is missing; give question=…, questions=<file>, or save=<file>")
+    questions = None if typed else _questions(config)
+    if config.save is not None and not (parent := Path(config.save).absolute().parent).is_dir():
+        raise UserError(f"save={config.save}: there is no folder {parent}; make it, or choose another place")
+    device, _ = find_device(config.device)
+    answerer = Answerer.from_pretrained(config.folder).to(device)
+    memory = None if config.memory is None else Memory.load(config.memory)
+    if config.text is not None or memory is None:
+        text = sys.stdin if config.text == "-" else Path(config.text)
+        memory = answerer.read(text, memory, progress=get_console().is_terminal)
+    if config.save is not None:
+        _save(memory, config.save)
+    for question in _from_terminal() if questions is None and _at_terminal(config) else questions or ():
+        (best,) = answerer.ranked(memory, question, config.top_k)
+        print(_told(question, best))
+
+
+def _at_terminal(config: DictConfig) -> bool:
+    """Whether somebody is there who can be asked for questions."""
+    return config.text != "-" and sys.stdin is not None and sys.stdin.isatty()
+
+
+def _questions(config: DictConfig) -> list[str]:
+    """The questions that are given, each as it stands."""
+    if config.questions is None:
+        return [config.question] if isinstance(config.question, str) else list(config.question)
+    try:
+        lines = Path(config.questions).read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise UserError(f"questions={config.questions}: cannot be read ({error.strerror}); give a file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"questions={config.questions}: is no text in UTF-8; convert it first") from None
+    questions = [line.strip() for line in lines if line.strip()]
+    if not questions:
+        raise UserError(f"questions={config.questions}: holds no question; write one in each line")
+    return questions
+
+
+def _from_terminal() -> Iterator[str]:
+    """Questions as they are typed, until there are no more."""
+    while True:
+        try:
+            question = input("question (Ctrl-D ends): ").strip()
+        except EOFError:
+            print()
+            return
+        if question:
+            yield question
+
+
+def _save(memory: Memory, place: str) -> None:
+    try:
+        memory.save(place)
+    except OSError as error:
+        raise UserError(f"save={place}: cannot be written ({error.strerror}); choose another place") from None
+    print(f"{place} holds what is remembered of {memory.tokens:,} tokens; memory={place} reads on, or asks it")
+
+
+def _told(question: str, best: list[Answer]) -> str:
+    return f"{question} → " + ", ".join(f"{answer.text} ({answer.probability:.1%})" for answer in best)
