@@ -5,6 +5,7 @@ from .analysis.perplexity import DocumentTest as DocumentTest
 from .core.errors import UserError as UserError
 from .models.answerer import Answerer as Answerer
 from .models.answerer import Memory as Memory
+from .models.armt import ARMT as ARMT
 from .models.baselines.full_attention import FullAttention as FullAttention
 from .models.baselines.lstm import LSTM as LSTM
 from .models.baselines.memory_network import MemoryNetwork as MemoryNetwork

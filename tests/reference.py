@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BertModel, PreTrainedModel
 
 
@@ -101,6 +101,90 @@ def read_causal_text(
         output, written = read_causal_segment(gpt, text[start : start + text_length], memory, free)
         memory = update(written, memory)
     return output, memory
+
+
+def dpfp3(x: Tensor) -> Tensor:
+    """Schlag et al. (arXiv 2102.11174), section 3.3, of u = [relu(x), relu(-x)]: all u_i u_(i-j) for j = 1, 2, 3."""
+    u = [value.clamp(min=0) for value in x] + [(-value).clamp(min=0) for value in x]
+    return torch.stack([u[i] * u[(i - by) % len(u)] for by in (1, 2, 3) for i in range(len(u))])
+
+
+class Associations:
+    """One head of a layer of ARMT (arXiv 2407.04841), section 3: what stands in its A and z, for one row.
+
+    With `z=False` keys have length 1, and the step of each is shared by those that are alike.
+    """
+
+    def __init__(self, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_beta: Tensor, b_beta: Tensor, z: bool) -> None:
+        self.w_q, self.w_k, self.w_v, self.w_beta, self.b_beta = w_q, w_k, w_v, w_beta, b_beta
+        size = 6 * len(w_k)
+        self.A = torch.zeros(size, len(w_v), dtype=w_v.dtype)
+        self.z = torch.zeros(size, dtype=w_v.dtype) if z else None
+        self.first = True
+
+    def phi(self, x: Tensor) -> Tensor:
+        return dpfp3(x) if self.z is not None else dpfp3(x) / dpfp3(x).norm()
+
+    def find(self, key: Tensor) -> Tensor:
+        return key @ self.A / (key @ self.z + 1e-5) if self.z is not None else key @ self.A
+
+    def read(self, h: Tensor) -> Tensor:
+        return torch.zeros(len(self.w_v), dtype=h.dtype) if self.first else self.find(self.phi(self.w_q @ h))
+
+    def write(self, rows: list[Tensor]) -> None:
+        keys = [self.phi(self.w_k @ o) for o in rows]
+        A, z = self.A, self.z
+        for k, o in zip(keys, rows, strict=True):
+            beta = 1 / (1 + (-(self.w_beta @ o + self.b_beta)).exp())
+            before = 0.0 if self.first else self.find(k)
+            if self.z is None:
+                beta = beta / (sum(k @ other for other in keys) + 1e-5)
+            else:
+                gamma = 1 - (k @ self.z + 1e-5) / (k @ k + 1e-5)
+                z = z + (1.0 if self.first else gamma.clamp(0, 1).detach()) * k
+            A = A + beta * torch.outer(k, self.w_v @ o - before)
+        self.A, self.z, self.first = A, z, False
+
+    def cut(self) -> None:
+        self.A, self.z = self.A.detach(), None if self.z is None else self.z.detach()
+
+
+def read_in_layers(
+    model: PreTrainedModel, layers: Sequence[nn.Module], rows: list[Tensor], before: Callable, after: Callable
+) -> Tensor:
+    """Run a model on rows, each layer on what `before` makes of them; `after` is told what the layer makes of them."""
+
+    def enter(number: int) -> Callable:
+        return lambda _layer, given: (torch.stack(before(number, list(given[0][0])))[None], *given[1:])
+
+    def leave(number: int) -> Callable:
+        return lambda _layer, _given, made: after(number, list((made[0] if isinstance(made, tuple) else made)[0]))
+
+    hooks = [layer.register_forward_pre_hook(enter(number)) for number, layer in enumerate(layers)]
+    hooks += [layer.register_forward_hook(leave(number)) for number, layer in enumerate(layers)]
+    output = model(inputs_embeds=torch.stack(rows)[None]).last_hidden_state[0]
+    for hook in hooks:
+        hook.remove()
+    return output
+
+
+def read_associative_segment(
+    model: PreTrainedModel,
+    layers: Sequence[nn.Module],
+    rows: list[Tensor],
+    memory: slice,
+    heads: list[list[Associations]],
+) -> Tensor:
+    """ARMT, section 3, one row: all rows read, and what each layer makes of the memory's rows is written to it."""
+
+    def read(number: int, rows: list[Tensor]) -> list[Tensor]:
+        return [h + torch.cat([head.read(h) for head in heads[number]]) for h in rows]
+
+    def write(number: int, rows: list[Tensor]) -> None:
+        for head in heads[number]:
+            head.write(rows[memory])
+
+    return read_in_layers(model, layers, rows, read, write)
 
 
 def ask_memory(words: Tensor, ages: Tensor, sentences: list[list[int]], question: list[int]) -> Tensor:

@@ -116,12 +116,23 @@ def test_built(task: str, cache: Path) -> None:
     assert recipe.module(batch.input_ids).shape == (32, 6)
 
 
-@pytest.mark.parametrize(("model", "answer"), [*((model, "classify") for model in MODELS), ("rmt_decoder", "generate")])
+CAUSAL = ("rmt_decoder classify", "rmt_decoder generate", "armt classify", "armt generate")
+
+
+@pytest.mark.parametrize(
+    ("model", "answer", "backbone"),
+    [
+        *((model, "classify", "tiny_roformer") for model in MODELS if model != "rmt_decoder"),
+        *((*choice.split(), "tiny_gpt") for choice in CAUSAL),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:.*self.log.*")
-def test_one_segment_uses_all_weights(model: str, answer: str, cache: Path) -> None:
+def test_one_segment_uses_all_weights(model: str, answer: str, backbone: str, cache: Path) -> None:
     """DDP waits for the gradient of every weight, and the first stage has no second segment to use them in."""
-    backbone = ["backbone=tiny_gpt"] if model == "rmt_decoder" else []
-    config = compose(f"model={model}", f"answer={answer}", *backbone, *BUILT, "data.batch_size=2", f"cache_dir={cache}")
+    # A choice of a model may bring a backbone of its own.
+    backbones = [f"backbone={backbone}"] if backbone == "tiny_gpt" else []
+    words = [f"model={model}", f"answer={answer}", *backbones, "data.batch_size=2", f"cache_dir={cache}"]
+    config = compose(*words, *BUILT)
     recipe = build_recipe(config)
     recipe.phases.prepare(recipe.module, recipe.data)
     recipe.module.training_step(next(iter(recipe.data.train_dataloader())), 0)["loss"].backward()

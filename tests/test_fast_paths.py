@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import AutoModel
 
-from rmt_lightning import RMTDecoder, RMTEncoder, Segment, TinyGPT, TransformerXL
+from rmt_lightning import ARMT, RMTDecoder, RMTEncoder, Segment, TinyGPT, TransformerXL
 from rmt_lightning.models import bert
 from rmt_lightning.models.encoder import Encoder
-from rmt_lightning.models.memory import MemoryTokens
 from rmt_lightning.models.recurrence import unroll
+from rmt_lightning.models.segment_model import WordModel
 from rmt_lightning.training.callbacks import hardware
 from rmt_lightning.training.callbacks.hardware import multiply_fast
 from rmt_lightning.training.optimization import WarmupDecay
@@ -130,15 +130,17 @@ def test_products_are_as_exact_as_before(monkeypatch: pytest.MonkeyPatch) -> Non
         torch.set_float32_matmul_precision("highest")
 
 
-def reads_in_training(kind: str, tokenizer: PreTrainedTokenizerBase) -> MemoryTokens[Any]:
+def reads_in_training(kind: str, tokenizer: PreTrainedTokenizerBase) -> WordModel[Any]:
     """A small model with dropout off and random weights everywhere, in double precision."""
     torch.manual_seed(0)
     backbone = TinyGPT(vocabulary_size=200, width=16, layers=2, heads=2)
-    model: MemoryTokens[Any] = {
+    model: WordModel[Any] = {
         "encoder": lambda: RMTEncoder(make("bert", tokenizer), 20, 3),
         "electra": lambda: RMTEncoder(make("electra", tokenizer), 20, 3),
         "decoder": lambda: RMTDecoder(backbone.decoder(tokenizer), 20, 3),
         "transformer_xl": lambda: TransformerXL(tokenizer, 20, 16, 2, 2, 8, 3),
+        "armt": lambda: ARMT(make("electra", tokenizer), 20, 3),
+        "causal armt": lambda: ARMT(backbone.decoder(tokenizer), 20, 3),
     }[kind]()
     for weight in model.parameters():
         nn.init.normal_(weight, std=0.3)
@@ -147,7 +149,7 @@ def reads_in_training(kind: str, tokenizer: PreTrainedTokenizerBase) -> MemoryTo
 
 @pytest.mark.parametrize("bptt_depth", [-1, 1])
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
-@pytest.mark.parametrize("kind", ["encoder", "electra", "decoder", "transformer_xl"])
+@pytest.mark.parametrize("kind", ["encoder", "electra", "decoder", "transformer_xl", "armt", "causal armt"])
 def test_words_are_looked_up_once(
     kind: str, padded: bool, bptt_depth: int, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,7 +89,7 @@ def test_the_parts_make_the_whole(name: str, dtype: torch.dtype, tokenizer: PreT
 
 
 def test_only_the_embedding_is_computed(tokenizer: PreTrainedTokenizerBase) -> None:
-    backbone = make("bert", tokenizer)
+    backbone = make("distilbert", tokenizer)
     ran: list[str] = []
     for name, module in backbone.named_modules():
         if not list(module.children()):
@@ -100,7 +100,7 @@ def test_only_the_embedding_is_computed(tokenizer: PreTrainedTokenizerBase) -> N
     parts = backbone.apart(embeddings, mask)
     assert ran and all(name.startswith("model.embeddings.") for name in ran)
     with pytest.raises(RuntimeError, match="a fault in the middle"):
-        broken = backbone.model.encoder.layer[0].register_forward_pre_hook(fail)
+        broken = backbone.model.transformer.layer[0].register_forward_pre_hook(fail)
         backbone.apart(embeddings, mask)
     broken.remove()
     assert parts.steps[1](parts.steps[0](parts.hidden)).shape == backbone(embeddings, mask).shape

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from rmt_lightning.models import state as tree
+from rmt_lightning.models.armt import Association
 from rmt_lightning.models.baselines.lstm import LSTMState
 from rmt_lightning.models.baselines.memory_network import Sentences
 from rmt_lightning.models.baselines.ntm import Machine
+from rmt_lightning.models.layer_memory import LayerState
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.transformer_xl import XLState
 
@@ -29,11 +31,12 @@ def make(kind: str, size: int, seed: int = 0) -> Any:
         "sentences": lambda: Sentences(new(3, 2, 4), counts),
         "transformer-xl": lambda: XLState((new(3, 4), new(3, 4)), counts, new(2, 4)),
         "text": lambda: Segment(counts[:, None].repeat(1, 3)),  # its mask is None
+        "associations": lambda: LayerState((Association(new(1, 6, 2), new(1, 6)), Association(new(1, 6, 2), None))),
         "layers": lambda: ((new(2), new(3)), [new(4)], {"age": counts}),
     }[kind]()
 
 
-KINDS = ("memory", "lstm", "ntm", "sentences", "transformer-xl", "text", "layers")
+KINDS = ("memory", "lstm", "ntm", "sentences", "transformer-xl", "associations", "text", "layers")
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from test_decoder import CONFIGS, WINDOWED
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from rmt_lightning.models import state as tree
+from rmt_lightning.models.armt import ARMT
 from rmt_lightning.models.decoder import Decoder, SegmentCache
 from rmt_lightning.models.generation import _CachedPen, _Pen, _pen, generate, read
 from rmt_lightning.models.rmt import RMTDecoder
@@ -18,7 +21,8 @@ from rmt_lightning.models.transformer_xl import TransformerXL
 from rmt_lightning.models.update import Gated
 
 S = 7
-Make = Callable[..., RMTDecoder]
+Model = RMTDecoder | ARMT
+Make = Callable[..., Any]
 # These normalize in single precision, whatever the precision of the rest.
 SINGLE = ("llama", "qwen2", "qwen3", "mistral", "phi3", "gemma3_text", "qwen2 windowed")
 WIDE = {**CONFIGS, **copy.deepcopy(WINDOWED)}
@@ -29,10 +33,13 @@ for config in WIDE.values():
 
 @pytest.fixture
 def make(tokenizer: PreTrainedTokenizerBase) -> Make:
-    def make(kind: str = "gpt2", memory_size: int = 3, whole: bool = False, **options: object) -> RMTDecoder:
+    def make(
+        kind: str = "gpt2", memory_size: int = 3, whole: bool = False, of: type = RMTDecoder, **options: Any
+    ) -> Model:
         torch.manual_seed(0)
         gpt = AutoModelForCausalLM.from_config(copy.deepcopy((WINDOWED if whole else WIDE)[kind]))
-        model = RMTDecoder(Decoder(gpt, tokenizer), S + 2 * memory_size, memory_size, **options)
+        beside = memory_size if of is ARMT else 2 * memory_size
+        model = of(Decoder(gpt, tokenizer), S + beside, memory_size, **options)
         for weight in model.parameters():
             nn.init.normal_(weight, std=0.3)
         return model.double().eval()
@@ -56,10 +63,10 @@ def follow(pen: _Pen | _CachedPen, words: Tensor, ends: Tensor) -> list[Tensor]:
         scores.append(pen.scores())
         pen.write(words[:, number, None], (number < ends).long()[:, None])
     scores.append(pen.scores())
-    return [*scores, *(pen.stream.state if pen.stream.state.numel() else ())]
+    return [*scores, *(leaf for leaf in tree.leaves(pen.stream.state) if leaf.numel())]
 
 
-def assert_same(model: RMTDecoder, precision: float) -> None:
+def assert_same(model: Model, precision: float) -> None:
     words, ends = torch.randint(5, 600, (6, 3 * S)), torch.tensor([3 * S, 2 * S + 2, 3 * S, 9, 3 * S, 1])
     with torch.no_grad():
         stream = read(model, *ragged())
@@ -85,6 +92,13 @@ def test_causal_memory(make: Make, kind: str) -> None:
     assert_same(make(kind, memory_attention="causal"), 1e-5 if kind in SINGLE else 1e-10)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "llama", "gemma3_text"])
+def test_memory_in_every_layer(make: Make, kind: str) -> None:
+    model = make(kind, of=ARMT, key_size=6)
+    assert_same(model, 1e-5 if kind in SINGLE else 1e-10)
+    assert_same(model.float(), 1e-4)
+
+
 def test_without_memory(make: Make) -> None:
     assert_same(make(memory_size=0), 1e-10)
 
@@ -95,16 +109,20 @@ def test_bfloat16_autocast(make: Make) -> None:
         assert_same(model, 0.05)
 
 
-@pytest.mark.parametrize("stops", [(), range(5, 300, 7)])
-def test_words(make: Make, stops: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    model, (ids, mask) = make("gpt_neox"), ragged()
+@pytest.mark.parametrize("of", [RMTDecoder, ARMT])
+@pytest.mark.parametrize("stopping", [False, True])
+def test_words(make: Make, of: type, stopping: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (ids, mask) = make("gpt_neox", of=of), ragged()
+    written = generate(model, ids, 2, mask).input_ids
+    # Some rows end before others.
+    stops = written[:, 0].unique()[:1].tolist() if stopping else ()
     quick = generate(model, ids, 4 * S, mask, stop_tokens=stops)
     again = generate(model, ids[:, :0], S, stream=quick.stream, temperature=1.0, generator=torch.manual_seed(0))
-    monkeypatch.setattr(RMTDecoder, "open_segment", lambda _model: None)
+    monkeypatch.setattr(of, "open_segment", lambda _model: None)
     plain = generate(model, ids, 4 * S, mask, stop_tokens=stops)
     assert torch.equal(quick.input_ids, plain.input_ids)
     assert torch.equal(quick.attention_mask, plain.attention_mask)
-    assert len(set(quick.attention_mask.sum(dim=1).tolist())) > 1 or not stops
+    assert len(set(quick.attention_mask.sum(dim=1).tolist())) > 1 or not stopping
     expected = generate(model, ids[:, :0], S, stream=plain.stream, temperature=1.0, generator=torch.manual_seed(0))
     assert torch.equal(again.input_ids, expected.input_ids)
     torch.testing.assert_close(again.stream, expected.stream)

@@ -82,7 +82,7 @@ class Transformer(nn.Module, ABC):
         with tried(self.model):
             try:
                 self._check_vocabulary()
-                fault = self._fault(self._some_words(min(12, self.max_positions)))
+                fault = self._fault(self.some_words(min(12, self.max_positions)))
             except UserError:
                 raise
             except Exception as error:  # families fail in ways of their own
@@ -94,7 +94,7 @@ class Transformer(nn.Module, ABC):
     def _fault(self, words: Tensor) -> str | None:
         """What is wrong with the model, if anything is; `words` are two rows of ids (2, N), alike nowhere."""
 
-    def _some_words(self, length: int) -> Tensor:
+    def some_words(self, length: int) -> Tensor:
         """Two rows of ids without special ones (2, length), drawn at random; no word stands in both."""
         config, tokenizer = self.model.config, self.tokenizer
         special = {*tokenizer.all_special_ids, *(getattr(config, f"{name}_token_id", None) for name in _SPECIAL)}
@@ -132,9 +132,14 @@ class Transformer(nn.Module, ABC):
         return cast(nn.Embedding, self.model.get_input_embeddings())
 
     @property
-    def width(self) -> int:
-        """D."""
+    def layer_width(self) -> int:
+        """That of the layers."""
         return int(self.model.config.hidden_size)
+
+    @property
+    def width(self) -> int:
+        """D, that of what is made of a text."""
+        return self.layer_width
 
     @property
     def embedding_width(self) -> int:
@@ -152,6 +157,11 @@ class Transformer(nn.Module, ABC):
         known = getattr(self.model.config, "max_position_embeddings", None)
         # Families whose positions are relative have no such number, or -1, as XLNet does.
         return sys.maxsize if known is None or known < 0 else int(known)
+
+    @property
+    def untied(self) -> list[nn.Parameter]:
+        """The parameters that only words are read off with."""
+        return []
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Word embeddings, before positions are added: (B, N) -> (B, N, E)."""
@@ -199,17 +209,18 @@ class Transformer(nn.Module, ABC):
         """
         if self._in_tuples is None:
             self._try_apart(*inputs)
-        return self._apart(*inputs)
+        return self._apart(lambda: self._whole(*inputs))
 
-    def _apart(self, *inputs: Any) -> Layers:
+    def _apart(self, run: Callable[[], Tensor]) -> Layers:
+        """The parts of any forward pass."""
         layers = self._layers()
         with self._skipped(layers) as calls:
-            self._whole(*inputs)
+            run()
 
         def finish(hidden: Tensor) -> Tensor:
             finished: list[Tensor] = []
             with self._skipped(layers, hidden):
-                finished.append(self._whole(*inputs))
+                finished.append(run())
             return finished[0]
 
         return Layers(calls[0].hidden, tuple(calls), finish)
@@ -232,7 +243,7 @@ class Transformer(nn.Module, ABC):
             whole = self._whole(*inputs)
             hook.remove()
             self._in_tuples = isinstance(made[0], tuple)
-            parts = self._apart(*inputs)
+            parts = self._apart(lambda: self._whole(*inputs))
             hidden = parts.hidden
             for step in parts.steps:
                 hidden = step(hidden)

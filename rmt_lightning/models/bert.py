@@ -1,4 +1,4 @@
-"""The layers of BERT and its relatives, of the last of which only those rows are computed that are read.
+"""The layers of BERT and its relatives, of the last of which only those rows need be computed that are read.
 
 What a segment leaves behind stands in a few rows: its memory, and [CLS], where answers are read. Nobody reads what the
 last layer would make of the text, and memory and [CLS] do not depend on it.
@@ -9,6 +9,8 @@ width of the hidden states, H heads, K width of a head.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,6 +48,17 @@ def last_states(model: Any, embeddings: Tensor, mask: Tensor | None, rows: int |
     Returns:
         (B, R, D).
     """
+    hidden, layers = parts(model, embeddings, mask)
+    for layer in layers[:-1]:
+        hidden = layer(hidden)
+    return layers[-1](hidden, rows)
+
+
+def parts(model: Any, embeddings: Tensor, mask: Tensor | None) -> tuple[Tensor, list[Callable[..., Tensor]]]:
+    """What the first layer is given, and the layers: (B, N, D) and R, or None for N -> (B, R, D).
+
+    Arguments as of `last_states`.
+    """
     hidden = model.embeddings(inputs_embeds=embeddings)
     if hasattr(model, "embeddings_project"):
         hidden = model.embeddings_project(hidden)
@@ -53,10 +66,11 @@ def last_states(model: Any, embeddings: Tensor, mask: Tensor | None, rows: int |
     turns = None
     if hasattr(model.encoder, "embed_positions"):
         turns = model.encoder.embed_positions(hidden.shape[:-1]).to(hidden.dtype)
-    *layers, last = model.encoder.layer
-    for layer in layers:
-        hidden = _layer(layer, hidden, hidden, seen, turns)
-    return _layer(last, hidden[:, :rows], hidden, seen, turns)
+
+    def run(layer: Any, hidden: Tensor, rows: int | None = None) -> Tensor:
+        return _layer(layer, hidden[:, :rows], hidden, seen, turns)
+
+    return hidden, [partial(run, layer) for layer in model.encoder.layer]
 
 
 def _layer(layer: Any, read: Tensor, hidden: Tensor, seen: Tensor | None, turns: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Cache, PreTrainedConfig, PreTrain
 from transformers.masking_utils import create_masks_for_generate
 
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.models.backbone import DECODERS, UNREAL, Transformer, alike, inside, tried
+from rmt_lightning.models.backbone import DECODERS, UNREAL, Layers, Transformer, alike, inside, tried
 
 
 class SegmentCache(Cache):
@@ -145,7 +145,7 @@ class Decoder(Transformer):
 
     @property
     def untied(self) -> list[nn.Parameter]:
-        """The parameters that only `logits` uses: none if words are read off with the embeddings that write them."""
+        """Those that only `logits` uses: none if words are read off with the embeddings that write them."""
         return [weight for weight in self._to_words.parameters() if weight is not self._words.weight]
 
     def forward(self, embeddings: Tensor, visible: Tensor, position_ids: Tensor, text: slice) -> Tensor:
@@ -182,7 +182,7 @@ class Decoder(Transformer):
         return self._in_pieces[size]
 
     def _try_pieces(self, size: int) -> bool:
-        words = self._some_words(6)
+        words = self.some_words(6)
         # The last one stands at the end, for there are rotations that depend on how far a text reaches.
         places, seen = (words.new_tensor([x, x]) for x in ((0, 1, 2, 3, 4, size - 1), (2, 2, 3, 4, 5, 5)))
         # Families fail in ways of their own.
@@ -209,6 +209,13 @@ class Decoder(Transformer):
         Returns:
             (B, N, D).
         """
+        return self._piece(embeddings, position_ids, seen, cache)
+
+    def go_on_apart(self, embeddings: Tensor, position_ids: Tensor, seen: Tensor, cache: SegmentCache) -> Layers:
+        """The parts of `go_on`; what has been read by `apart` before tells whether there are any."""
+        return self._apart(lambda: self._piece(embeddings, position_ids, seen, cache))
+
+    def _piece(self, embeddings: Tensor, position_ids: Tensor, seen: Tensor, cache: SegmentCache) -> Tensor:
         cache.places, cache.end = position_ids, int(seen.max())
         visible = torch.arange(cache.end, device=seen.device) < seen[..., None]
         hidden: Tensor = self.model.base_model(

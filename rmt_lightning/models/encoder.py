@@ -16,7 +16,7 @@ from transformers.masking_utils import create_bidirectional_mask, create_bidirec
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.models import bert
-from rmt_lightning.models.backbone import ENCODERS, SPARSE, UNREAL, Transformer, alike, inside
+from rmt_lightning.models.backbone import ENCODERS, SPARSE, UNREAL, Layers, Transformer, alike, inside
 
 # They tell of padding to whole windows and blocks, which changes nothing.
 logging.getLogger(LongformerModel.__module__).setLevel(logging.ERROR)
@@ -120,6 +120,12 @@ class Encoder(Transformer):
         if bert.known(self.model):
             return bert.last_states(self.model, embeddings, attention_mask, rows)
         return self._whole(embeddings, attention_mask, memory)[:, :rows]
+
+    def apart(self, embeddings: Tensor, attention_mask: Tensor | None, memory: slice = slice(0)) -> Layers:
+        if bert.known(self.model):
+            hidden, layers = bert.parts(self.model, embeddings, attention_mask)
+            return Layers(hidden, tuple(layers), lambda hidden: hidden)
+        return super().apart(embeddings, attention_mask, memory)
 
     def _whole(self, embeddings: Tensor, attention_mask: Tensor | None, memory: slice = slice(0)) -> Tensor:
         """(B, N, E), (B, N) -> (B, N, D), as the model itself does it."""

@@ -1,7 +1,7 @@
 """What models with memory tokens have in common: where these stand, and what becomes of them.
 
-Shapes: B batch, S text tokens of a segment, M memory tokens, N tokens beside them, E width of the embeddings, D width
-of the hidden states.
+Shapes: B batch, M memory tokens, N tokens that a layer sees of a segment, L layers, H heads, D width of the hidden
+states.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Generic, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.models.recurrence import Segment, State
-from rmt_lightning.models.segment_model import SegmentModel
+from rmt_lightning.models.recurrence import State
+from rmt_lightning.models.segment_model import WordModel
 from rmt_lightning.models.update import Replace, Update
 
 
@@ -48,7 +47,7 @@ class Layout(NamedTuple):
         return self._replace(blocks=tuple(block for block in self.blocks if block[0] != self.unread), unread="")
 
 
-class MemoryTokens(SegmentModel[State], Generic[State]):
+class MemoryTokens(WordModel[State], Generic[State]):
     """A model whose state is or holds a memory, (B, M, D), which stands among the tokens of the next segment."""
 
     memory: nn.Parameter
@@ -61,26 +60,6 @@ class MemoryTokens(SegmentModel[State], Generic[State]):
     @abstractmethod
     def layout(self, length: int) -> Layout:
         """What a layer sees of a segment with so many tokens of text."""
-
-    @abstractmethod
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """Word embeddings: (B, N) -> (B, N, E)."""
-
-    def tokens(self, segment: Segment) -> Tensor:
-        """The ids of all that stands beside memory in a segment, (B, N); by default its text."""
-        return segment.input_ids
-
-    def looked_up(self, segments: list[Segment]) -> list[Segment]:
-        """Look up the words of all segments at once: the gradient of each look-up is as large as the whole table."""
-        if not torch.is_grad_enabled() or self.gradient_checkpointing:
-            return segments
-        tokens = [self.tokens(segment) for segment in segments]
-        words = self.embed(torch.cat(tokens, dim=1)).split([ids.shape[1] for ids in tokens], dim=1)
-        return [segment._replace(words=found) for segment, found in zip(segments, words, strict=True)]
-
-    def words(self, segment: Segment) -> Tensor:
-        """The embeddings (B, N, E) of a segment's `tokens`."""
-        return self.embed(self.tokens(segment)) if segment.words is None else segment.words
 
     @abstractmethod
     def memory_of(self, state: State) -> Tensor:

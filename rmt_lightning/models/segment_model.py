@@ -1,6 +1,7 @@
 """What every model that reads a text segment by segment has in common.
 
-Shapes: B batch, T segments, S text tokens of a segment, N tokens of a whole text, D width of the hidden states.
+Shapes: B batch, T segments, S text tokens of a segment, N tokens of a whole text, or those looked up of a segment, E
+width of the embeddings, D width of the hidden states.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class SegmentModel(nn.Module, SavedModel, ABC, Generic[State]):
     The state is a value, a tensor or a tree of tensors whose first dimension is the batch, never an attribute.
     To add a model, write its `initial_state` and `read_segment`, and one yaml in conf/model/; `readout` too, if its
     answer is not read at the last token. Its constructor is given what it asks for by name: `encoder`, `decoder`,
-    `tokenizer`. So that the model can be saved, all else that the constructor takes is plain values, `tokenizer` is
-    kept, and `architecture` tells the config of what is inside.
+    either of them as `backbone`, `tokenizer`. So that the model can be saved, all else that the constructor takes is
+    plain values, `tokenizer` is kept, and `architecture` tells the config of what is inside.
 
     Args:
         text_length: S, how much of a segment is text.
@@ -107,6 +108,11 @@ class SegmentModel(nn.Module, SavedModel, ABC, Generic[State]):
     def readout(self, hidden: Tensor, segment: Segment) -> Tensor:
         """What a classifier reads after the last segment, (B, D): by default what stands at each row's last token."""
         return segment.last_token(hidden)
+
+    @property
+    def predicts(self) -> bool:
+        """Whether it is causal, and has `logits`."""
+        return type(self).logits is not SegmentModel.logits
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the token that comes next, if the model is causal: (B, S, D) of `step` -> (B, S, V)."""
@@ -214,6 +220,30 @@ class SegmentModel(nn.Module, SavedModel, ABC, Generic[State]):
         return segments
 
 
+class WordModel(SegmentModel[State], Generic[State]):
+    """A segment model that reads embeddings of words, which can be looked up for all segments at once."""
+
+    @abstractmethod
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Word embeddings: (B, N) -> (B, N, E)."""
+
+    def tokens(self, segment: Segment) -> Tensor:
+        """The ids of all that is looked up of a segment, (B, N); by default its text."""
+        return segment.input_ids
+
+    def looked_up(self, segments: list[Segment]) -> list[Segment]:
+        """Look up the words of all segments at once: the gradient of each look-up is as large as the whole table."""
+        if not torch.is_grad_enabled() or self.gradient_checkpointing:
+            return segments
+        tokens = [self.tokens(segment) for segment in segments]
+        words = self.embed(torch.cat(tokens, dim=1)).split([ids.shape[1] for ids in tokens], dim=1)
+        return [segment._replace(words=found) for segment, found in zip(segments, words, strict=True)]
+
+    def words(self, segment: Segment) -> Tensor:
+        """The embeddings (B, N, E) of a segment's `tokens`."""
+        return self.embed(self.tokens(segment)) if segment.words is None else segment.words
+
+
 def check_weights(key: str, count: int, size: int = 4) -> None:
     """Raise UserError, naming a setting, if so many weights of so many bytes are more than this machine can hold."""
     check_room(f"{key}: its {count:,} weights take", count * size, "make it smaller")
@@ -278,11 +308,16 @@ class LayeredModel(SegmentModel[LayeredState], Generic[LayeredState]):
 
     def read_segment(self, segment: Segment, state: LayeredState) -> tuple[Tensor, LayeredState]:
         hidden, shared = self.enter(segment, state)
-        layers = []
-        for number, before in enumerate(state.layers):
-            hidden, after = self.cell(number, hidden, before, shared)
-            layers.append(after)
-        return self.leave(hidden, tuple(layers), state, shared)
+        hidden, layers = self.through(hidden, state.layers, shared)
+        return self.leave(hidden, layers, state, shared)
+
+    def through(self, hidden: Tensor, layers: tuple[Any, ...], shared: Any) -> tuple[Tensor, tuple[Any, ...]]:
+        """Run all layers, with their states before: what the last one makes, and their states after."""
+        after = []
+        for number, before in enumerate(layers):
+            hidden, left = self.cell(number, hidden, before, shared)
+            after.append(left)
+        return hidden, tuple(after)
 
 
 def touch(hidden: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:

@@ -51,7 +51,7 @@ _CHOICES = {
 def parts_for(
     constructor: Callable[..., Any], backbone: Backbone, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
-    """What a model's constructor asks for by name: an `encoder`, a `decoder`, the `tokenizer`.
+    """What a model's constructor asks for by name: an `encoder`, a `decoder`, either as `backbone`, the `tokenizer`.
 
     Raises:
         UserError: if the backbone is of the other kind.
@@ -63,12 +63,23 @@ def parts_for(
             if not hasattr(backbone, kind):
                 raise UserError(f"backbone: {constructor.__name__} needs {choice}")
             parts[kind] = getattr(backbone, kind)(tokenizer)
+    if "backbone" in asked:
+        parts["backbone"] = getattr(backbone, _kind(backbone))(tokenizer)
     return parts
+
+
+def _kind(backbone: Backbone) -> str:
+    """Whether it is an `encoder` or a `decoder`."""
+    kinds = [kind for kind in _CHOICES if hasattr(backbone, kind)]
+    if len(kinds) == 1:
+        return kinds[0]
+    # transformers would run BERT as a decoder, too.
+    return "encoder" if backbone.config().model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES else "decoder"
 
 
 def reads_backbone(constructor: Callable[..., Any]) -> bool:
     """Whether a model's constructor asks for more of a backbone than its tokenizer."""
-    return not _CHOICES.keys().isdisjoint(inspect.signature(constructor).parameters)
+    return not {*_CHOICES, "backbone"}.isdisjoint(inspect.signature(constructor).parameters)
 
 
 def _usable(loaded: Any) -> Any:

@@ -41,7 +41,7 @@ class FactGenerator(FactModule):
         all_questions: bool = False,
     ) -> None:
         tokenizer = model.tokenizer
-        if tokenizer is None or type(model).logits is SegmentModel.logits:
+        if tokenizer is None or not model.predicts:
             raise UserError(f"answer=generate: {type(model).__name__} cannot write; choose model=rmt_decoder")
         end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
         if end is None:

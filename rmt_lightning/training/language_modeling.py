@@ -60,7 +60,7 @@ class LanguageModeler(SegmentModule):
     def __init__(
         self, model: SegmentModel[Any], phases: Phases | None = None, metrics: Mapping[str, Metric] | None = None
     ) -> None:
-        if type(model).logits is SegmentModel.logits:
+        if not model.predicts:
             raise UserError(
                 f"task=language_modeling: a {type(model).__name__} does not predict the next token; choose a causal "
                 "model, such as model=transformer_xl"
