@@ -13,8 +13,10 @@ from .models.baselines.ntm import NeuralTuringMachine as NeuralTuringMachine
 from .models.decoder import Decoder as Decoder
 from .models.encoder import Encoder as Encoder
 from .models.generation import generate as generate
+from .models.prmt import PRMT as PRMT
 from .models.recurrence import Segment as Segment
 from .models.recurrence import unroll as unroll
+from .models.retrieval import RMTRetrieval as RMTRetrieval
 from .models.rmt import RMTDecoder as RMTDecoder
 from .models.rmt import RMTEncoder as RMTEncoder
 from .models.segment_model import SegmentModel as SegmentModel

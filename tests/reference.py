@@ -187,6 +187,38 @@ def read_associative_segment(
     return read_in_layers(model, layers, rows, read, write)
 
 
+def read_parallel_segment(
+    model: PreTrainedModel,
+    layers: Sequence[nn.Module],
+    rows: list[Tensor],
+    memories: list[list[Tensor]],
+    blocks: list[slice],
+) -> Tensor:
+    """PRMT (arXiv 2407.04841), section 3, one row: each layer is given its own memory; the last rows are the next."""
+    size = len(memories[0])
+
+    def read(number: int, rows: list[Tensor]) -> list[Tensor]:
+        for block in blocks:
+            rows[block] = memories[number]
+        return rows
+
+    def write(number: int, rows: list[Tensor]) -> None:
+        memories[number] = rows[blocks[-1]]
+        assert len(memories[number]) == size
+
+    return read_in_layers(model, layers, rows, read, write)
+
+
+def look_back(w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, memory: Tensor, memories: Sequence[Tensor]) -> Tensor:
+    """RMT-R (arXiv 2402.10790), section 4, one row: what is read is the memory, and what it finds in all there were."""
+    tokens, read = [token for one in memories for token in one], []
+    for m in memory:
+        scores = torch.stack([(w_q @ m) @ (w_k @ token) / len(m) ** 0.5 for token in tokens])
+        weights = scores.exp() / scores.exp().sum()
+        read.append(m + w_o @ sum(weight * (w_v @ token) for weight, token in zip(weights, tokens, strict=True)))
+    return torch.stack(read)
+
+
 def ask_memory(words: Tensor, ages: Tensor, sentences: list[list[int]], question: list[int]) -> Tensor:
     """MemN2N (arXiv 1503.08895), sections 2 and 4.1, adjacent: words (V, K + 1, D), ages (I, K + 1, D) -> u (D,)."""
     width = words.shape[2]

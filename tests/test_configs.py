@@ -116,7 +116,14 @@ def test_built(task: str, cache: Path) -> None:
     assert recipe.module(batch.input_ids).shape == (32, 6)
 
 
-CAUSAL = ("rmt_decoder classify", "rmt_decoder generate", "armt classify", "armt generate")
+CAUSAL = (
+    "rmt_decoder classify",
+    "rmt_decoder generate",
+    "armt classify",
+    "armt generate",
+    "prmt generate",
+    "rmt_retrieval generate",
+)
 
 
 @pytest.mark.parametrize(

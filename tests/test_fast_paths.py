@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import AutoModel
 
-from rmt_lightning import ARMT, RMTDecoder, RMTEncoder, Segment, TinyGPT, TransformerXL
+from rmt_lightning import ARMT, PRMT, RMTDecoder, RMTEncoder, RMTRetrieval, Segment, TinyGPT, TransformerXL
 from rmt_lightning.models import bert
 from rmt_lightning.models.encoder import Encoder
 from rmt_lightning.models.recurrence import unroll
@@ -140,6 +140,8 @@ def reads_in_training(kind: str, tokenizer: PreTrainedTokenizerBase) -> WordMode
         "decoder": lambda: RMTDecoder(backbone.decoder(tokenizer), 20, 3),
         "transformer_xl": lambda: TransformerXL(tokenizer, 20, 16, 2, 2, 8, 3),
         "armt": lambda: ARMT(make("electra", tokenizer), 20, 3),
+        "prmt": lambda: PRMT(backbone.decoder(tokenizer), 20, 3),
+        "retrieval": lambda: RMTRetrieval(make("electra", tokenizer), 20, 3),
         "causal armt": lambda: ARMT(backbone.decoder(tokenizer), 20, 3),
     }[kind]()
     for weight in model.parameters():
@@ -149,7 +151,9 @@ def reads_in_training(kind: str, tokenizer: PreTrainedTokenizerBase) -> WordMode
 
 @pytest.mark.parametrize("bptt_depth", [-1, 1])
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
-@pytest.mark.parametrize("kind", ["encoder", "electra", "decoder", "transformer_xl", "armt", "causal armt"])
+@pytest.mark.parametrize(
+    "kind", ["encoder", "electra", "decoder", "transformer_xl", "armt", "causal armt", "prmt", "retrieval"]
+)
 def test_words_are_looked_up_once(
     kind: str, padded: bool, bptt_depth: int, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -78,6 +78,15 @@ def test_written_in_place(kind: str) -> None:
     assert all(torch.equal(part[1:3], row) for part, row in zip(parts, tree.leaves(new), strict=True))
 
 
+def test_what_has_grown_is_filled_up() -> None:
+    rows = torch.tensor([True, False])
+    new, old = (torch.ones(2, 3, 1), torch.ones(2, 3, dtype=torch.bool)), (torch.ones(2, 1, 1), torch.ones(2, 1) > 0)
+    for one, other in ((new, old), (old, new)):
+        values, known = tree.where(rows, one, other)
+        assert values.shape == (2, 3, 1) and torch.equal(values[..., 0] == 1, known)
+        assert sorted(known.sum(dim=1).tolist()) == [1, 3]
+
+
 @every_kind
 def test_the_state_of_each_row_at_a_time_of_its_own(kind: str) -> None:
     states = [make(kind, 3, seed=10 * time) for time in range(4)]

@@ -16,12 +16,13 @@ from rmt_lightning.models import state as tree
 from rmt_lightning.models.armt import ARMT
 from rmt_lightning.models.decoder import Decoder, SegmentCache
 from rmt_lightning.models.generation import _CachedPen, _Pen, _pen, generate, read
+from rmt_lightning.models.prmt import PRMT
 from rmt_lightning.models.rmt import RMTDecoder
 from rmt_lightning.models.transformer_xl import TransformerXL
 from rmt_lightning.models.update import Gated
 
 S = 7
-Model = RMTDecoder | ARMT
+Model = RMTDecoder | ARMT | PRMT
 Make = Callable[..., Any]
 # These normalize in single precision, whatever the precision of the rest.
 SINGLE = ("llama", "qwen2", "qwen3", "mistral", "phi3", "gemma3_text", "qwen2 windowed")
@@ -92,9 +93,12 @@ def test_causal_memory(make: Make, kind: str) -> None:
     assert_same(make(kind, memory_attention="causal"), 1e-5 if kind in SINGLE else 1e-10)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "opt", "llama", "gemma3_text"])
-def test_memory_in_every_layer(make: Make, kind: str) -> None:
-    model = make(kind, of=ARMT, key_size=6)
+@pytest.mark.parametrize("kind", ["opt", "gemma3_text"])
+@pytest.mark.parametrize(
+    ("of", "options"), [(ARMT, {"key_size": 6}), (PRMT, {}), (PRMT, {"memory_attention": "causal"})]
+)
+def test_memory_in_every_layer(make: Make, kind: str, of: type, options: dict[str, Any]) -> None:
+    model = make(kind, of=of, **options)
     assert_same(model, 1e-5 if kind in SINGLE else 1e-10)
     assert_same(model.float(), 1e-4)
 
@@ -109,7 +113,7 @@ def test_bfloat16_autocast(make: Make) -> None:
         assert_same(model, 0.05)
 
 
-@pytest.mark.parametrize("of", [RMTDecoder, ARMT])
+@pytest.mark.parametrize("of", [RMTDecoder, ARMT, PRMT])
 @pytest.mark.parametrize("stopping", [False, True])
 def test_words(make: Make, of: type, stopping: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, (ids, mask) = make("gpt_neox", of=of), ragged()

@@ -29,8 +29,8 @@ class Association(NamedTuple):
     """What a layer remembers. In fp32 or more, whatever hidden states are.
 
     Had it been kept in bf16, what is read would have been off by 0.1% after 1 segment, 0.5% after 100 and 1.5% after
-    10,000 (10 tokens a segment near one of 50 patterns, against fp64; in fp32 never more than 3e-7): each segment rounds
-    all that is there anew, and what is added below 1/256 of a number is dropped.
+    10,000 (10 tokens a segment near one of 50 patterns, against fp64; in fp32 never more than 3e-7): each segment
+    rounds all that is there anew, and what is added below 1/256 of a number is dropped.
 
     Attributes:
         values: (B, H, K, D/H) the A of the paper: what each number of a key stands for.
@@ -183,7 +183,7 @@ class ARMT(LayerMemory):
                 "parts of 2 or more"
             )
         frame = DecoderFrame(read=0, written=memory_size, free=False)
-        super().__init__(backbone, segment_length, memory_size, frame, bptt_depth, gradient_checkpointing)
+        super().__init__(backbone, segment_length, frame, bptt_depth, gradient_checkpointing)
         # They stand among word embeddings, so they start at their scale.
         self.memory = nn.Parameter(torch.randn(memory_size, backbone.embedding_width) * backbone.embedding_scale)
         self.memories = nn.ModuleList(AssociativeMemory(width, key_size, heads, normalizer) for _ in self.scales)

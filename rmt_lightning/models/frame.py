@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.models.backbone import Transformer
 from rmt_lightning.models.decoder import Decoder
+from rmt_lightning.models.encoder import Encoder
 from rmt_lightning.models.memory import Layout
 from rmt_lightning.models.recurrence import Segment, State
 from rmt_lightning.models.segment_model import WordModel, touch
@@ -162,6 +163,13 @@ class DecoderFrame(Frame):
 
     def readout(self, hidden: Tensor, segment: Segment) -> Tensor:
         return segment.last_token(hidden)
+
+
+def frame_for(backbone: Encoder | Decoder, causal: DecoderFrame) -> Frame:
+    """The `causal` one, if the backbone is, or else that of an encoder with as many memory tokens."""
+    if isinstance(backbone, Encoder):
+        return EncoderFrame(causal.written, backbone.cls_token_id, backbone.sep_token_id)
+    return causal
 
 
 class FramedModel(WordModel[State], Generic[State]):

@@ -16,7 +16,7 @@ from rmt_lightning.models import state as tree
 from rmt_lightning.models.backbone import Layers, Transformer, tried
 from rmt_lightning.models.decoder import Decoder, SegmentCache
 from rmt_lightning.models.encoder import Encoder
-from rmt_lightning.models.frame import DecoderFrame, EncoderFrame, Frame, FramedModel
+from rmt_lightning.models.frame import DecoderFrame, FramedModel, frame_for
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.segment_model import LayeredModel, SegmentModel
 
@@ -59,8 +59,7 @@ class LayerMemory(FramedModel[LayerState], LayeredModel[LayerState]):
     Args:
         backbone: an encoder, or a causal language model.
         segment_length: how many tokens the backbone sees of each segment.
-        memory_size: M.
-        causal_frame: where memory stands if the backbone is causal.
+        causal_frame: where memory stands if the backbone is causal, and how much of it there is.
         bptt_depth: over how many borders between segments gradients flow back; -1 for all of them.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
 
@@ -76,16 +75,13 @@ class LayerMemory(FramedModel[LayerState], LayeredModel[LayerState]):
         self,
         backbone: Encoder | Decoder,
         segment_length: int,
-        memory_size: int,
         causal_frame: DecoderFrame,
         bptt_depth: int,
         gradient_checkpointing: bool,
     ) -> None:
-        frame: Frame = causal_frame
-        if isinstance(backbone, Encoder):
-            frame = EncoderFrame(memory_size, backbone.cls_token_id, backbone.sep_token_id)
+        frame = frame_for(backbone, causal_frame)
         super().__init__(backbone, frame, segment_length, bptt_depth, gradient_checkpointing)
-        self.memory_size = memory_size
+        self.memory_size = causal_frame.written
         self.transformer = backbone
         self.scales = self._try_layers()
 
@@ -151,7 +147,7 @@ class LayerMemory(FramedModel[LayerState], LayeredModel[LayerState]):
         before, seen = frame.memory_from(0, size, words)
         read = torch.cat([self.memory_tokens(words)[:, :size], words], dim=1)
         given = read, torch.cat([before, places], dim=1), torch.cat([seen, places + 1], dim=1), cache
-        hidden, _ = self._read_on(*given, memory=slice(size), written=slice(0))
+        hidden, _ = self._read_on(*given, memory=slice(0, size), written=slice(0))
         return hidden[:, size:]
 
     def close_segment(self, state: LayerState, cache: OpenSegment) -> LayerState:
@@ -159,7 +155,7 @@ class LayerMemory(FramedModel[LayerState], LayeredModel[LayerState]):
 
         Text does not see the write memory, so that can be read after it.
         """
-        frame, memory = self._causal_frame, slice(self.memory_size)
+        frame, memory = self._causal_frame, slice(0, self.memory_size)
         rows = tree.leaves(state)[0]
         words = self.memory_tokens(self.embed(rows.new_zeros(len(rows), 0, dtype=torch.long)))
         places, seen = frame.memory_from(frame.read + self.text_length, self.memory_size, words)

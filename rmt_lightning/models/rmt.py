@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Annotated, Literal
+from typing import Annotated, Generic, Literal
 
 import torch
 from annotated_types import Ge
@@ -23,13 +23,13 @@ from rmt_lightning.models.decoder import Decoder, SegmentCache
 from rmt_lightning.models.encoder import Encoder
 from rmt_lightning.models.frame import DecoderFrame, EncoderFrame, Frame, FramedModel
 from rmt_lightning.models.memory import MemoryTokens
-from rmt_lightning.models.recurrence import Segment
+from rmt_lightning.models.recurrence import Segment, State
 from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.models.update import Replace, Update
 
 
-class MemoryModel(FramedModel[Tensor], MemoryTokens[Tensor]):
-    """A transformer whose state is its memory: M hidden states that stand among the embeddings of the next segment.
+class MemoryModel(FramedModel[State], MemoryTokens[State], Generic[State]):
+    """A transformer whose memory is M hidden states, which stand among the embeddings of the next segment.
 
     Args:
         backbone: what reads segments.
@@ -62,24 +62,28 @@ class MemoryModel(FramedModel[Tensor], MemoryTokens[Tensor]):
             self.to_embedding = nn.Linear(backbone.width, backbone.embedding_width)
         self.update = self.make_update(update, backbone.width)
 
-    def initial_state(self, batch_size: int) -> Tensor:
-        """The memory before the first segment, (B, M, D): the trained vectors, the same for all."""
-        return self.memory.expand(batch_size, -1, -1)
-
     def _as_words(self, memory: Tensor, words: Tensor) -> Tensor:
         """The memory as the backbone reads it, beside words (B, S, E): (B, M, D) -> (B, M, E)."""
         # Under autocast hidden states are bf16 while embeddings stay fp32; the memory follows the embeddings.
         embedded: Tensor = self.to_embedding(memory)
         return embedded.to(words.dtype)
 
-    def memory_of(self, state: Tensor) -> Tensor:
-        return state
-
     def recorded(self) -> AbstractContextManager[list[Tensor]]:
         return self.backbone.recorded()
 
 
-class RMTEncoder(MemoryModel):
+class RMT(MemoryModel[Tensor]):
+    """One whose state is its memory, (B, M, D)."""
+
+    def initial_state(self, batch_size: int) -> Tensor:
+        """The memory before the first segment, (B, M, D): the trained vectors, the same for all."""
+        return self.memory.expand(batch_size, -1, -1)
+
+    def memory_of(self, state: Tensor) -> Tensor:
+        return state
+
+
+class RMTEncoder(RMT):
     """An encoder with memory tokens (RMT-2023, section 3).
 
     ```
@@ -136,7 +140,7 @@ class RMTEncoder(MemoryModel):
         return hidden, self.next_memory(hidden[:, layout.place(layout.written)], memory)
 
 
-class RMTDecoder(MemoryModel):
+class RMTDecoder(RMT):
     """A causal language model with memory tokens (RMT-2022, section 3.2).
 
     Causal text cannot look ahead, so memory stands at both ends, and both are filled from the same state.

@@ -49,6 +49,9 @@ class SegmentModel(nn.Module, SavedModel, ABC, Generic[State]):
         UserError: if there is no room for text, or no such number of borders.
     """
 
+    # Whether the state becomes larger with each segment: filled up with zeros at its end, (B, N, …), it is the same.
+    grows = False
+
     def __init__(
         self, text_length: int, width: int, bptt_depth: int = -1, gradient_checkpointing: bool = False
     ) -> None:

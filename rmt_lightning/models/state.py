@@ -24,12 +24,22 @@ def map(function: Callable[..., Any], state: State, *others: State) -> State:
 
 
 def where(rows: Tensor, new: State, old: State) -> State:
-    """`new` in the rows that are chosen, (B,) bool, and `old` in the others."""
+    """`new` in the rows that are chosen, (B,) bool, and `old` in the others.
+
+    What has grown meanwhile, (B, N, …), is filled up with zeros in the others.
+    """
 
     def choose(one: Tensor, other: Tensor) -> Tensor:
+        if one.dim() > 1 and (longest := max(one.shape[1], other.shape[1])) > min(one.shape[1], other.shape[1]):
+            one, other = (_filled(part, longest) for part in (one, other))
         return torch.where(rows.view(-1, *[1] * (one.dim() - 1)), one, other)
 
     return map(choose, new, old)
+
+
+def _filled(part: Tensor, length: int) -> Tensor:
+    missing = part.new_zeros(len(part), length - part.shape[1], *part.shape[2:])
+    return torch.cat([part, missing], dim=1)
 
 
 def take(state: State, rows: Tensor | slice) -> State:

@@ -52,7 +52,7 @@ class LanguageModeler(SegmentModule):
         metrics: of validation; they may ask for nats, num_tokens and num_bytes of documents, each (B,).
 
     Raises:
-        UserError: if the model does not predict tokens.
+        UserError: if the model does not predict tokens, or its state grows.
     """
 
     DECISIVE = "text"
@@ -64,6 +64,11 @@ class LanguageModeler(SegmentModule):
             raise UserError(
                 f"task=language_modeling: a {type(model).__name__} does not predict the next token; choose a causal "
                 "model, such as model=transformer_xl"
+            )
+        if model.grows:
+            raise UserError(
+                f"task=language_modeling: the state of a {type(model).__name__} grows with each segment, and "
+                "running text goes on and on; choose another model, such as model=rmt_decoder"
             )
         counts = torch.tensor([3, 4])
         super().__init__(

@@ -223,6 +223,8 @@ class StatePassing(Phase):
         model = module.model
         if not any(leaf.numel() for leaf in tree.leaves(model.initial_state(1))):
             raise UserError("hold=state_passing: this model has no memory to hold; leave it out")
+        if model.grows:
+            raise UserError("hold=state_passing: the state of this model grows with each segment; leave it out")
         if data.batch_size < 2:
             raise UserError(
                 f"data.batch_size={data.batch_size}: hold=state_passing shares a batch between old memories and new "
