@@ -155,7 +155,10 @@ SLOW = pytest.mark.soak
     [
         pytest.param("lstm", "exact", marks=SLOW),
         pytest.param("rmt_encoder", "exact", marks=SLOW),
-        *(pytest.param(model, "uniform", marks=SLOW) for model in ("rmt_transformer_xl", "ntm", "memory_network")),
+        *(
+            pytest.param(model, "uniform", marks=SLOW)
+            for model in ("rmt_transformer_xl", "ntm", "memory_network", "armt", "prmt")
+        ),
     ],
 )
 def test_an_interrupted_phase_goes_on_bit_for_bit(model: str, lengths: str, train: Run, tmp_path: Path) -> None:

@@ -248,6 +248,7 @@ def test_resume_with_more_segments_and_a_finished_run(uninterrupted: Path, train
         "rmt_decoder backbone=tiny_gpt model.memory_size=3", "transformer_xl backbone=tiny_gpt",
         "rmt_transformer_xl backbone=tiny_gpt model.memory_size=3", "full_attention backbone.max_positions=256",
         "longformer backbone=tiny_longformer", "bigbird backbone=tiny_bigbird", "lstm", "memory_network", "ntm",
+        "armt", "armt backbone=tiny_gpt answer=generate model.heads=2", "prmt", "rmt_retrieval",
     ],
 )  # fmt: skip
 def test_every_model_resumes(model: str, train: Run, tmp_path: Path) -> None:

@@ -275,9 +275,13 @@ def test_a_run_learns_and_its_checkpoint_is_loaded(train: Run, tmp_path: Path, c
 
 
 @pytest.mark.soak
-def test_two_processes(train: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "model", [("rmt_transformer_xl", *SIZES), ("armt",), ("prmt", "backbone=tiny_gpt"), ("rmt_retrieval",)], ids=str
+)
+def test_two_processes(model: tuple[str, ...], train: Run, tmp_path: Path) -> None:
+    name, *sizes = model
     settings = (
-        "model=rmt_transformer_xl", *SIZES, "model.memory_size=2", "model.bptt_depth=1", "curriculum.lengths=exact",
+        f"model={name}", *sizes, "model.memory_size=2", "model.bptt_depth=1", "curriculum.lengths=exact",
         "curriculum.steps=3", "optim.lr=1e-3",
     )  # fmt: skip
     alone = train(*settings, "hydra.run.dir=alone", "data.batch_size=8")

@@ -42,7 +42,10 @@ class FactGenerator(FactModule):
     ) -> None:
         tokenizer = model.tokenizer
         if tokenizer is None or not model.predicts:
-            raise UserError(f"answer=generate: {type(model).__name__} cannot write; choose model=rmt_decoder")
+            raise UserError(
+                f"answer=generate: {type(model).__name__} cannot write; choose model=rmt_decoder, armt, prmt or "
+                "rmt_retrieval with backbone=tiny_gpt or gpt2"
+            )
         end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
         if end is None:
             raise UserError("answer=generate: the backbone's tokenizer has no end token; choose answer=classify")
