@@ -41,7 +41,7 @@ def attend(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: Pa
     if not isinstance(model, MemoryTokens) or model.memory_size == 0:
         raise UserError(
             f"checkpoint={config.checkpoint}: has no memory tokens whose attention can be shown; give a run with "
-            "model=rmt_encoder, rmt_decoder or rmt_transformer_xl and model.memory_size>0"
+            "model=rmt_encoder, rmt_decoder, rmt_transformer_xl or rmt_retrieval and model.memory_size>0"
         )
     module.to(device).eval()
     asked = {key: config[key] for key in ("segments", "streams", "stream_segments")}
