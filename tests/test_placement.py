@@ -216,6 +216,23 @@ def test_noise_holds_fragments_of_facts_but_no_whole_one(placement: Placement) -
     assert [len(ids) for ids in placement.sample("train", Key(2, 5, False, 3.0)).segments] == [30, 30]
 
 
+def test_fragments_stand_beside_facts_too(placement: Placement) -> None:
+    """But not in a segment that tells or asks, of which nothing is overwritten."""
+    shared = changed = 0
+    for number in range(20):
+        plain, mixed = (placement.sample("train", Key(5, number, fragments=mean)) for mean in (0.0, 3.0))
+        assert (plain.example, plain.homes) == (mixed.example, mixed.homes)
+        for segment, (before, after) in enumerate(zip(plain.pieces, mixed.pieces, strict=True)):
+            told = [(piece.source, piece.ids.tolist()) for piece in after if piece.source != "noise"]
+            assert told == [(piece.source, piece.ids.tolist()) for piece in before if piece.source != "noise"]
+            assert sum(len(piece.ids) for piece in after) == placement.text_length
+            text = placement.tokenizer.decode(np.concatenate([piece.ids for piece in after if piece.source == "noise"]))
+            spotted = any(f" {name.lower()}" in text for name in (*PEOPLE, *PLACES))
+            shared += spotted and segment in (*plain.homes, 4)
+            changed += spotted and segment not in (*plain.homes, 4)
+    assert (shared, changed > 30) == (0, True)
+
+
 def test_a_fragment_tells_nothing(corpora: Corpora, tokenizer: PreTrainedTokenizerBase) -> None:
     """No piece of a fact names two of the people, things and places that it brings together."""
 

@@ -42,7 +42,7 @@ class Key(NamedTuple):
         num_segments: its length.
         number: its number.
         facts: whether anything is told and asked in all the noise.
-        fragments: how many fragments of facts a segment of mere noise holds on average.
+        fragments: how many fragments of facts a segment holds on average in which nothing is told or asked.
         easier: which of the task's easier forms it is a sample of, if it is not of the task itself.
         text_length: S, if segments are to be shorter than those of the placement.
     """
@@ -167,7 +167,7 @@ class Placement:
         facts, question = [self._ids(fact) for fact in example.facts], self._ids(example.question)
         length = key.text_length or self.text_length
         homes = self._choose_segments(rng, facts, len(question), key.num_segments, length)
-        pieces = self._fill(Reader(self.corpora[split], rng), rng, facts, homes, question, key.num_segments, length)
+        pieces = self._fill(Reader(self.corpora[split], rng), rng, split, key, facts, homes, question)
         first_needed = min(homes[fact] for fact in example.support)
         return Sample(example, tuple(homes), key.num_segments - 1 - first_needed, pieces)
 
@@ -400,20 +400,22 @@ class Placement:
         self,
         reader: Reader,
         rng: np.random.Generator,
+        split: Split,
+        key: Key,
         facts: list[np.ndarray],
         homes: list[int],
         question: np.ndarray,
-        num_segments: int,
-        text_length: int,
     ) -> Iterator[list[Piece]]:
         """Yield what each of the T segments, S tokens long, is woven of; read no more noise than the next one needs."""
-        for segment in range(num_segments):
+        for segment in range(key.num_segments):
             stated = zip(facts, homes, strict=True)
             here = [Piece(fact, ids) for fact, (ids, home) in enumerate(stated) if home == segment]
-            end = [Piece("question", question)] if segment == num_segments - 1 else []
-            length = text_length - sum(len(piece.ids) for piece in (*here, *end))
+            end = [Piece("question", question)] if segment == key.num_segments - 1 else []
+            length = (key.text_length or self.text_length) - sum(len(piece.ids) for piece in (*here, *end))
             if not here:
-                yield [Piece("noise", reader.tokens(reader.spans(length))), *end]
+                ids = reader.tokens(reader.spans(length))
+                noise = ids if end else self._scatter_fragments(ids, rng, split, key.fragments)
+                yield [Piece("noise", noise), *end]
                 continue
             spans, gaps = reader.passage(length, self.text_length)
             if self.task.where == "start":

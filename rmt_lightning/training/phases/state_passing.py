@@ -172,8 +172,9 @@ class StatePassing(Phase):
             frequent as the one before, for memories are lost when they are young as well as when they are old.
         jitter: standard deviation of the noise that is added to memories from the pool, so that the model learns to
             pull them back to where they belong.
-        fragments: how many pieces of facts stand in a segment of noise on average. What destroys memory is text that
-            looks like a fact: "the kitchen cabinet", "I walked to the door".
+        fragments: how many pieces of facts stand on average in a segment that neither tells nor asks. What destroys
+            memory is text that looks like a fact: "the kitchen cabinet", "I walked to the door". Memories of nothing
+            take it for one, too, and then take in no other.
         until_rate: memory holds if no more memories than these are lost a segment. At the end of a round, memories of
             validation samples are followed through validation text, without fragments, until the 95% interval of the
             rate lies below this one or above it; so are memories of nothing, which are lost if they take in no facts
@@ -280,7 +281,7 @@ class StatePassing(Phase):
         num_segments = draw_length(data.placement.seed, batch, self.num_segments)
         fresh, noise = data.numbers(batch)[: -self.carried], data.numbers(batch)[-self.carried :]
         return [
-            *(Key(num_segments, number) for number in fresh),
+            *(Key(num_segments, number, fragments=self.fragments) for number in fresh),
             *(Key(num_segments, number, facts=False, fragments=self.fragments) for number in noise),
         ]
 
