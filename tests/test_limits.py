@@ -227,7 +227,7 @@ MACHINE: list[tuple[dict[str, Any], str]] = [
     ({"devices": -1}, "trainer.devices=-1: names GPUs"),
     ({"devices": 9999}, "trainer.devices=9999: too many processes for "),
     ({"accelerator": "cuda"}, "trainer.accelerator=cuda: torch finds no GPU; give cpu or auto"),
-    ({"accelerator": "mps"}, "trainer: `MPSAccelerator` can not run on your system"),
+    ({"accelerator": "mps"}, "trainer.accelerator=mps: torch finds no GPU; give cpu or auto"),
     ({"num_nodes": 2}, "trainer.num_nodes=2: nothing starts the other machines; use srun or torchrun, or set MASTER_"),
     ({"precision": "16-mixed"}, "trainer.precision=16-mixed: is for GPUs alone; give bf16-mixed or 32-true"),
     ({"precision": 16}, "trainer.precision=16: is for GPUs alone"),

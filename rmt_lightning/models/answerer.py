@@ -33,8 +33,6 @@ from rmt_lightning.models.segment_model import SegmentModel
 HEAD = "head.safetensors"
 # What says that a file holds a memory.
 _KIND = "rmt_lightning memory"
-# How a whole text is tokenized.
-_PLAIN = {"add_special_tokens": False, "verbose": False}
 # How many questions are asked at once, and how many characters are tokenized at once.
 _AT_ONCE = 64
 _CHARACTERS = 2**16
@@ -143,18 +141,17 @@ class Answerer(nn.Module, ModelHubMixin, library_name="rmt_lightning"):
         Raises:
             UserError: if that is not what is given.
         """
-        if (question is None) != (context is None) or (texts is None) == (question is None):
-            raise UserError("give texts that end with their questions, or question= and context=")
-        if question is not None and context is not None:
+        if question is not None and context is not None and texts is None:
             return self.ask(self.read(context), question)
-        scores = self.scores(texts if texts is not None else [])
-        answers = [self.answers[best] for best in scores.argmax(dim=1).tolist()]
+        if question is not None or context is not None:
+            raise UserError("give texts that end with their questions, or question= and context=")
+        answers = [self.answers[best] for best in self.scores(texts).argmax(dim=1).tolist()]
         return answers[0] if isinstance(texts, str) else answers
 
     @torch.no_grad()
-    def scores(self, texts: str | Sequence[str]) -> Tensor:
+    def scores(self, texts: str | Sequence[str] | None) -> Tensor:
         """(B, C), larger for likelier answers; a single text is a batch of one."""
-        ids = [torch.tensor(row) for row in self._tokenizer(_texts("texts", texts), **_PLAIN)["input_ids"]]
+        ids = self._whole(_texts("texts", texts))
         return self._score(ids, self.model.initial_state(len(ids))) if ids else self._no_scores()
 
     @torch.no_grad()
@@ -227,7 +224,7 @@ class Answerer(nn.Module, ModelHubMixin, library_name="rmt_lightning"):
 
     def _score(self, rows: list[Tensor], state: Any) -> Tensor:
         """(B, C) after rows of token ids of any length, read from a state on."""
-        rows = [ids.long().to(self.head.weight.device) for ids in rows]
+        rows = [ids.to(self.head.weight.device) for ids in rows]
         mask = pad_sequence([torch.ones_like(ids) for ids in rows], batch_first=True)
         for end in self.model.read(pad_sequence(rows, batch_first=True), mask, state):  # noqa: B007
             pass
@@ -242,12 +239,16 @@ class Answerer(nn.Module, ModelHubMixin, library_name="rmt_lightning"):
         """The tokens of a text, piece by piece, as if it were tokenized at once."""
         for number, piece in enumerate(_whole_words(_pieces(text, progress))):
             # The first one stands where a text begins, the others behind what was before.
-            ids = (
-                [ids for ids, _ in encode(self._tokenizer, [piece])]
+            yield from (
+                (torch.tensor(ids, dtype=torch.long) for ids, _ in encode(self._tokenizer, [piece]))
                 if number
-                else self._tokenizer([piece], **_PLAIN)["input_ids"]
+                else self._whole([piece])
             )
-            yield torch.tensor(ids[0], dtype=torch.long)
+
+    def _whole(self, texts: list[str]) -> list[Tensor]:
+        """The tokens of whole texts."""
+        ids = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        return [torch.tensor(row, dtype=torch.long) for row in ids]
 
     def _state(self, memory: Memory) -> Any:
         """The state that a memory holds, on this device and in this precision."""
@@ -292,7 +293,7 @@ class Answerer(nn.Module, ModelHubMixin, library_name="rmt_lightning"):
             return cls(model, head, answers).eval()
 
 
-def _texts(name: str, given: str | Sequence[str]) -> list[str]:
+def _texts(name: str, given: Any) -> list[str]:
     """Texts as a list, of a single one too."""
     if isinstance(given, str):
         given = [given]

@@ -109,6 +109,10 @@ class FullAttention(SegmentModel[Segment]):
         batch_size, segments = super()._segments(input_ids, attention_mask)
         return batch_size, [joined(list(segments))]
 
+    def _segment(self, input_ids: Tensor) -> Segment:
+        # Which may have been joined before.
+        return Segment(input_ids)
+
 
 def joined(segments: Sequence[Segment]) -> Segment:
     """Segments one after the other as one, (B, N): text first, then padding, no more of it than the rows need."""
