@@ -201,12 +201,12 @@ def test_cells_may_be_run_in_another_order(make: Make) -> None:
     below = []
     for segment in segments:
         hidden, shared = model.enter(segment, state)
-        hidden, lower = model.cell(0, hidden, lower, shared)
+        hidden, lower = model.cell(0, shared)(hidden, lower)
         below.append((hidden, shared))
         # Of the state, entering needs the number of cached tokens alone.
         state = state._replace(cached=(state.cached + 4).clamp(max=model.cache_length))
     for hidden, shared in below:
-        hidden, upper = model.cell(1, hidden, upper, shared)
+        hidden, upper = model.cell(1, shared)(hidden, upper)
     found, _ = model.leave(hidden, (lower, upper), state, shared)
     expected, after = model(texts(2, 12).view(2, 3, 4))
     torch.testing.assert_close(found, expected)

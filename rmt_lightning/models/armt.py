@@ -16,10 +16,12 @@ from annotated_types import Ge
 from torch import Tensor, nn
 
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.models.backbone import Step
 from rmt_lightning.models.decoder import Decoder
 from rmt_lightning.models.encoder import Encoder
 from rmt_lightning.models.frame import DecoderFrame
 from rmt_lightning.models.layer_memory import LayerMemory, LayerState, Shared
+from rmt_lightning.models.layered import Schedule
 
 # What keeps divisors from 0, as in the code that made the paper's numbers.
 EPSILON = 1e-5
@@ -122,6 +124,18 @@ def dpfp(x: Tensor) -> Tensor:
     return torch.cat([parts * parts.roll(by, dims=-1) for by in (1, 2, 3)], dim=-1)
 
 
+class AssociativeLayer(NamedTuple):
+    """A layer that has been told of a segment, its memory, and which rows are written there."""
+
+    step: Step
+    memory: AssociativeMemory
+    written: slice
+
+    def __call__(self, hidden: Tensor, before: Association) -> tuple[Tensor, Association]:
+        made = self.step(hidden + self.memory.read(hidden, before))
+        return made, self.memory.write(made[:, self.written], before)
+
+
 class ARMT(LayerMemory):
     """A transformer each of whose layers has an associative memory (ARMT, section 3).
 
@@ -159,6 +173,7 @@ class ARMT(LayerMemory):
         normalizer: whether there is a z.
         bptt_depth: over how many borders between segments gradients flow back; -1 for all of them.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        schedule: in what order the layers of the segments are run; see `LayeredModel`.
 
     Raises:
         UserError: if segment_length exceeds the backbone's positions or leaves no room for text, if heads do not divide
@@ -175,6 +190,7 @@ class ARMT(LayerMemory):
         normalizer: bool = True,
         bptt_depth: Annotated[int, Ge(-1)] = -1,
         gradient_checkpointing: bool = False,
+        schedule: Schedule = "vertical",
     ) -> None:
         width = backbone.layer_width
         if width % heads or key_size % heads or key_size < 2 * heads:
@@ -187,6 +203,7 @@ class ARMT(LayerMemory):
         # They stand among word embeddings, so they start at their scale.
         self.memory = nn.Parameter(torch.randn(memory_size, backbone.embedding_width) * backbone.embedding_scale)
         self.memories = nn.ModuleList(AssociativeMemory(width, key_size, heads, normalizer) for _ in self.scales)
+        self.schedule = schedule
 
     def initial_state(self, batch_size: int) -> LayerState:
         """Of each layer an `Association` of nothing."""
@@ -195,10 +212,8 @@ class ARMT(LayerMemory):
     def memory_tokens(self, words: Tensor) -> Tensor:
         return self.memory.to(words.dtype).expand(len(words), -1, -1)
 
-    def cell(self, number: int, hidden: Tensor, before: Association, shared: Shared) -> tuple[Tensor, Association]:
-        memory = self._of(number)
-        made = shared.parts.steps[number](hidden + memory.read(hidden, before))
-        return made, memory.write(made[:, shared.written], before)
+    def cell(self, number: int, shared: Shared) -> AssociativeLayer:
+        return AssociativeLayer(shared.parts.steps[number], self._of(number), shared.written)
 
     def _of(self, number: int) -> AssociativeMemory:
         memory = self.memories[number]

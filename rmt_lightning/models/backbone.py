@@ -11,9 +11,8 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,17 +30,24 @@ UNREAL = "makes of words what is no number, so its config or its weights are dam
 _SPECIAL = ("pad", "bos", "eos", "cls", "sep", "mask", "unk")
 
 
+class Step(Protocol):
+    """A layer that has been told what may be seen and where tokens stand: a NamedTuple of that, and of the layer."""
+
+    def __call__(self, hidden: Tensor, /) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+
+
 class Layers(NamedTuple):
     """A forward pass in its parts: `finish(steps[-1](… steps[0](hidden)))` is what it returns.
 
     Attributes:
         hidden: (B, N, D) what the first layer is given: words and positions, embedded.
-        steps: the layers, (B, N, D) -> (B, N, D) each; they have been told what may be seen and where tokens stand.
+        steps: the layers.
         finish: what follows the last layer, such as a norm.
     """
 
     hidden: Tensor
-    steps: tuple[Callable[[Tensor], Tensor], ...]
+    steps: tuple[Step, ...]
     finish: Callable[[Tensor], Tensor]
 
 
@@ -223,7 +229,8 @@ class Transformer(nn.Module, ABC):
                 finished.append(run())
             return finished[0]
 
-        return Layers(calls[0].hidden, tuple(calls), finish)
+        (hidden, _), *_ = calls
+        return Layers(hidden, tuple(call for _, call in calls), finish)
 
     @abstractmethod
     def _whole(self, *inputs: Any) -> Tensor:
@@ -256,8 +263,8 @@ class Transformer(nn.Module, ABC):
             )
 
     @contextmanager
-    def _skipped(self, layers: nn.ModuleList, result: Tensor | None = None) -> Iterator[list[_Call]]:
-        """While it is open, layers compute nothing; the list grows by how they are called.
+    def _skipped(self, layers: nn.ModuleList, result: Tensor | None = None) -> Iterator[list[tuple[Tensor, _Call]]]:
+        """While it is open, layers compute nothing; the list grows by what they are given, and how they are called.
 
         Families differ in what their layers take: masks, positions or rotations of them, relative biases. None of it
         depends on what the layers before have made of the text.
@@ -266,10 +273,10 @@ class Transformer(nn.Module, ABC):
             layers: the layers.
             result: what the last one hands on, (B, N, D); None: what follows it is not reached.
         """
-        calls: list[_Call] = []
+        calls: list[tuple[Tensor, _Call]] = []
 
         def note(layer: nn.Module, hidden: Tensor, *given: Any, **named: Any) -> Any:
-            calls.append(_Call(layer, hidden, given, named))
+            calls.append((hidden, _Call(layer, given, named)))
             if layer is layers[-1]:
                 if result is None:
                     raise _AllNoted
@@ -287,12 +294,10 @@ class Transformer(nn.Module, ABC):
                 del vars(layer)["forward"]
 
 
-@dataclass(frozen=True)
-class _Call:
+class _Call(NamedTuple):
     """A layer and how it was called, to be called so again with other hidden states (B, N, D)."""
 
     layer: nn.Module
-    hidden: Tensor
     given: tuple[Any, ...]
     named: dict[str, Any]
 

@@ -9,9 +9,7 @@ width of the hidden states, H heads, K width of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +52,7 @@ def last_states(model: Any, embeddings: Tensor, mask: Tensor | None, rows: int |
     return layers[-1](hidden, rows)
 
 
-def parts(model: Any, embeddings: Tensor, mask: Tensor | None) -> tuple[Tensor, list[Callable[..., Tensor]]]:
+def parts(model: Any, embeddings: Tensor, mask: Tensor | None) -> tuple[Tensor, list[Step]]:
     """What the first layer is given, and the layers: (B, N, D) and R, or None for N -> (B, R, D).
 
     Arguments as of `last_states`.
@@ -67,10 +65,18 @@ def parts(model: Any, embeddings: Tensor, mask: Tensor | None) -> tuple[Tensor, 
     if hasattr(model.encoder, "embed_positions"):
         turns = model.encoder.embed_positions(hidden.shape[:-1]).to(hidden.dtype)
 
-    def run(layer: Any, hidden: Tensor, rows: int | None = None) -> Tensor:
-        return _layer(layer, hidden[:, :rows], hidden, seen, turns)
+    return hidden, [Step(layer, seen, turns) for layer in model.encoder.layer]
 
-    return hidden, [partial(run, layer) for layer in model.encoder.layer]
+
+class Step(NamedTuple):
+    """A layer, and what it is told of the tokens; arguments as of `_layer`."""
+
+    layer: Any
+    seen: Tensor | None
+    turns: Tensor | None
+
+    def __call__(self, hidden: Tensor, rows: int | None = None) -> Tensor:
+        return _layer(self.layer, hidden[:, :rows], hidden, self.seen, self.turns)
 
 
 def _layer(layer: Any, read: Tensor, hidden: Tensor, seen: Tensor | None, turns: Tensor | None) -> Tensor:

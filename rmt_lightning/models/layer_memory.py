@@ -17,8 +17,9 @@ from rmt_lightning.models.backbone import Layers, Transformer, tried
 from rmt_lightning.models.decoder import Decoder, SegmentCache
 from rmt_lightning.models.encoder import Encoder
 from rmt_lightning.models.frame import DecoderFrame, FramedModel, frame_for
+from rmt_lightning.models.layered import LayeredModel
 from rmt_lightning.models.recurrence import Segment
-from rmt_lightning.models.segment_model import LayeredModel, SegmentModel
+from rmt_lightning.models.segment_model import SegmentModel
 
 
 class LayerState(NamedTuple):

@@ -8,16 +8,31 @@ layers.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from annotated_types import Ge
 from torch import Tensor, nn
 
+from rmt_lightning.models.backbone import Step
 from rmt_lightning.models.decoder import Decoder
 from rmt_lightning.models.encoder import Encoder
 from rmt_lightning.models.frame import DecoderFrame
 from rmt_lightning.models.layer_memory import LayerMemory, LayerState, Shared
+from rmt_lightning.models.layered import Schedule
+
+
+class ParallelLayer(NamedTuple):
+    """A layer that has been told of a segment, where memory stands there, and which rows are the next one."""
+
+    step: Step
+    memory: tuple[slice, ...]
+    written: slice
+
+    def __call__(self, hidden: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+        made = self.step(_with_memory(hidden, before.to(hidden.dtype), self.memory))
+        # A copy: what is cut out of the hidden states would keep all of them in memory.
+        return made, made[:, self.written].to(before.dtype, copy=True)
 
 
 class PRMT(LayerMemory):
@@ -36,6 +51,7 @@ class PRMT(LayerMemory):
             In an encoder all tokens see each other.
         bptt_depth: over how many borders between segments gradients flow back; -1 for all of them.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        schedule: in what order the layers of the segments are run; see `LayeredModel`.
 
     Raises:
         UserError: if segment_length exceeds the backbone's positions or leaves no room for text, or if the backbone's
@@ -50,12 +66,14 @@ class PRMT(LayerMemory):
         memory_attention: Literal["free", "causal"] = "free",
         bptt_depth: Annotated[int, Ge(-1)] = -1,
         gradient_checkpointing: bool = False,
+        schedule: Schedule = "vertical",
     ) -> None:
         frame = DecoderFrame(memory_size, memory_size, free=memory_attention == "free")
         super().__init__(backbone, segment_length, frame, bptt_depth, gradient_checkpointing)
         # They stand among what each layer is given, so they start at its scale.
         scales = torch.tensor(self.scales)[:, None, None]
         self.memory = nn.Parameter(torch.randn(len(scales), memory_size, backbone.layer_width) * scales)
+        self.schedule = schedule
 
     def initial_state(self, batch_size: int) -> LayerState:
         """The trained vectors of each layer, the same for all."""
@@ -65,10 +83,8 @@ class PRMT(LayerMemory):
         """What stands there is no layer given."""
         return words.new_zeros(len(words), self.memory_size, self.backbone.embedding_width)
 
-    def cell(self, number: int, hidden: Tensor, before: Tensor, shared: Shared) -> tuple[Tensor, Tensor]:
-        made = shared.parts.steps[number](_with_memory(hidden, before.to(hidden.dtype), shared.memory))
-        # A copy: what is cut out of the hidden states would keep all of them in memory.
-        return made, made[:, shared.written].to(before.dtype, copy=True)
+    def cell(self, number: int, shared: Shared) -> ParallelLayer:
+        return ParallelLayer(shared.parts.steps[number], shared.memory, shared.written)
 
     def trained_state(self) -> list[nn.Parameter]:
         return [self.memory]

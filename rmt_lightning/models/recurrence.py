@@ -58,6 +58,11 @@ def text_mask(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     return attention_mask.long()
 
 
+def first_with_gradient(num_segments: int, bptt_depth: int) -> int:
+    """The first segment that gradients reach which flow back over so many borders from the end; -1 for all of them."""
+    return max(0, num_segments - 1 - bptt_depth) if bptt_depth >= 0 else 0
+
+
 def unroll(
     step: Callable[[Piece, State], tuple[Tensor, State]],
     segments: Iterable[Piece],
@@ -83,14 +88,14 @@ def unroll(
     Raises:
         TypeError: if truncation is asked for and the number of segments is not known.
     """
-    first_with_gradient = 0
     last = len(segments) - 1 if isinstance(segments, Sized) else None
+    first = 0
     if bptt_depth >= 0 and torch.is_grad_enabled():
         if not isinstance(segments, Sized):
             raise TypeError("bptt_depth needs segments whose number is known; pass a list, or bptt_depth=-1")
-        first_with_gradient = max(0, len(segments) - 1 - bptt_depth)
+        first = first_with_gradient(len(segments), bptt_depth)
     for position, segment in enumerate(segments):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and position >= first_with_gradient):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and position >= first):
             arguments: tuple[Any, ...] = (segment, state)
             if checkpointing and torch.is_grad_enabled() and position != last:
                 # Only the non-reentrant kind survives DDP with a varying number of segments.

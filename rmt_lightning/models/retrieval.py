@@ -19,6 +19,7 @@ from rmt_lightning.models.backbone import Transformer
 from rmt_lightning.models.decoder import Decoder
 from rmt_lightning.models.encoder import Encoder
 from rmt_lightning.models.frame import DecoderFrame, frame_for
+from rmt_lightning.models.layered import Schedule
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.rmt import MemoryModel
 from rmt_lightning.models.update import Replace, Update
@@ -58,6 +59,7 @@ class RMTRetrieval(MemoryModel[Remembered]):
         bptt_depth: over how many borders between segments gradients flow back; -1 for all of them.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
         update: how the next memory comes about: a class such as `Replace` or `Gated`, or a partial of one.
+        schedule: segments are read one after the other: their memory is made by the last layer of the one before.
 
     Raises:
         UserError: if segment_length exceeds the backbone's positions or leaves no room for text.
@@ -74,9 +76,12 @@ class RMTRetrieval(MemoryModel[Remembered]):
         bptt_depth: Annotated[int, Ge(-1)] = -1,
         gradient_checkpointing: bool = False,
         update: Callable[[int], Update] = Replace,
+        schedule: Schedule = "vertical",
     ) -> None:
         frame = frame_for(backbone, DecoderFrame(memory_size, memory_size, free=memory_attention == "free"))
-        super().__init__(backbone, frame, segment_length, memory_size, update, bptt_depth, gradient_checkpointing)
+        super().__init__(
+            backbone, frame, segment_length, memory_size, update, bptt_depth, gradient_checkpointing, schedule
+        )
         self.transformer = backbone
         self.query, self.key, self.value, self.output = (
             nn.Linear(backbone.width, backbone.width, bias=False) for _ in range(4)

@@ -22,6 +22,7 @@ from rmt_lightning.models.backbone import Transformer
 from rmt_lightning.models.decoder import Decoder, SegmentCache
 from rmt_lightning.models.encoder import Encoder
 from rmt_lightning.models.frame import DecoderFrame, EncoderFrame, Frame, FramedModel
+from rmt_lightning.models.layered import Schedule, refuse_schedule
 from rmt_lightning.models.memory import MemoryTokens
 from rmt_lightning.models.recurrence import Segment, State
 from rmt_lightning.models.segment_model import SegmentModel
@@ -39,6 +40,7 @@ class MemoryModel(FramedModel[State], MemoryTokens[State], Generic[State]):
         update: makes what the next memory comes about by, of its width.
         bptt_depth: over how many borders between segments gradients flow back; -1 for all of them.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        schedule: any but the vertical one is refused.
 
     Raises:
         UserError: if segment_length exceeds the backbone's positions or leaves no room for text.
@@ -53,7 +55,9 @@ class MemoryModel(FramedModel[State], MemoryTokens[State], Generic[State]):
         update: Callable[[int], Update],
         bptt_depth: int,
         gradient_checkpointing: bool,
+        schedule: Schedule,
     ) -> None:
+        refuse_schedule(schedule)
         super().__init__(backbone, frame, segment_length, bptt_depth, gradient_checkpointing)
         # The first memory stands among word embeddings, so it starts at their scale.
         self.memory = nn.Parameter(torch.randn(memory_size, backbone.width) * backbone.embedding_scale)
@@ -102,6 +106,7 @@ class RMTEncoder(RMT):
         bptt_depth: over how many borders between segments gradients flow back; -1 for all of them.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
         update: how the next memory comes about: a class such as `Replace` or `Gated`, or a partial of one.
+        schedule: segments are read one after the other: their memory is made by the last layer of the one before.
 
     Raises:
         UserError: if segment_length exceeds the backbone's positions or leaves no room for text.
@@ -118,9 +123,12 @@ class RMTEncoder(RMT):
         bptt_depth: Annotated[int, Ge(-1)] = -1,
         gradient_checkpointing: bool = False,
         update: Callable[[int], Update] = Replace,
+        schedule: Schedule = "vertical",
     ) -> None:
         frame = EncoderFrame(memory_size, encoder.cls_token_id, encoder.sep_token_id)
-        super().__init__(encoder, frame, segment_length, memory_size, update, bptt_depth, gradient_checkpointing)
+        super().__init__(
+            encoder, frame, segment_length, memory_size, update, bptt_depth, gradient_checkpointing, schedule
+        )
         self.encoder = encoder
 
     @property
@@ -163,6 +171,7 @@ class RMTDecoder(RMT):
         bptt_depth: over how many borders between segments gradients flow back; -1 for all of them.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
         update: how the next memory comes about: a class such as `Replace` or `Gated`, or a partial of one.
+        schedule: segments are read one after the other: their memory is made by the last layer of the one before.
 
     Raises:
         UserError: if segment_length exceeds the backbone's positions or leaves no room for text.
@@ -179,9 +188,12 @@ class RMTDecoder(RMT):
         bptt_depth: Annotated[int, Ge(-1)] = -1,
         gradient_checkpointing: bool = False,
         update: Callable[[int], Update] = Replace,
+        schedule: Schedule = "vertical",
     ) -> None:
         frame = DecoderFrame(memory_size, memory_size, free=memory_attention == "free")
-        super().__init__(decoder, frame, segment_length, memory_size, update, bptt_depth, gradient_checkpointing)
+        super().__init__(
+            decoder, frame, segment_length, memory_size, update, bptt_depth, gradient_checkpointing, schedule
+        )
         self.decoder = decoder
         self.memory_attention = memory_attention
 

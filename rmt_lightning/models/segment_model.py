@@ -10,7 +10,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, tee
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -160,10 +160,13 @@ class SegmentModel(nn.Module, SavedModel, ABC, Generic[State]):
             segments, to_read = tee(segments)
         if state is None:
             state = self.initial_state(batch_size)
-        steps = unroll(self.step, to_read, state, self.bptt_depth, self.gradient_checkpointing)
-        for segment, (hidden, after) in zip(segments, steps, strict=True):
+        for segment, (hidden, after) in zip(segments, self.run(to_read, state), strict=True):
             # Truncation may leave a trained first state without gradient.
             yield Reading(segment, touch(hidden, self.trained_state()), after)
+
+    def run(self, segments: Iterable[Segment], state: State) -> Iterator[tuple[Tensor, State]]:
+        """Yield what `step` returns for each segment; each is given the state that the one before has left."""
+        return unroll(self.step, segments, state, self.bptt_depth, self.gradient_checkpointing)
 
     def _segments(
         self, input_ids: Tensor | Iterable[Tensor], attention_mask: Tensor | None
@@ -276,51 +279,6 @@ def machine_memory() -> int:
 def installed_memory() -> int:
     """The memory of this machine beside that of GPUs, in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-class LayerMajor(Protocol):
-    """A state that has a part for each layer: a tree of (B, …) each."""
-
-    @property
-    def layers(self) -> tuple[Any, ...]: ...
-
-
-LayeredState = TypeVar("LayeredState", bound=LayerMajor)
-
-
-class LayeredModel(SegmentModel[LayeredState], Generic[LayeredState]):
-    """A segment model whose layers can be run one by one, each with a state of its own.
-
-    A cell is a layer of a segment. It takes what the layer below makes of this segment, and the state that the same
-    layer has left after the segment before.
-    """
-
-    @abstractmethod
-    def enter(self, segment: Segment, state: LayeredState) -> tuple[Tensor, Any]:
-        """What the first layer is given of a segment, and what all of its cells share."""
-
-    @abstractmethod
-    def cell(self, number: int, hidden: Tensor, before: Any, shared: Any) -> tuple[Tensor, Any]:
-        """Run a layer on what it is given, and on its state before the segment: what it makes, and its state after."""
-
-    @abstractmethod
-    def leave(
-        self, hidden: Tensor, layers: tuple[Any, ...], state: LayeredState, shared: Any
-    ) -> tuple[Tensor, LayeredState]:
-        """What `read_segment` returns, from what the last layer has made and the states of all layers after it."""
-
-    def read_segment(self, segment: Segment, state: LayeredState) -> tuple[Tensor, LayeredState]:
-        hidden, shared = self.enter(segment, state)
-        hidden, layers = self.through(hidden, state.layers, shared)
-        return self.leave(hidden, layers, state, shared)
-
-    def through(self, hidden: Tensor, layers: tuple[Any, ...], shared: Any) -> tuple[Tensor, tuple[Any, ...]]:
-        """Run all layers, with their states before: what the last one makes, and their states after."""
-        after = []
-        for number, before in enumerate(layers):
-            hidden, left = self.cell(number, hidden, before, shared)
-            after.append(left)
-        return hidden, tuple(after)
 
 
 def touch(hidden: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.models.layered import LayeredModel, Schedule, refuse_schedule
 from rmt_lightning.models.memory import Layout, MemoryTokens
 from rmt_lightning.models.recurrence import Segment
-from rmt_lightning.models.segment_model import LayeredModel, check_weights
+from rmt_lightning.models.segment_model import check_weights
 from rmt_lightning.models.update import Replace, Update
 
 
@@ -96,6 +97,7 @@ class TransformerXL(MemoryTokens[XLState], LayeredModel[XLState]):
             flow back through the cache.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
         update: how the next memory comes about: a class such as `Replace` or `Gated`, or a partial of one.
+        schedule: in what order the layers of the segments are run; see `LayeredModel`. Without memory only.
 
     Raises:
         UserError: if width does not suit heads, or segment_length leaves no room for text.
@@ -114,6 +116,7 @@ class TransformerXL(MemoryTokens[XLState], LayeredModel[XLState]):
         bptt_depth: Annotated[int, Ge(-1)] = -1,
         gradient_checkpointing: bool = False,
         update: Callable[[int], Update] = Replace,
+        schedule: Schedule = "vertical",
     ) -> None:
         if width % heads or width % 2:
             raise UserError(f"model.width={width}: must be even and a multiple of model.heads={heads}")
@@ -138,6 +141,9 @@ class TransformerXL(MemoryTokens[XLState], LayeredModel[XLState]):
         # The first memory stands among word embeddings, so it starts at their scale.
         self.memory = nn.Parameter(torch.randn(memory_size, width) * 0.02 * width**0.5)
         self.update = self.make_update(update, width)
+        if memory_size:
+            refuse_schedule(schedule)
+        self.schedule = schedule
 
     def layout(self, length: int) -> Layout:
         memory, cache = self.memory_size, self.cache_length
@@ -189,19 +195,21 @@ class TransformerXL(MemoryTokens[XLState], LayeredModel[XLState]):
         hidden = self.dropout(torch.cat([memory, words, memory], dim=1))  # (B, Q, D)
         return hidden, Shared(layout, segment.attention_mask, self._relations(segment, state.cached, words.dtype))
 
-    def cell(self, number: int, hidden: Tensor, before: Tensor, shared: Shared) -> tuple[Tensor, Tensor]:
-        """Transformer-XL, section 3.3: (B, Q, D) and the layer's cache (B, C, D) -> the same after it."""
+    def cell(self, number: int, shared: Shared) -> CachingLayer:
+        layer = cast(Layer, self.layers[number])
+        return CachingLayer(layer, shared.layout.place("text"), shared.mask, shared.relations)
+
+    def ahead(self, state: XLState, shared: Shared) -> XLState:
         text = shared.layout.place("text")
-        seen = torch.cat([hidden[:, : text.start], before, hidden[:, text.start :]], dim=1)  # (B, K, D)
-        return self.layers[number](hidden, seen, shared.relations), self._cache(before, hidden[:, text], shared.mask)
+        read = text.stop - text.start if shared.mask is None else shared.mask.sum(dim=1)
+        return state._replace(cached=(state.cached + read).clamp(max=self.cache_length))
 
     def leave(
         self, hidden: Tensor, layers: tuple[Tensor, ...], state: XLState, shared: Shared
     ) -> tuple[Tensor, XLState]:
         """RMT-2022, section 3.2: hidden states of the text (B, S, D), and the next state."""
         text, written = (hidden[:, shared.layout.place(name)] for name in ("text", shared.layout.written))
-        read = text.shape[1] if shared.mask is None else shared.mask.sum(dim=1)
-        cached = (state.cached + read).clamp(max=self.cache_length)
+        cached = self.ahead(state, shared).cached
         return text, XLState(layers, cached, self.next_memory(written, state.memory))
 
     def _relations(self, segment: Segment, cached: Tensor, dtype: torch.dtype) -> Relations:
@@ -221,14 +229,6 @@ class TransformerXL(MemoryTokens[XLState], LayeredModel[XLState]):
             exists[:, size + cache : size + cache + length] = segment.attention_mask.bool()
         return Relations(self.u, self.v, encoding, distance, (left & exists[:, None])[:, None])
 
-    def _cache(self, cache: Tensor, read: Tensor, mask: Tensor | None) -> Tensor:
-        """The last C of what was cached (B, C, D) and has been read (B, S, D), without its padding or gradient."""
-        both = torch.cat([cache, read.detach().to(cache.dtype)], dim=1)
-        if mask is None:
-            return both[:, read.shape[1] :]
-        last = mask.sum(dim=1, keepdim=True) + torch.arange(self.cache_length, device=mask.device)  # (B, C)
-        return both.gather(1, last[:, :, None].expand(-1, -1, both.shape[2]))
-
     def saved_state(self, leaves: list[Tensor]) -> list[Tensor]:
         if leaves[0].dim() == 4:  # the caches of all layers were one tensor (B, L, C, D)
             return [*leaves[0].unbind(dim=1), *leaves[1:]]
@@ -237,6 +237,31 @@ class TransformerXL(MemoryTokens[XLState], LayeredModel[XLState]):
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the token that follows each one of the text: (B, S, D) -> (B, S, V)."""
         return nn.functional.linear(hidden, self.embedding.weight)
+
+
+class CachingLayer(NamedTuple):
+    """A layer that has been told of a segment: where its text stands, (B, S) what of that is no padding, and distances.
+
+    Transformer-XL, section 3.3.
+    """
+
+    layer: Layer
+    text: slice
+    mask: Tensor | None
+    relations: Relations
+
+    def __call__(self, hidden: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, Q, D) and the layer's cache (B, C, D) -> the same after it."""
+        seen = torch.cat([hidden[:, : self.text.start], before, hidden[:, self.text.start :]], dim=1)  # (B, K, D)
+        return self.layer(hidden, seen, self.relations), self._cache(before, hidden[:, self.text])
+
+    def _cache(self, cache: Tensor, read: Tensor) -> Tensor:
+        """The last C of what was cached (B, C, D) and has been read (B, S, D), without its padding or gradient."""
+        both = torch.cat([cache, read.detach().to(cache.dtype)], dim=1)
+        if self.mask is None:
+            return both[:, read.shape[1] :]
+        last = self.mask.sum(dim=1, keepdim=True) + torch.arange(cache.shape[1], device=cache.device)  # (B, C)
+        return both.gather(1, last[:, :, None].expand(-1, -1, both.shape[2]))
 
 
 class Layer(nn.Module):

@@ -70,6 +70,11 @@ class LanguageModeler(SegmentModule):
                 f"task=language_modeling: the state of a {type(model).__name__} grows with each segment, and "
                 "running text goes on and on; choose another model, such as model=rmt_decoder"
             )
+        if (schedule := getattr(model, "schedule", "vertical")) != "vertical":
+            raise UserError(
+                f"model.schedule={schedule}: running text is read segment by segment, for documents begin anywhere in "
+                "it; leave it at vertical"
+            )
         counts = torch.tensor([3, 4])
         super().__init__(
             model, phases, metrics or {}, {"nats": counts.float(), "num_tokens": counts, "num_bytes": 5 * counts}

@@ -1,0 +1,97 @@
+"""Orders of layers and segments: all lead to what the vertical one leads to, with random weights everywhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_layer_memory import SINGLE, Make, make, random_weights
+from test_recurrence import gradients, probe, texts
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rmt_lightning import TransformerXL
+from rmt_lightning.core.errors import UserError
+from rmt_lightning.models import state as tree
+from rmt_lightning.models.rmt import RMTDecoder, RMTEncoder
+
+__all__ = ["make"]
+OTHERS = ("horizontal",)
+# Backbones of 2 layers: fewer segments, as many, and more.
+LENGTHS = (1, 2, 5)
+
+
+def results(model: Any, ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+    """Hidden states and states after each segment, and all gradients of them."""
+    readings = list(model.read(ids, mask))
+    found = {}
+    for number, reading in enumerate(readings):
+        found[f"hidden {number}"] = reading.hidden if mask is None else model.readout(reading.hidden, reading.segment)
+        found |= {f"state {number} {place}": leaf for place, leaf in enumerate(tree.leaves(reading.state))}
+    loss = sum(probe(part.double()) for part in found.values() if part.requires_grad)
+    return {name: part.detach() for name, part in found.items()} | gradients(model, loss)
+
+
+def assert_alike(found: dict[str, Tensor], expected: dict[str, Tensor], precision: float) -> None:
+    assert found.keys() == expected.keys()
+    largest = max(1, *(float(value.abs().max()) for value in expected.values() if value.numel()))
+    for name, value in expected.items():
+        assert not ((found[name] - value).abs() > precision * largest).any(), name
+
+
+@pytest.fixture
+def any_model(make: Make, tokenizer: PreTrainedTokenizerBase) -> Make:
+    def any_model(kind: str, variant: str, **options: Any) -> Any:
+        if variant != "transformer-xl":
+            return make(kind, variant, **options)
+        torch.manual_seed(0)
+        model = TransformerXL(tokenizer, 6, width=16, layers=2, heads=2, cache_length=4, **options)
+        random_weights(model)
+        return model.double().eval()
+
+    return any_model
+
+
+ragged = torch.arange(27) < torch.tensor([[27], [14], [5]])
+
+
+@pytest.mark.parametrize("schedule", OTHERS)
+@pytest.mark.parametrize(
+    ("kind", "variant"),
+    [
+        *((kind, "armt") for kind in ("bert", "gpt2", "opt", "llama")),
+        *((kind, "prmt") for kind in ("bert", "gpt2", "llama")),
+        ("gpt2", "no normalizer"),
+        ("", "transformer-xl"),
+    ],
+)
+def test_schedules_agree(any_model: Make, kind: str, variant: str, schedule: str) -> None:
+    plain, other = any_model(kind, variant), any_model(kind, variant, schedule=schedule)
+    precision = 1e-5 if kind in SINGLE else 1e-10
+    inputs: list[tuple[Tensor, Tensor | None]] = [(texts(2, length, 6), None) for length in LENGTHS]
+    for ids, mask in [*inputs, (texts(3, 1, 27)[:, 0], ragged.long())]:
+        assert_alike(results(other, ids, mask), results(plain, ids, mask), precision)
+    ids = texts(2, 5, 6)
+    with torch.no_grad():
+        assert_alike({"": other.encode(ids)}, {"": plain.encode(ids)}, precision)
+    if variant != "transformer-xl":
+        for depth, checkpointing in ((0, False), (2, True), (-1, True)):
+            plain.bptt_depth = other.bptt_depth = depth
+            other.gradient_checkpointing = checkpointing
+            assert_alike(results(other, ids), results(plain, ids), precision)
+    single = results(other.float(), ids), results(plain.float(), ids)
+    assert_alike(*single, 1e-5)
+
+
+@pytest.mark.parametrize("schedule", OTHERS)
+def test_memory_of_the_last_layer_has_one_order(make: Make, schedule: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    told = rf"^model\.schedule={schedule}: is for memory that each layer keeps for itself, .* last layer .* vertical"
+    with pytest.raises(UserError, match=told):
+        make("gpt2", "retrieval", schedule=schedule)
+    with pytest.raises(UserError, match=told):
+        TransformerXL(tokenizer, 8, width=16, layers=2, heads=2, memory_size=1, schedule=schedule)
+    with pytest.raises(UserError, match=told):
+        RMTDecoder(make("gpt2").backbone, 12, 2, schedule=schedule)
+    with pytest.raises(UserError, match=told):
+        RMTEncoder(make("bert").backbone, 12, 2, schedule=schedule)
