@@ -55,12 +55,14 @@ def random_weights(model: nn.Module, std: float = 0.3) -> None:
 
 @pytest.fixture
 def make(tokenizer: PreTrainedTokenizerBase) -> Make:
-    def make(kind: str = "gpt2", variant: str = "armt", **options: Any) -> Any:
+    def make(kind: str = "gpt2", variant: str = "armt", layers: int = 2, **options: Any) -> Any:
         torch.manual_seed(0)
         if kind == "bert":
-            backbone: Any = TinyBert(width=16, layers=2, heads=2, max_positions=64).encoder(tokenizer)
+            backbone: Any = TinyBert(width=16, layers=layers, heads=2, max_positions=64).encoder(tokenizer)
         else:
-            backbone = Decoder(AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[kind])), tokenizer)
+            config = copy.deepcopy(CONFIGS[kind])
+            config.num_hidden_layers = layers
+            backbone = Decoder(AutoModelForCausalLM.from_config(config), tokenizer)
         model_class, own = VARIANTS[variant]
         if model_class is ARMT:
             own = {"key_size": 6} | own

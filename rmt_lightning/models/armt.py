@@ -203,7 +203,7 @@ class ARMT(LayerMemory):
         # They stand among word embeddings, so they start at their scale.
         self.memory = nn.Parameter(torch.randn(memory_size, backbone.embedding_width) * backbone.embedding_scale)
         self.memories = nn.ModuleList(AssociativeMemory(width, key_size, heads, normalizer) for _ in self.scales)
-        self.schedule = schedule
+        self.choose(schedule)
 
     def initial_state(self, batch_size: int) -> LayerState:
         """Of each layer an `Association` of nothing."""

@@ -7,17 +7,19 @@ layers.
 from __future__ import annotations
 
 from abc import abstractmethod
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from rmt_lightning.core.errors import UserError
 from rmt_lightning.models import state as tree
-from rmt_lightning.models.backbone import Layers, Transformer, tried
+from rmt_lightning.models.backbone import Layers, Transformer, alike, tried
 from rmt_lightning.models.decoder import Decoder, SegmentCache
 from rmt_lightning.models.encoder import Encoder
 from rmt_lightning.models.frame import DecoderFrame, FramedModel, frame_for
-from rmt_lightning.models.layered import LayeredModel
+from rmt_lightning.models.layered import LayeredModel, Schedule
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.segment_model import SegmentModel
 
@@ -98,6 +100,24 @@ class LayerMemory(FramedModel[LayerState], LayeredModel[LayerState]):
                 scales.append(float(hidden.std()))
                 hidden = layer(hidden)
             return scales
+
+    def choose(self, schedule: Schedule) -> None:
+        super().choose(schedule)
+        if schedule != "diagonal":
+            return
+        words = self.backbone.some_words(min(self.text_length, 6))
+        segments = [Segment(words), Segment(words.flip(0))]
+        # Families fail in ways of their own.
+        with tried(self.backbone.model), suppress(Exception):
+            found, expected = (
+                list(run(self, segments, self.initial_state(2)))[-1][0] for run in (LayeredModel.run, SegmentModel.run)
+            )
+            if alike(found, expected):
+                return
+        raise UserError(
+            f"model.schedule={schedule}: the layers of {self.backbone.model.config.model_type} differ in more than "
+            "their weights, so they cannot be run at once; choose horizontal or vertical"
+        )
 
     @property
     def backbone(self) -> Transformer:

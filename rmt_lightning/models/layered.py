@@ -6,8 +6,10 @@ Shapes: B batch, T segments, N tokens that a layer sees, L layers, D width of th
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,8 +19,9 @@ from rmt_lightning.core.errors import UserError
 from rmt_lightning.models import state as tree
 from rmt_lightning.models.recurrence import Segment, first_with_gradient
 from rmt_lightning.models.segment_model import SegmentModel
+from rmt_lightning.models.stacked import Stack
 
-Schedule = Literal["vertical", "horizontal"]
+Schedule = Literal["vertical", "horizontal", "diagonal"]
 
 
 class LayerMajor(Protocol):
@@ -29,6 +32,7 @@ class LayerMajor(Protocol):
 
 
 LayeredState = TypeVar("LayeredState", bound=LayerMajor)
+Made = TypeVar("Made")
 
 
 class Cell(Protocol):
@@ -47,6 +51,8 @@ class LayeredModel(SegmentModel[LayeredState], Generic[LayeredState]):
     ```
     vertical      segment by segment: all that a text needs whose end is not known
     horizontal    layer by layer, over all segments
+    diagonal      layer l of segment s together with all other cells of the same l + s, for which the layers must differ
+                  in nothing but their weights (arXiv 2506.05229)
     ```
 
     They lead to the same results if all that a segment takes from the one before is the states of its layers, and what
@@ -86,53 +92,126 @@ class LayeredModel(SegmentModel[LayeredState], Generic[LayeredState]):
             after.append(left)
         return hidden, tuple(after)
 
+    def choose(self, schedule: Schedule) -> None:
+        """Read by a schedule from now on.
+
+        Raises:
+            UserError: if the layers differ, and so cannot be run at once.
+        """
+        self.schedule = schedule
+
     def run(self, segments: Iterable[Segment], state: LayeredState) -> Iterator[tuple[Tensor, LayeredState]]:
         """Those of which there is a list are read in the order of the `schedule`."""
         if self.schedule == "vertical" or not isinstance(segments, list):
             yield from super().run(segments, state)
             return
         first = first_with_gradient(len(segments), self.bptt_depth) if torch.is_grad_enabled() else 0
-        for schedule, part in ((torch.no_grad()(horizontal), segments[:first]), (horizontal, segments[first:])):
+        ordered = {"horizontal": horizontal, "diagonal": diagonal}[self.schedule]
+        for schedule, part in ((torch.no_grad()(ordered), segments[:first]), (ordered, segments[first:])):
             for hidden, after in schedule(self, part, state):
                 state = after
                 yield hidden, state
+
+
+@dataclass
+class _Reading(Generic[LayeredState]):
+    """A segment on its way through the layers.
+
+    Attributes:
+        shared: what its cells share.
+        rows: (B,) bool, those that have text; None if all have.
+        state: the one before it, all but its layers.
+        hidden: what the next layer is given.
+        after: the states of those that have read it.
+    """
+
+    shared: Any
+    rows: Tensor | None
+    state: LayeredState
+    hidden: Tensor
+    after: list[Any] = field(default_factory=list)
+
+    def cell(self, model: LayeredModel[LayeredState]) -> Cell:
+        """The next one."""
+        return _Kept(model.cell(len(self.after), self.shared), self.rows)
+
+    def take(self, made: Tensor, after: Any) -> None:
+        self.hidden = made
+        self.after.append(after)
+
+    def end(self, model: LayeredModel[LayeredState]) -> tuple[Tensor, LayeredState]:
+        return model.leave(self.hidden, tuple(self.after), self.state, self.shared)
+
+
+class _Kept(NamedTuple):
+    """A cell whose rows without text keep their state."""
+
+    cell: Cell
+    rows: Tensor | None
+
+    def __call__(self, hidden: Tensor, before: Any) -> tuple[Tensor, Any]:
+        made, after = self.cell(hidden, before)
+        return made, after if self.rows is None else tree.where(self.rows, after, before)
+
+
+def _entered(
+    model: LayeredModel[LayeredState], segments: Iterable[Segment], state: LayeredState
+) -> Iterator[_Reading[LayeredState]]:
+    for segment in segments:
+        hidden, shared = model.enter(segment, state)
+        rows = None if segment.attention_mask is None else segment.attention_mask.any(dim=1)
+        yield _Reading(shared, rows, state, hidden)
+        state = model.ahead(state, shared)
 
 
 def horizontal(
     model: LayeredModel[LayeredState], segments: Sequence[Segment], state: LayeredState
 ) -> Iterator[tuple[Tensor, LayeredState]]:
     """Run a model layer by layer; with checkpointing each layer is computed again once, over all segments."""
-    read = list(_entered(model, segments, state))
-    given = [hidden for hidden, _, _ in read]
-    layers = []
+    readings = list(_entered(model, segments, state))
 
-    def layer(number: int, given: list[Tensor], left: Any) -> tuple[list[Tensor], list[Any]]:
-        made, states = [], []
-        for segment, hidden, (_, shared, _) in zip(segments, given, read, strict=True):
-            hidden, after = model.cell(number, shared)(hidden, left)
-            left = kept(segment, after, left)
-            made.append(hidden)
-            states.append(left)
-        return made, states
+    def layer(given: list[Tensor], left: Any, cells: list[Cell]) -> list[tuple[Tensor, Any]]:
+        made = []
+        for cell, hidden in zip(cells, given, strict=True):
+            hidden, left = cell(hidden, left)
+            made.append((hidden, left))
+        return made
 
-    for number, before in enumerate(state.layers):
-        if model.gradient_checkpointing and torch.is_grad_enabled():
-            given, states = checkpoint(layer, number, given, before, use_reentrant=False)
-        else:
-            given, states = layer(number, given, before)
-        layers.append(states)
-    for hidden, (_, shared, before), *after in zip(given, read, *layers, strict=True):
-        yield model.leave(hidden, tuple(after), before, shared)
+    for before in state.layers:
+        given = [reading.hidden for reading in readings], before, [reading.cell(model) for reading in readings]
+        for reading, made in zip(readings, _checkpointed(model, layer, *given), strict=True):
+            reading.take(*made)
+    for reading in readings:
+        yield reading.end(model)
 
 
-def _entered(
-    model: LayeredModel[LayeredState], segments: Iterable[Segment], state: LayeredState
-) -> Iterator[tuple[Tensor, Any, LayeredState]]:
-    """Of each segment what `enter` returns, and the state before it, all but its layers."""
-    for segment in segments:
-        hidden, shared = model.enter(segment, state)
-        yield hidden, shared, state
-        state = kept(segment, model.ahead(state, shared), state)
+def diagonal(
+    model: LayeredModel[LayeredState], segments: Sequence[Segment], state: LayeredState
+) -> Iterator[tuple[Tensor, LayeredState]]:
+    """Run all cells at once that can be: those whose layer and segment have the same sum, at most L of them."""
+    left, stack = list(state.layers), None
+    # From the last segment, which the first of their layers reads, to the first.
+    readings: list[_Reading[LayeredState]] = []
+    for new in chain(_entered(model, segments, state), [None] * (len(left) - 1 if segments else 0)):
+        if new is not None:
+            readings.insert(0, new)
+            stack = stack or Stack([model.cell(number, new.shared) for number in range(len(left))])
+        start = len(readings[0].after)
+        numbers = slice(start, start + len(readings))
+        assert stack is not None
+        given = [reading.cell(model) for reading in readings], [reading.hidden for reading in readings], left[numbers]
+        made, left[numbers] = _checkpointed(model, stack.run, start, *given)
+        for reading, *result in zip(readings, made, left[numbers], strict=True):
+            reading.take(*result)
+        if numbers.stop == len(left):
+            yield readings.pop().end(model)
+
+
+def _checkpointed(model: LayeredModel[Any], function: Callable[..., Made], *given: Any) -> Made:
+    if not model.gradient_checkpointing or not torch.is_grad_enabled():
+        return function(*given)
+    made: Made = checkpoint(function, *given, use_reentrant=False)
+    return made
 
 
 def refuse_schedule(schedule: Schedule) -> None:
@@ -142,10 +221,3 @@ def refuse_schedule(schedule: Schedule) -> None:
             f"model.schedule={schedule}: is for memory that each layer keeps for itself, and here the last layer of a "
             "segment makes what the first of the next one reads; leave it at vertical, or choose model=armt"
         )
-
-
-def kept(segment: Segment, after: Any, before: Any) -> Any:
-    """The state after a segment: rows without text keep theirs."""
-    if segment.attention_mask is None or after is before:
-        return after
-    return tree.where(segment.attention_mask.any(dim=1), after, before)

@@ -73,7 +73,7 @@ class PRMT(LayerMemory):
         # They stand among what each layer is given, so they start at its scale.
         scales = torch.tensor(self.scales)[:, None, None]
         self.memory = nn.Parameter(torch.randn(len(scales), memory_size, backbone.layer_width) * scales)
-        self.schedule = schedule
+        self.choose(schedule)
 
     def initial_state(self, batch_size: int) -> LayerState:
         """The trained vectors of each layer, the same for all."""

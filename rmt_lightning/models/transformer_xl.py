@@ -143,7 +143,7 @@ class TransformerXL(MemoryTokens[XLState], LayeredModel[XLState]):
         self.update = self.make_update(update, width)
         if memory_size:
             refuse_schedule(schedule)
-        self.schedule = schedule
+        self.choose(schedule)
 
     def layout(self, length: int) -> Layout:
         memory, cache = self.memory_size, self.cache_length

@@ -194,7 +194,14 @@ def compile_step(model: SegmentModel[Any], mode: CompileMode) -> None:
     Args:
         model: on the device where it will be used.
         mode: torch.compile's.
+
+    Raises:
+        UserError: if it does not read step by step.
     """
+    if (schedule := getattr(model, "schedule", "vertical")) != "vertical":
+        raise UserError(
+            f"model.schedule={schedule}: what trainer.compile compiles is whole segments; leave out one of the two"
+        )
     step = torch.compile(model.step, mode=mode)
 
     def alike(segment: Segment, state: Any) -> tuple[Tensor, Any]:
