@@ -70,6 +70,7 @@ TABLE = [
     ("logger=tensorboard +logger.nosuch=1", "logger.nosuch: no such setting; allowed: "),
     ("backbone.initializer_range=1e-9", "backbone.initializer_range=1e-09: must be greater than or equal to 0.001"),
     ("model.bptt_depth=-2", r"model.bptt_depth=-2: must be greater than or equal to -1"),
+    ("model.schedule=diagonal", r"model.schedule=diagonal: is for memory that each layer keeps for itself, and here"),
     ("data.segment_length=513", r"data.segment_length=513: the backbone sees at most 512 tokens; give 512 or less"),
     ("data.segment_length=12", r"data.segment_length=12: 10 memory and 3 special tokens leave no room for text; "),
     ("model=rmt_decoder backbone=tiny_gpt data.segment_length=20", r"data.segment_length=20: 10 read memory and"),

@@ -68,7 +68,6 @@ ragged = torch.arange(27) < torch.tensor([[27], [14], [5]])
         ("gpt2", "no normalizer"),
         ("llama", "armt"),
         ("opt", "prmt"),
-        ("bert", "prmt"),
         ("", "transformer-xl"),
     ],
 )

@@ -36,7 +36,7 @@ from rmt_lightning.core.run_folder import CHECKPOINTS, CONFIG, LAST, TEXT, TYPED
 log = logging.getLogger(__name__)
 
 # Settings of a model that neither its weights nor its state depend on.
-_FREE = {"bptt_depth", "gradient_checkpointing", "memory_attention", "dropout"}
+_FREE = {"bptt_depth", "gradient_checkpointing", "memory_attention", "dropout", "schedule"}
 _PARTS = ("task", "noise", "backbone", "model")
 _CHOSEN = ("task", "backbone", "model", "experiment")
 # Where a row of running text stands is counted in num_segments, and where an epoch stands in steps_per_epoch.

@@ -69,7 +69,7 @@ class Stack:
             call: Any = tree_unflatten([own.get(place, part) for place, part in enumerate(parts)], form)
             with _Batched():
                 given = (call, hidden, tree.rebuild(states[0], before))
-                made, after = functional_call(self.first, weights, given)
+                made, after = functional_call(self.first, weights, given, tie_weights=False)
             return made, tree.leaves(after)
 
         weights = {name: weight[start : start + len(calls)] for name, weight in self.weights.items()}
