@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from rmt_lightning.models import state as tree
 
@@ -32,7 +31,7 @@ class Stack:
     """
 
     def __init__(self, calls: Sequence[Any]) -> None:
-        layers = [_Modules(filter(_is_module, tree_flatten(call)[0])) for call in calls]
+        layers = [_Modules(filter(_is_module, tree.parts(call)[0])) for call in calls]
         if any(_form(layer) != _form(layers[0]) for layer in layers):
             raise UnlikeError
         self.first = layers[0]
@@ -53,7 +52,7 @@ class Stack:
         Raises:
             UnlikeError: if they have been told plain values that differ.
         """
-        forms = [tree_flatten(call) for call in calls]
+        forms = [tree.parts(call) for call in calls]
         parts, form = forms[0]
         modules = iter(self.first)
         parts = [next(modules) if _is_module(part) else part for part in parts]
@@ -66,7 +65,7 @@ class Stack:
         befores = [torch.stack(leaves) for leaves in zip(*map(tree.leaves, states), strict=True)]
 
         def one(weights: Any, own: dict[int, Tensor], hidden: Tensor, before: list[Tensor]) -> Any:
-            call: Any = tree_unflatten([own.get(place, part) for place, part in enumerate(parts)], form)
+            call: Any = tree.whole([own.get(place, part) for place, part in enumerate(parts)], form)
             with _Batched():
                 given = (call, hidden, tree.rebuild(states[0], before))
                 made, after = functional_call(self.first, weights, given, tie_weights=False)

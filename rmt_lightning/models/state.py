@@ -88,15 +88,25 @@ def leaves(state: Any) -> list[Tensor]:
     return [part for part in tree_leaves(state) if isinstance(part, Tensor)]
 
 
+def parts(of: Any) -> tuple[list[Any], Any]:
+    """All that stands in a tree, whatever it is, and the form of the tree."""
+    return tree_flatten(of)
+
+
+def whole(parts: Sequence[Any], form: Any) -> Any:
+    """The tree of a form in which these `parts` stand."""
+    return tree_unflatten(parts, form)
+
+
 def rebuild(like: State, leaves: Sequence[Tensor]) -> State:
     """The state of the same form as `like` whose `leaves` these are.
 
     Raises:
         ValueError: if there are more or fewer of them.
     """
-    parts, form = tree_flatten(like)
-    if len(leaves) != sum(isinstance(part, Tensor) for part in parts):
+    there, form = tree_flatten(like)
+    if len(leaves) != sum(isinstance(part, Tensor) for part in there):
         raise ValueError(f"{len(leaves)} tensors do not make a {type(like).__name__}")
     given = iter(leaves)
-    whole: State = tree_unflatten([next(given) if isinstance(part, Tensor) else part for part in parts], form)
-    return whole
+    made: State = tree_unflatten([next(given) if isinstance(part, Tensor) else part for part in there], form)
+    return made
