@@ -40,9 +40,13 @@ from .tasks.facts import Whereabouts as Whereabouts
 from .tasks.language import DocumentDataModule as DocumentDataModule
 from .tasks.language import LanguageModeling as LanguageModeling
 from .tasks.language import RunningText as RunningText
+from .tasks.noise import Blank as Blank
 from .tasks.noise import Files as Files
 from .tasks.noise import Hub as Hub
 from .tasks.noise import Prose as Prose
+from .tasks.pairs import KeyValue as KeyValue
+from .tasks.pairs import Remember as Remember
+from .tasks.pairs import Rewrite as Rewrite
 from .tasks.placement import Placement as Placement
 from .training.answering import FactClassifier as FactClassifier
 from .training.callbacks.wandb_run import WandbRun as WandbRun

@@ -8,12 +8,11 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.tasks.facts import Example, Split
+from rmt_lightning.tasks.facts import Example, Split, Where
 
 
 class Babi:
@@ -43,7 +42,7 @@ class Babi:
     """
 
     name = "babi"
-    where: Literal["start", "anywhere"] = "anywhere"
+    where: Where = "anywhere"
 
     def __init__(
         self,

@@ -22,6 +22,7 @@ from annotated_types import Ge, Le
 from rmt_lightning.core.errors import UserError
 
 Split = Literal["train", "validation", "test"]
+Where = Literal["start", "anywhere", "apart"]
 
 # The six answers, the four people and the five verbs of RMT-2023 (arXiv 2304.11062, section 4), taken from bAbI.
 PLACES = ("bathroom", "hallway", "garden", "office", "bedroom", "kitchen")
@@ -61,12 +62,13 @@ class Task(Protocol):
     Attributes:
         name: how people call it.
         answers: all that an answer may be.
-        where: "start" sets the facts at the very start of the input, "anywhere" between any two sentences.
+        where: "start" sets the facts at the very start of the input, "anywhere" between any two sentences, "apart" in
+            segments of their own as far as there are enough.
     """
 
     name: str
     answers: tuple[str, ...]
-    where: Literal["start", "anywhere"]
+    where: Where
 
     def draw(self, rng: np.random.Generator, split: Split) -> Example:
         """Draw an example that belongs to `split`, using `rng` alone."""
@@ -105,7 +107,7 @@ class Detect:
     """
 
     name = "detect"
-    where: Literal["start", "anywhere"] = "anywhere"
+    where: Where = "anywhere"
     answers = PLACES
 
     def draw(self, rng: np.random.Generator, split: Split) -> Example:
@@ -149,7 +151,7 @@ class Whereabouts:
     """
 
     name = "whereabouts"
-    where: Literal["start", "anywhere"] = "anywhere"
+    where: Where = "anywhere"
     answers = (*PLACES, "nowhere")
 
     def __init__(self, moves: Annotated[int, Ge(1), Le(1000)] = 4) -> None:
@@ -208,7 +210,7 @@ class Reasoning:
     """
 
     name = "reasoning"
-    where: Literal["start", "anywhere"] = "anywhere"
+    where: Where = "anywhere"
     answers = PLACES
     repeated = 1
 
@@ -275,7 +277,7 @@ class Carried:
     """
 
     name = "carried"
-    where: Literal["start", "anywhere"] = "anywhere"
+    where: Where = "anywhere"
     answers = PLACES
     repeated = 3
 

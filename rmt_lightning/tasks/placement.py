@@ -33,6 +33,8 @@ _ATTEMPTS = 200
 _DRAWS = 1000
 # How many samples of such a task are asked, unless a number is given.
 _SAMPLES = 256
+# Of how many sentences the tokens are kept, for some tasks have new ones in every sample.
+_KNOWN = 2**16
 
 
 class Key(NamedTuple):
@@ -314,6 +316,8 @@ class Placement:
 
     def _ids(self, sentence: str) -> np.ndarray:
         if sentence not in self._token_ids:
+            if len(self._token_ids) >= _KNOWN:
+                self._token_ids.clear()
             self._token_ids[sentence] = np.array(token_ids(self.tokenizer, [sentence])[0], dtype=np.int64)
         return self._token_ids[sentence]
 
@@ -354,8 +358,9 @@ class Placement:
     ) -> list[int]:
         """The segment of each fact, in order, if they fit.
 
-        Segments are drawn uniformly and sorted. Where facts crowd, a fact moves on to the next segment with room, but
-        never past the last one from which those that follow still find theirs.
+        Segments are drawn uniformly and sorted, those of facts that stand apart each only once while there are enough.
+        Where facts crowd, a fact moves on to the next segment with room, but never past the last one from which those
+        that follow still find theirs.
         """
         # Of the segments that are looked at: inputs may be of any length.
         room = defaultdict(lambda: text_length, {num_segments - 1: text_length - question_length})
@@ -369,6 +374,9 @@ class Placement:
         wanted = np.sort(rng.integers(num_segments, size=len(facts)))
         if self.task.where == "start":
             wanted[:] = 0
+        elif self.task.where == "apart":
+            places = max(num_segments, len(facts))
+            wanted = np.sort(rng.choice(places, size=len(facts), replace=False)) * num_segments // places
         homes: list[int] = []
         segment = 0
         for fact, ids in enumerate(facts):

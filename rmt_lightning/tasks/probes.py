@@ -9,13 +9,13 @@ import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.core.tokens import token_ids
-from rmt_lightning.tasks.facts import PEOPLE, PLACES, VERBS, Detect, Example, Finite, Split, Task, pick
+from rmt_lightning.tasks.facts import PEOPLE, PLACES, VERBS, Detect, Example, Finite, Split, Task, Where, pick
 from rmt_lightning.tasks.noise import split_of
 from rmt_lightning.tasks.prose import WORDS, written
 
@@ -133,7 +133,7 @@ class Probe:
     """
 
     name: str
-    where: Literal["start", "anywhere"]
+    where: Where
     make: Callable[[World], Example]
     answers: tuple[str, ...] = (*PLACES, NOWHERE)
 
