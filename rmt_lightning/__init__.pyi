@@ -44,6 +44,7 @@ from .tasks.noise import Blank as Blank
 from .tasks.noise import Files as Files
 from .tasks.noise import Hub as Hub
 from .tasks.noise import Prose as Prose
+from .tasks.pairs import MQAR as MQAR
 from .tasks.pairs import KeyValue as KeyValue
 from .tasks.pairs import Remember as Remember
 from .tasks.pairs import Rewrite as Rewrite

@@ -16,10 +16,10 @@ from rmt_lightning.models.tiny import TinyBert
 from rmt_lightning.tasks.corpus import tokenize
 from rmt_lightning.tasks.facts import Example
 from rmt_lightning.tasks.noise import SPLITS, Blank, Prose
-from rmt_lightning.tasks.pairs import KeyValue, Remember, Rewrite, spelled
+from rmt_lightning.tasks.pairs import MQAR, KeyValue, Remember, Rewrite, spelled
 from rmt_lightning.tasks.placement import Key, Placement
 
-TASKS = [KeyValue, Remember, Rewrite]
+TASKS = [KeyValue, Remember, Rewrite, MQAR]
 
 
 def listened(example: Example) -> dict[str, str]:
@@ -49,7 +49,7 @@ def test_each_key_is_asked_for_its_latest_value(kind: type[KeyValue]) -> None:
 @pytest.mark.parametrize("kind", TASKS)
 def test_splits_share_no_set_of_pairs(kind: type[KeyValue]) -> None:
     # So few that each is drawn several times.
-    rng, task = np.random.default_rng(0), kind(pairs=2, symbols=2, key_size=2, values=7)
+    rng, task = np.random.default_rng(0), kind(pairs=2, symbols=4 if kind is MQAR else 2, key_size=2, values=7)
     counts = {"train": 1000, "validation": 150, "test": 150}
     train, validation, test = (
         Counter(frozenset(task.draw(rng, split).facts) for _ in range(counts[split])) for split in SPLITS
@@ -58,6 +58,15 @@ def test_splits_share_no_set_of_pairs(kind: type[KeyValue]) -> None:
     # All there are, or almost: two of four keys, or one of them twice.
     there = 4 * (7 + 7 * 6 // 2) if kind is Rewrite else 6 * 7 * 7
     assert 0.95 * there < len(train) + len(validation) + len(test) <= there
+
+
+def test_keys_and_values_share_no_symbol_in_mqar() -> None:
+    rng, task = np.random.default_rng(0), MQAR(pairs=5, symbols=21, values=300)
+    known = [listened(task.draw(rng, "train")) for _ in range(200)]
+    keys, values = (
+        {s for pairs in known for text in part(pairs) for s in text.split()} for part in (dict.keys, dict.values)
+    )
+    assert keys == {*spelled(21)[:10]} and values <= {*spelled(21)[10:]}
 
 
 def test_the_easier_forms_have_fewer_pairs() -> None:

@@ -156,6 +156,37 @@ class Rewrite(Remember):
         return rng.permutation(np.concatenate([keys, rng.choice(keys, size=self.pairs - self.different)]))
 
 
+class MQAR(KeyValue):
+    """Pairs anywhere, each key asked again after a gap (multi-query associative recall, Arora et al. 2023).
+
+    ```
+    noise b: q. noise d: w. noise c: q. noise d?   -> w
+    ```
+
+    Keys are of the first half of the symbols, values of the second. A sample asks for one key, after all pairs;
+    `answer.all_questions=true` trains on all of them.
+
+    Args:
+        pairs, symbols, key_size, values: as in `KeyValue`.
+    """
+
+    name = "mqar"
+    where = "anywhere"
+
+    def __init__(
+        self,
+        pairs: Annotated[int, Ge(1), Le(4096)] = 4,
+        symbols: Annotated[int, Ge(4), Le(8000)] = 32,
+        key_size: Annotated[int, Ge(1), Le(4)] = 1,
+        values: Annotated[int, Ge(2), Le(4096)] = 16,
+    ) -> None:
+        super().__init__(pairs, symbols, key_size, values)
+
+    def _alphabets(self, symbols: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+        half = len(symbols) // 2
+        return symbols[:half], symbols[half:]
+
+
 def spelled(count: int) -> tuple[str, ...]:
     """So many symbols, each of as many letters as all of them need."""
     return _words(_LETTERS, count, joint="")
