@@ -44,7 +44,7 @@ def curriculum_of(data: FactDataModule) -> SegmentCurriculum:
 
 def test_a_batch(placement: Placement) -> None:
     data = module(placement)
-    curriculum_of(data).num_segments, curriculum_of(data).lengths = 3, "exact"
+    curriculum_of(data).stage, curriculum_of(data).lengths = 3, "exact"
     batches = list(data.train_dataloader())
     assert len(batches) == 6
     for batch in batches:
@@ -134,7 +134,7 @@ def test_lessons_go_from_easy_samples_without_noise_to_the_task_as_it_is(
     curriculum.lesson = None
     assert shown(data.train_dataloader()) == shown(data.val_dataloader()) == ({None}, [full])
     # Later stages begin with the last of the easier forms, amid all the noise.
-    curriculum.num_segments = 2
+    curriculum.stage = 2
     assert lessons_of(placement, 2) == len(forms)
     for lesson, form in enumerate(forms, start=1):
         curriculum.lesson = lesson
@@ -162,7 +162,7 @@ def test_epochs_go_on_where_the_last_one_ended(placement: Placement) -> None:
 def test_no_sample_is_seen_twice_or_missed(placement: Placement, world_size: int) -> None:
     ranks = [module(placement, rank, world_size) for rank in range(world_size)]
     for data in ranks:
-        curriculum_of(data).num_segments = 3
+        curriculum_of(data).stage = 3
     training = [[key for batch in data.train_dataloader().batch_sampler for key in batch] for data in ranks]
     assert sorted(key.number for keys in training for key in keys) == list(range(24 * world_size))
     # At every step all ranks have inputs of one length.
@@ -182,7 +182,7 @@ def test_workers_give_the_same_and_never_a_stale_length(placement: Placement, wo
         loaders[1] = DataLoader(own.dataset, batch_sampler=own.batch_sampler, num_workers=workers)
     for num_segments in (1, 3, 2):
         for data in (plain, parallel):
-            curriculum_of(data).num_segments, curriculum_of(data).lengths = num_segments, "exact"
+            curriculum_of(data).stage, curriculum_of(data).lengths = num_segments, "exact"
         for one, other in zip(*loaders, strict=True):
             assert one.input_ids.shape[1] == num_segments
             assert all(map(torch.equal, one, other))
@@ -206,7 +206,7 @@ def test_producing_a_batch_costs_less_than_a_twentieth_of_a_training_step(
     """With the model of the default run, the smallest that is shipped; in processor time, whatever else is running."""
     model = RMTEncoder(TinyBert().encoder(tokenizer), segment_length=64)
     data = module(Placement(Detect(), corpora, tokenizer, model.text_length, seed=1), batch_size=32, steps_per_epoch=10)
-    curriculum_of(data).num_segments, curriculum_of(data).lengths = 2, "exact"
+    curriculum_of(data).stage, curriculum_of(data).lengths = 2, "exact"
     loader = iter(data.train_dataloader())
     producing, training = [], []
     # The first batches find nothing in the processor's cache.

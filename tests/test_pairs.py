@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 from collections import Counter
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
@@ -115,6 +117,40 @@ def test_pairs_stand_apart_or_all_at_the_start(tmp_path: Path) -> None:
         sample = placement.sample("validation", Key(5, number))
         texts = [tokenizer.decode(segment).strip() for segment in sample.segments]
         assert texts[:4] == [*sample.example.facts] and texts[4] == f"- - {sample.example.question}"
+
+
+def test_pairs_grow(train: Run, tmp_path: Path) -> None:
+    small = [word for word in SMALL if not word.startswith(("noise.", "curriculum.max", "test.", "data.segment"))]
+    small += [
+        "noise=none",
+        "curriculum.grow=pairs",
+        "curriculum.max_segments=2",
+        "test.segments=[2,3]",
+        "test.samples=8",
+    ]
+    # One segment has no room for three pairs.
+    small += ["curriculum.steps=3", "task=remember", "task.pairs=3", "data.segment_length=33", "hydra.run.dir=run"]
+    result = train(*small, small=False)
+    assert result.returncode == 0, result.stderr
+    rows = list(csv.DictReader((tmp_path / "run/stages.csv").open()))
+    assert [(row["stage"], row["steps"], row["fits"]) for row in rows] == [(str(n), "3", "1.0") for n in (1, 2, 3)]
+    told = result.stdout + result.stderr
+    assert [pairs for pairs in ("on 1 pairs", "on 2 pairs", "on 3 pairs") if pairs not in told] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("task=detect", "curriculum.grow=pairs"), "curriculum.grow=pairs: task=detect has no pairs"),
+        (("task=mqar", "curriculum.grow=pairs", "curriculum.lessons=true"), "leave one of them out"),
+        (
+            ("task=remember", "curriculum.grow=pairs", "data.segment_length=20", "curriculum.max_segments=3"),
+            "fit into 3 segments; raise it, or curriculum.max_segments",
+        ),
+    ],
+)
+def test_what_cannot_grow_is_refused(refused: Callable[..., str], words: tuple[str, ...], told: str) -> None:
+    assert told in refused("noise=none", "trainer.max_steps=1", "backbone.width=16", "backbone.heads=2", *words)
 
 
 def test_a_decoder_writes_values_of_several_symbols(train: Run) -> None:

@@ -206,7 +206,7 @@ def test_no_length_to_test() -> None:
 )
 def test_convergence(options: dict, accuracies: list[float], expected: list[bool]) -> None:
     curriculum = SegmentCurriculum(max_segments=3, steps=10, **options)
-    curriculum.num_segments = 3
+    curriculum.stage = 3
     assert [curriculum._converged(accuracy) for accuracy in accuracies] == expected
 
 

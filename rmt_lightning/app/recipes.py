@@ -128,14 +128,15 @@ class FactRecipe(Recipe):
         self.lengths: LengthTest = instantiate(config.test, _convert_="all")
         self.model.fitting("curriculum.max_segments", [config.curriculum.max_segments])
         _check_noise(placement, config.curriculum.max_segments)
-        _check_room(placement, config.data.segment_length)
+        _check_room(placement, config.data.segment_length, self.phase(SegmentCurriculum).shortest(placement))
         self.tested = testable("test.segments", self.lengths.segments, self.model, placement)
 
     def tell(self) -> None:
-        placement, longest = self.data.placement, self.phase(SegmentCurriculum).longest
+        placement, curriculum = self.data.placement, self.phase(SegmentCurriculum)
+        longest = curriculum.longest
         for remark in placement.remarks():
             log.info(remark)
-        shares = {n: placement.fits("train", n) for n in range(1, longest + 1)}
+        shares = {n: placement.fits("train", n) for n in range(curriculum.shortest(placement), longest + 1)}
         if partial := ", ".join(f"{share:.1%} into {n}" for n, share in shares.items() if share < 1):
             log.info("task=%s: of its questions fit %s segments; the others are left out", placement.task.name, partial)
         tell_limit(placement, "data.validation_samples", "validation", self.data.validation_samples, longest)
@@ -157,17 +158,24 @@ class FactRecipe(Recipe):
         write_csv(folder / EVALUATION, [{"segments": result.segments, **result.row()} for result in lengths])
         task, curriculum = self.data.placement.task, self.phase(SegmentCurriculum)
         figure = figures.curriculum(
-            curriculum.history, lengths, curriculum.num_segments, 1 / len(task.answers), f"task={task.name}"
+            curriculum.history,
+            lengths,
+            curriculum.num_segments,
+            1 / len(task.answers),
+            f"task={task.name}",
+            "segments" if curriculum.grow == "segments" else "stages",
         )
         write_atomically(folder / "curriculum.png", figures.rendered(figure))
 
     def idle(self, config: DictConfig) -> Iterator[tuple[str, str]]:
         yield from super().idle(config)
-        last = self.phase(SegmentCurriculum).max_segments
+        curriculum = self.phase(SegmentCurriculum)
+        last = curriculum.stages
+        end = f"curriculum.max_segments={last}" if curriculum.grow == "segments" else f"stage {last}, the last one,"
         for group in ("curriculum", "optim"):
             for name, values in config[group].items():
                 if isinstance(values, ListConfig) and (over := list(values[last:])):
-                    yield f"{group}.{name}", f"{over} changes nothing, for curriculum.max_segments={last} ends before"
+                    yield f"{group}.{name}", f"{over} changes nothing, for {end} ends before"
         yield from self._rounded(config)
         if config.answer.get("all_questions") and _asks_one(self.data.placement):
             yield "answer.all_questions", f"changes nothing, for task={self.data.placement.task.name} has one question"
@@ -177,7 +185,7 @@ class FactRecipe(Recipe):
     def _rounded(self, config: DictConfig) -> Iterator[tuple[str, str]]:
         """Whether stages go on beyond their budget, at a learning rate of 0, to the validation that ends them."""
         epoch = -(-config.data.steps_per_epoch // config.trainer.get("accumulate_grad_batches", 1))
-        stages = self.phase(SegmentCurriculum).max_segments
+        stages = self.phase(SegmentCurriculum).stages
         # The last phase of a run ends at once.
         followed = stages if len(list(self.phases)) > 1 else stages - 1
         budgets = [at_stage(self.phase(SegmentCurriculum).steps, stage + 1) for stage in range(followed)]
@@ -318,11 +326,16 @@ def check_memory(recipe: Recipe) -> None:
     check_room(f"data.batch_size={data.batch_size}: a batch of {longest} segments takes at least", needed, "give less")
 
 
-def _check_room(placement: Placement, segment_length: int) -> None:
-    """Refuse what has next to no questions to begin with, for a segment has no room for the others."""
+def _check_room(placement: Placement, segment_length: int, shortest: int) -> None:
+    """Refuse what has next to no questions to begin with, for the shortest inputs have no room for the others."""
     text_length, task = placement.text_length, placement.task.name
     for split in ("train", "validation"):
-        share = placement.fits(split, 1)
+        share = placement.fits(split, shortest)
+        if share < _FEWEST and shortest > 1:
+            raise UserError(
+                f"data.segment_length: leaves room for {text_length} tokens of text: {share:.1%} of the questions of "
+                f"task={task} fit into {shortest} segments; raise it, or curriculum.max_segments"
+            )
         if share < _FEWEST:
             needed = [segment_length - text_length + placement.room_for(split, part) for part in (_FEWEST, 0.5)]
             raise UserError(

@@ -35,6 +35,7 @@ def curriculum(
     trained_to: int,
     chance: float,
     title: str,
+    grown: str = "segments",
 ) -> Figure:
     """How a run learnt, stage by stage, and what it can do afterwards.
 
@@ -44,6 +45,7 @@ def curriculum(
         trained_to: segments of the last stage.
         chance: accuracy of guessing.
         title: names the run.
+        grown: what the numbers of stages count.
     """
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -56,7 +58,7 @@ def curriculum(
         left.plot(*zip(*points, strict=True), "o-", color=(0.1, 0.3, 0.6, shade), markersize=3.5)
         left.annotate(str(stage), points[-1], textcoords="offset points", xytext=(0, 5), ha="center", fontsize=8)
     left.set(
-        xlabel="optimizer step", ylabel="validation accuracy", ylim=(0, 1.1), title="Curriculum (numbers: segments)"
+        xlabel="optimizer step", ylabel="validation accuracy", ylim=(0, 1.1), title=f"Curriculum (numbers: {grown})"
     )
 
     numbers = [result.segments for result in lengths]

@@ -196,9 +196,17 @@ class Placement:
         fitting = self._fitting(split, key)
         return fitting[int(rng.integers(len(fitting)))]
 
-    def fits(self, split: Split, num_segments: int) -> float:
+    def facts(self, easier: int | None = None) -> int:
+        """How many facts an example has, of one of the easier forms or of the task itself, that has always as many."""
+        return len((self.task if easier is None else self.easier[easier]).draw(np.random.default_rng(0), "train").facts)
+
+    def spread(self, num_segments: int, easier: int | None = None) -> int:
+        """So many segments, but where facts stand apart, no more than there are facts."""
+        return min(num_segments, self.facts(easier)) if self.task.where == "apart" else num_segments
+
+    def fits(self, split: Split, num_segments: int, easier: int | None = None) -> float:
         """Which share of all questions inputs of this length have room for, with their facts."""
-        return float(np.mean(self._all(split, None, self.text_length).segments <= num_segments))
+        return float(np.mean(self._all(split, easier, self.text_length).segments <= num_segments))
 
     def room_for(self, split: Split, share: float) -> int:
         """The smallest S at which one segment has room for that share of all questions."""

@@ -1,4 +1,4 @@
-"""Longer inputs as soon as the present ones are mastered."""
+"""Longer inputs, or more pairs, as soon as the present ones are mastered."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ import torch
 from annotated_types import Ge, Gt, Le, MinLen
 from torch import Tensor
 
+from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.run_folder import STAGES
 from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.tasks.datamodule import FactBatch, FactDataModule
-from rmt_lightning.tasks.placement import Key
+from rmt_lightning.tasks.pairs import KeyValue
+from rmt_lightning.tasks.placement import Key, Placement
 from rmt_lightning.training.optimization import WarmupDecay, at_stage
 from rmt_lightning.training.phases.lessons import draw_form, form_of, lessons_of
 from rmt_lightning.training.phases.phase import Outcome, Phase, Progress, Start, Verdict
@@ -32,10 +34,10 @@ class StageResult:
     """What a finished stage has shown.
 
     Attributes:
-        stage: its number, which is also the number of segments of its longest inputs.
+        stage: its number, which is also the number of segments of its longest inputs unless it is pairs that grow.
         steps: optimizer steps it took, lessons included.
         seconds: wall-clock time it took, lessons included.
-        accuracy: at the last validation, on inputs of `stage` segments.
+        accuracy: at the last validation, on its longest inputs, or with most pairs.
         converged: whether it ended by converging rather than by running out of steps.
         questions: how many different questions the last validation asked at this length; None in earlier versions.
         fits: the share of all questions that inputs of this length have room for; the others are left out.
@@ -60,7 +62,7 @@ class SegmentCurriculum(Phase):
     The metric is summed over all ranks, so every rank decides alike.
 
     Args:
-        max_segments: the last stage.
+        max_segments: of the longest inputs, and the last stage.
         lengths: stage n trains on inputs of "exact"ly n segments, as published, or of 1 … n ("uniform"), which keeps
             short inputs working.
         steps: budget of a stage in optimizer steps; a list gives one for each stage.
@@ -71,6 +73,9 @@ class SegmentCurriculum(Phase):
             if it has any, without noise; the task without noise; the task with more and more noise. Later ones: the
             last of the easier forms, as many as the task says, then the task. Each lesson converges, and has its
             budget, as a stage does.
+        grow: what a stage has more of: "segments", or "pairs" where a task is of pairs: one, then twice as many each
+            time, up to `task.pairs`. Inputs then have `max_segments` segments, but where pairs stand apart, no more
+            than there are pairs; and `lengths` is about numbers of pairs.
         when_stuck: what to do if the budget is spent: "stop" the run, or "continue" with the next lesson or stage.
     """
 
@@ -88,6 +93,7 @@ class SegmentCurriculum(Phase):
         patience: Annotated[int, Ge(1)] | None = None,
         lessons: bool = False,
         when_stuck: Literal["stop", "continue"] = "stop",
+        grow: Literal["segments", "pairs"] = "segments",
     ) -> None:
         self.max_segments = max_segments
         self.steps = steps
@@ -97,6 +103,8 @@ class SegmentCurriculum(Phase):
         self.patience = patience
         self.lessons = lessons
         self.when_stuck = when_stuck
+        self.grow = grow
+        self.stage = 1
         self.results: list[StageResult] = []
         # (optimizer step of the run, stage, accuracy) of every validation on the task itself
         self.history: list[tuple[int, int, float]] = []
@@ -108,31 +116,66 @@ class SegmentCurriculum(Phase):
     def prepare(self, module: L.LightningModule, data: FactDataModule, before: Phase | None) -> None:
         self.placement = data.placement
         self.validation_samples = data.validation_samples
+        if self.grow == "pairs" and not isinstance(data.placement.task, KeyValue):
+            raise UserError(
+                f"curriculum.grow=pairs: task={data.placement.task.name} has no pairs; choose task=key_value, "
+                "remember, rewrite or mqar, or leave it out"
+            )
+        if self.grow == "pairs" and self.lessons:
+            raise UserError(
+                "curriculum.lessons=true: begins with fewer pairs, as curriculum.grow=pairs does; leave one of them out"
+            )
+        self._enter(self.stage)
 
     @property
     def longest(self) -> int:
         return self.max_segments
 
     @property
+    def stages(self) -> int:
+        """How many stages there are."""
+        return self.max_segments if self.grow == "segments" else len(self.placement.easier) + 1
+
+    def asked(self, stage: int) -> Key:
+        """The longest samples of a stage, or those of most pairs; their number is of no meaning."""
+        if self.grow == "segments":
+            return Key(stage, 0)
+        easier = stage - 1 if stage <= len(self.placement.easier) else None
+        return Key(self.placement.spread(self.max_segments, easier), 0, easier=easier)
+
+    @property
     def last_step(self) -> int | None:
         # Whatever is found there: nothing comes after the budget of the last stage.
-        if self.num_segments < self.max_segments or self._within_lessons:
+        if self.stage < self.stages or self._within_lessons:
             return None
-        return self.schedule_step + at_stage(self.steps, self.num_segments)
+        return self.schedule_step + at_stage(self.steps, self.stage)
 
     @property
     def begins(self) -> bool:
         # A run that had reached its last stage may have been resumed with a later one; and one in a stage with lessons.
-        over = self._passed(self.num_segments) and not self._within_lessons
-        untaught = self.lesson is None and self.lessons and lessons_of(self.placement, self.num_segments) > 0
+        over = self._passed(self.stage) and not self._within_lessons
+        untaught = self.lesson is None and self.lessons and lessons_of(self.placement, self.stage) > 0
         return self.first_step is None or over or untaught
 
     def begin(self, step: int) -> None:
         self.first_step = step if self.first_step is None else self.first_step
-        if self._passed(self.num_segments):
-            self.num_segments += 1
+        if self._passed(self.stage):
+            self._enter(self.stage + 1)
         self._begin_lessons()
         self._begin_stage(step)
+
+    def shortest(self, placement: Placement) -> int:
+        """Segments of the shortest inputs that are of the task itself, not of an easier form."""
+        return 1 if self.grow == "segments" else placement.spread(self.max_segments)
+
+    @property
+    def pairs(self) -> int:
+        """How many pairs the samples of the present stage have at most, where pairs grow."""
+        return self.placement.facts(self.asked(self.stage).easier)
+
+    def _enter(self, stage: int) -> None:
+        self.stage = stage
+        self.num_segments = self.asked(stage).num_segments
 
     def _begin_stage(self, step: int) -> None:
         self.lesson_steps = 0
@@ -140,7 +183,7 @@ class SegmentCurriculum(Phase):
         self._begin_schedule(step)
 
     def _begin_lessons(self) -> None:
-        self.lesson = 1 if self.lessons and lessons_of(self.placement, self.num_segments) else None
+        self.lesson = 1 if self.lessons and lessons_of(self.placement, self.stage) else None
 
     def _begin_schedule(self, step: int) -> None:
         self.schedule_step = step
@@ -151,15 +194,15 @@ class SegmentCurriculum(Phase):
     @property
     def finished(self) -> bool:
         """Whether the last stage is over."""
-        return any(result.stage >= self.max_segments and self._goes_on(result) for result in self.results)
+        return any(result.stage >= self.stages and self._goes_on(result) for result in self.results)
 
     @property
     def stuck(self) -> bool:
-        return any(result.stage == self.num_segments and not self._goes_on(result) for result in self.results)
+        return any(result.stage == self.stage and not self._goes_on(result) for result in self.results)
 
     def advice(self, again: str) -> str:
         return (
-            f"stage {self.num_segments} did not converge: raise curriculum.steps and go on with {again}, lower "
+            f"stage {self.stage} did not converge: raise curriculum.steps and go on with {again}, lower "
             "curriculum.threshold, or set curriculum.when_stuck=continue"
         )
 
@@ -171,24 +214,32 @@ class SegmentCurriculum(Phase):
 
     @property
     def _within_lessons(self) -> bool:
-        return self.lesson is not None and self.lesson < lessons_of(self.placement, self.num_segments)
+        return self.lesson is not None and self.lesson < lessons_of(self.placement, self.stage)
 
     @property
     def milestones(self) -> list[str]:
         return [f"stage-{result.stage}" for result in self.results if self._goes_on(result)]
 
     def training_keys(self, data: FactDataModule, batch: int) -> list[Key]:
-        num_segments = draw_length(data.placement.seed, batch, self.num_segments, self.lengths)
-        easier, text_length = draw_form(data.placement, self.num_segments, self.lesson, batch)
-        return [Key(num_segments, number, easier=easier, text_length=text_length) for number in data.numbers(batch)]
+        stage = draw_length(data.placement.seed, batch, self.stage, self.lengths)
+        like = self.asked(stage)
+        if self.lesson is not None:
+            easier, text_length = draw_form(data.placement, self.stage, self.lesson, batch)
+            like = like._replace(easier=easier, text_length=text_length)
+        return [like._replace(number=number) for number in data.numbers(batch)]
 
     def validation_keys(self, data: FactDataModule) -> Iterator[list[Key]]:
-        easier, text_length = form_of(data.placement, self.num_segments, self.lesson)
-        for num_segments, samples in validated(self.num_segments, self.lengths, data.validation_samples):
-            yield from data.validation_keys(samples, Key(num_segments, 0, easier=easier, text_length=text_length))
+        # Accuracy is told apart by numbers of segments alone.
+        lengths: Lengths = "exact" if self.grow == "pairs" else self.lengths
+        for stage, samples in validated(self.stage, lengths, data.validation_samples):
+            like = self.asked(stage)
+            if self.lesson is not None:
+                easier, text_length = form_of(data.placement, self.stage, self.lesson)
+                like = like._replace(easier=easier, text_length=text_length)
+            yield from data.validation_keys(samples, like)
 
     def optimization(self, default: WarmupDecay) -> tuple[WarmupDecay, int]:
-        return default, self.num_segments
+        return default, self.stage
 
     def start(self, batch: FactBatch, model: SegmentModel[Any], random: torch.Generator) -> Start:
         # Time counts from the first step, also of a run that has been resumed.
@@ -206,16 +257,18 @@ class SegmentCurriculum(Phase):
     def logged(self) -> dict[str, float]:
         # 0 where validation is on the task itself.
         lesson = float(self.lesson or 0) if self._within_lessons else 0.0
-        return {"stage": float(self.num_segments)} | ({"lesson": lesson} if self.lessons else {})
+        pairs = {"pairs": float(self.pairs)} if self.grow == "pairs" else {}
+        return {"stage": float(self.stage)} | pairs | ({"lesson": lesson} if self.lessons else {})
 
     def validate(self, step: int, metrics: Mapping[str, Tensor], total: Callable[[Tensor], Tensor]) -> Verdict:
         self._count_time()
-        accuracy, stage, steps = float(metrics["val/accuracy"]), self.num_segments, step - self.schedule_step
+        accuracy, stage, steps = float(metrics["val/accuracy"]), self.stage, step - self.schedule_step
         converged = self._converged(accuracy)
         name = f"stage {stage}, lesson {self.lesson}" if self.lesson else f"stage {stage}"
         if not self._within_lessons:
             self.history.append((step, stage, accuracy))
-        log.info("%s: step %d, accuracy %.4f on %d segments", name, steps, accuracy, stage)
+        what = f"{self.pairs} pairs" if self.grow == "pairs" else f"{stage} segments"
+        log.info("%s: step %d, accuracy %.4f on %s", name, steps, accuracy, what)
         if not converged and steps < at_stage(self.steps, stage):
             return "go on"
         if self.lesson:
@@ -225,9 +278,10 @@ class SegmentCurriculum(Phase):
                 self.lesson_steps += steps
                 self._begin_schedule(step)
                 return "restart"
-        asked = range(self.placement.asked("validation", self.validation_samples, Key(stage, 0)))
-        questions = self.placement.different("validation", (Key(stage, number) for number in asked))
-        fits = self.placement.fits("validation", stage)
+        like = self.asked(stage)
+        asked = range(self.placement.asked("validation", self.validation_samples, like))
+        questions = self.placement.different("validation", (like._replace(number=number) for number in asked))
+        fits = self.placement.fits("validation", like.num_segments, like.easier)
         taken = self.lesson_steps + steps
         return self._end_stage(StageResult(stage, taken, self.seconds, accuracy, converged, questions, fits), step)
 
@@ -239,21 +293,22 @@ class SegmentCurriculum(Phase):
         )  # fmt: skip
         if self._goes_on(result):
             self.lesson = None
-        if result.stage >= self.max_segments or not self._goes_on(result):
+        if result.stage >= self.stages or not self._goes_on(result):
             return "end"
         self.begin(step)
         return "restart"
 
     def progress(self, step: int, metrics: Mapping[str, Tensor]) -> Progress:
-        stage = self.num_segments
+        stage = self.stage
         segments = stage if self.lengths == "exact" or stage == 1 else f"1–{stage}"
         accuracy = f"{float(metrics['val/accuracy']):.3f}" if "val/accuracy" in metrics else "–"
         lesson = f" · lesson {self.lesson}/{lessons_of(self.placement, stage)}" if self.lesson else ""
-        told = f"stage {stage}/{self.max_segments}{lesson} · {segments} segments · accuracy {accuracy}"
+        what = f"{self.pairs} pairs" if self.grow == "pairs" else f"{segments} segments"
+        told = f"stage {stage}/{self.stages}{lesson} · {what} · accuracy {accuracy}"
         return Progress(told, step - self.schedule_step, at_stage(self.steps, stage))
 
     def _converged(self, accuracy: float) -> bool:
-        self.successes = self.successes + 1 if accuracy >= at_stage(self.threshold, self.num_segments) else 0
+        self.successes = self.successes + 1 if accuracy >= at_stage(self.threshold, self.stage) else 0
         self.since_best = 0 if accuracy > self.best else self.since_best + 1
         self.best = max(self.best, accuracy)
         on_plateau = self.patience is not None and self.since_best >= self.patience
@@ -263,22 +318,24 @@ class SegmentCurriculum(Phase):
         return [asdict(result) for result in self.results]
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in _SAVED} | {"results": self.rows()}
+        # The stage under the name that it had when it was a number of segments alone.
+        saved = {name: getattr(self, name) for name in _SAVED}
+        return saved | {"num_segments": self.stage, "results": self.rows()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in _SAVED:
             setattr(self, name, state[name])
         self.results = [StageResult(**result) for result in state["results"]]
         # A run may be resumed to end sooner, or without lessons.
-        self.num_segments = min(self.num_segments, self.max_segments)
+        self._enter(min(state["num_segments"], self.stages))
         self.lesson = self.lesson if self.lessons else None
         # A stage that was stuck, and is about to be trained further, has shown nothing yet.
-        if self._within_lessons or not self._passed(self.num_segments):
-            self.results = [result for result in self.results if result.stage != self.num_segments]
+        if self._within_lessons or not self._passed(self.stage):
+            self.results = [result for result in self.results if result.stage != self.stage]
 
 
 _SAVED = (
-    "first_step", "num_segments", "lesson", "history", "schedule_step", "lesson_steps", "seconds", "successes", "best",
+    "first_step", "lesson", "history", "schedule_step", "lesson_steps", "seconds", "successes", "best",
     "since_best",
 )  # fmt: skip
 
