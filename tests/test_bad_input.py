@@ -54,7 +54,7 @@ TABLE = [
     ("task=detekt", r"task=detekt: no such choice; did you mean detect? allowed: babi, carried, detect, lang"),
     ("noise=silence", "noise=silence: no such choice; allowed: files, mentions, pg19, prose, quality, wikitext\n"),
     ("backbone=gpt", "backbone=gpt: no such choice; did you mean gpt2? allowed: bert_base_cased, bigbird"),
-    ("model=lsmt", r"model=lsmt: no such choice; did you mean lstm? allowed: bigbird, full_attention, longformer, "),
+    ("model=lsmt", r"model=lsmt: no such choice; did you mean lstm? allowed: armt, bigbird, full_attention, "),
     ("experiment=paper_carried", r"experiment=paper_carried: no such choice; did you mean paper_"),
     ("logger=mlflow", r"logger=mlflow: no such choice; allowed: csv, tensorboard, wandb"),
     ("curriculum.lengths=random", r"curriculum.lengths=random: must be 'exact' or 'uniform'"),
