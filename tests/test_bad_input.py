@@ -51,8 +51,8 @@ TABLE = [
     ("test.samples=0", r"test.samples=0: must be greater than or equal to 1"),
     ("model=full_attention model.memory_size=3", r"model.memory_size: no such setting; allowed: segment_length"),
     # unknown choices
-    ("task=detekt", r"task=detekt: no such choice; did you mean detect? allowed: babi, carried, detect, lang"),
-    ("noise=silence", "noise=silence: no such choice; allowed: files, mentions, pg19, prose, quality, wikitext\n"),
+    ("task=detekt", r"task=detekt: no such choice; did you mean detect? allowed: babi, carried, detect, key_value, "),
+    ("noise=silence", "noise=silence: no such choice; allowed: files, mentions, none, pg19, prose, quality, wiki"),
     ("backbone=gpt", "backbone=gpt: no such choice; did you mean gpt2? allowed: bert_base_cased, bigbird"),
     ("model=lsmt", r"model=lsmt: no such choice; did you mean lstm? allowed: armt, bigbird, full_attention, "),
     ("experiment=paper_carried", r"experiment=paper_carried: no such choice; did you mean paper_"),

@@ -330,7 +330,11 @@ def test_flags(flag: str, environment: dict[str, str], tmp_path: Path) -> None:
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
     words = {
-        "--help": ("task: babi, carried, detect, language_modeling, memorize, reasoning", "memory_size: 10", "resume="),
+        "--help": (
+            "task: babi, carried, detect, key_value, language_modeling, memorize, mqar, reasoning",
+            "memory_size: 10",
+            "resume=",
+        ),
         "--cfg=job": ("memory_size: 10", "max_segments: 7"),
         "--info=defaults": ("task/detect",),
     }[flag]
