@@ -215,6 +215,8 @@ def test_the_command_answers(
         *told,
     ]
     assert ask("folder=mary", "memory=kept", "question=[Where is Mary?,Who?]", "top_k=2") == told
+    # Nobody is asked for questions by a command that saves.
+    assert len(ask("folder=mary", "text=book.txt", "save=again")) == 1 and Path("again").exists()
     (alone,) = ask("folder=mary", "text=book.txt", "question=Who?", "top_k=2")
     assert alone == told[1]
     # What is piped in is read on from there; questions are typed at a terminal.
@@ -250,6 +252,10 @@ def test_the_command_answers(
         ("model=mary text=absent question=Who?", "absent: cannot be read (No such file or directory); give the path"),
         ("model=mary memory=book.txt question=Who?", "book.txt: holds no memory; give what Memory.save has written"),
         ("model=mary text=book.txt save=no/kept question=Who?", "save=no/kept: there is no folder "),
+        ("model=mary text=book.txt save=book.txt", "save=book.txt: is there already, and holds no memory; choose"),
+        ("model=mary text=book.txt save=mary", "save=mary: is there already, and holds no memory; choose another"),
+        ("model=mary text=book.txt question=[]", "question: asks nothing; give a question, or several as [one,anot"),
+        ("model=mary text=book.txt question=", "question=: is empty; give a value, or leave it out"),
         ("model=mary text=book.txt question=Who? top_k=0", "top_k=0: must be greater than or equal to 1"),
         ("model=mary text=book.txt question=7", "question=7: must be "),
         ("model=mary text=book.txt qestion=Who?", "qestion: no such setting; did you mean question"),

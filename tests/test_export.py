@@ -111,7 +111,7 @@ def test_questions(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     for wrong in ([1], [None], [texts], b"text", {"text": 1}.values(), {"text": 1}, {"text"}, 5, None):
         with pytest.raises(UserError, match=r"^texts: give a text, or a list of texts$"):
             opened(wrong)
-    with pytest.raises(UserError, match=r"^texts: hold half of a surrogate pair"):
+    with pytest.raises(UserError, match=r"^texts: half of a surrogate pair"):
         opened("where\ud800")
     with pytest.raises(UserError, match=r"^head: reads 3 numbers, and the model makes 16"):
         Answerer(model, nn.Linear(3, 3), ["here", "there", "nowhere"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from rich import get_console
 
 from rmt_lightning.app.build import find_device
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.models.answerer import Answer, Answerer, Memory
+from rmt_lightning.models.answerer import Answerer, Memory
 
 
 def ask(config: DictConfig) -> None:
@@ -28,8 +29,8 @@ def ask(config: DictConfig) -> None:
     if typed and config.save is None and not _at_terminal(config):
         raise UserError("question: is missing; give question=…, questions=<file>, or save=<file>")
     questions = None if typed else _questions(config)
-    if config.save is not None and not (parent := Path(config.save).absolute().parent).is_dir():
-        raise UserError(f"save={config.save}: there is no folder {parent}; make it, or choose another place")
+    if config.save is not None:
+        _check_place(config.save)
     device, _ = find_device(config.device)
     answerer = Answerer.from_pretrained(config.folder).to(device)
     memory = None if config.memory is None else Memory.load(config.memory)
@@ -38,9 +39,11 @@ def ask(config: DictConfig) -> None:
         memory = answerer.read(text, memory, progress=get_console().is_terminal)
     if config.save is not None:
         _save(memory, config.save)
-    for question in _from_terminal() if questions is None and _at_terminal(config) else questions or ():
-        (best,) = answerer.ranked(memory, question, config.top_k)
-        print(_told(question, best))
+    if questions is not None:
+        _answer(answerer, memory, questions, config.top_k)
+    elif config.save is None:
+        for question in _from_terminal():
+            _answer(answerer, memory, [question], config.top_k)
 
 
 def _at_terminal(config: DictConfig) -> bool:
@@ -51,7 +54,10 @@ def _at_terminal(config: DictConfig) -> bool:
 def _questions(config: DictConfig) -> list[str]:
     """The questions that are given, each as it stands."""
     if config.questions is None:
-        return [config.question] if isinstance(config.question, str) else list(config.question)
+        questions = [config.question] if isinstance(config.question, str) else list(config.question)
+        if not questions or not all(question.strip() for question in questions):
+            raise UserError("question: asks nothing; give a question, or several as [one,another]")
+        return questions
     try:
         lines = Path(config.questions).read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
@@ -76,6 +82,17 @@ def _from_terminal() -> Iterator[str]:
             yield question
 
 
+def _check_place(place: str) -> None:
+    """Raise UserError where nothing can be saved, or something else than a memory would be lost."""
+    if not (parent := Path(place).absolute().parent).is_dir():
+        raise UserError(f"save={place}: there is no folder {parent}; make it, or choose another place")
+    if os.path.lexists(place):
+        try:
+            Memory.load(place)
+        except UserError:
+            raise UserError(f"save={place}: is there already, and holds no memory; choose another place") from None
+
+
 def _save(memory: Memory, place: str) -> None:
     try:
         memory.save(place)
@@ -84,5 +101,6 @@ def _save(memory: Memory, place: str) -> None:
     print(f"{place} holds what is remembered of {memory.tokens:,} tokens; memory={place} reads on, or asks it")
 
 
-def _told(question: str, best: list[Answer]) -> str:
-    return f"{question} → " + ", ".join(f"{answer.text} ({answer.probability:.1%})" for answer in best)
+def _answer(answerer: Answerer, memory: Memory, questions: list[str], top_k: int) -> None:
+    for question, best in zip(questions, answerer.ranked(memory, questions, top_k), strict=True):
+        print(f"{question} → " + ", ".join(f"{answer.text} ({answer.probability:.1%})" for answer in best))

@@ -226,9 +226,7 @@ class Answerer(nn.Module, ModelHubMixin, library_name="rmt_lightning"):
         """(B, C) after rows of token ids of any length, read from a state on."""
         rows = [ids.to(self.head.weight.device) for ids in rows]
         mask = pad_sequence([torch.ones_like(ids) for ids in rows], batch_first=True)
-        for end in self.model.read(pad_sequence(rows, batch_first=True), mask, state):  # noqa: B007
-            pass
-        summary = self.model.readout(end.hidden, end.segment)
+        summary = self.model.encode(pad_sequence(rows, batch_first=True), mask, state)
         scores: Tensor = self.head(summary.to(self.head.weight.dtype))
         return scores
 
@@ -313,7 +311,7 @@ def _are_texts(given: Any) -> bool:
 
 def _check_letters(name: str, text: str) -> None:
     if _HALF.search(text):
-        raise UserError(f"{name}: hold half of a surrogate pair, which stands for no letter; leave it out")
+        raise UserError(f"{name}: half of a surrogate pair stands for no letter; leave it out")
 
 
 def _pieces(text: Text, progress: bool) -> Iterator[str]:

@@ -133,9 +133,11 @@ class SegmentModel(nn.Module, SavedModel, ABC, Generic[State]):
             pass
         return reading.hidden, reading.state
 
-    def encode(self, input_ids: Tensor | Iterable[Tensor], attention_mask: Tensor | None = None) -> Tensor:
+    def encode(
+        self, input_ids: Tensor | Iterable[Tensor], attention_mask: Tensor | None = None, state: State | None = None
+    ) -> Tensor:
         """Read a whole input, given as to `read`, and return what a classifier reads at its end: (B, D)."""
-        for reading in self.read(input_ids, attention_mask):  # noqa: B007
+        for reading in self.read(input_ids, attention_mask, state):  # noqa: B007
             pass
         return self.readout(reading.hidden, reading.segment)
 
