@@ -3,6 +3,9 @@
 from .analysis.extrapolation import LengthTest as LengthTest
 from .analysis.perplexity import DocumentTest as DocumentTest
 from .core.errors import UserError as UserError
+from .models.adapters import Finetuning as Finetuning
+from .models.adapters import Frozen as Frozen
+from .models.adapters import LoRA as LoRA
 from .models.answerer import Answerer as Answerer
 from .models.answerer import Memory as Memory
 from .models.armt import ARMT as ARMT

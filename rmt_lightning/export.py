@@ -27,6 +27,7 @@ class Root:
 
     checkpoint: str
     folder: str
+    merge: bool
     trust: Trust
 
 
@@ -36,14 +37,17 @@ def main(config: DictConfig) -> None:
     if os.path.lexists(folder):
         raise UserError(f"folder={config.folder}: is there already; choose another")
     run, checkpoint = locate_checkpoint(config.checkpoint)
-    export(run, checkpoint, folder, config.trust)
+    export(run, checkpoint, folder, config.merge, config.trust)
 
 
-def export(run: Path, checkpoint: Path, folder: Path, trust: Trust) -> None:
-    """Write the folder, whole or not at all."""
+def export(run: Path, checkpoint: Path, folder: Path, merge: bool, trust: Trust) -> None:
+    """Write the folder, whole or not at all; `merge` adds adapters to the weights that they stand beside."""
     from rmt_lightning.app.build import open_trained
+    from rmt_lightning.models.adapters import merge_all
 
     trained = open_trained(run, checkpoint, trust)
+    if merge:
+        merge_all(trained)
     partial = beside(folder)
     try:
         trained.save_pretrained(partial)

@@ -300,9 +300,11 @@ def test_more_than_all_positions_is_refused(name: str, tokenizer: PreTrainedToke
 
 def test_saved_and_restored(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     encoder = TinyBert(width=16, layers=1, heads=2).encoder(tokenizer)
-    encoder.model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    for backbone in (Pretrained(str(tmp_path)), Restored(tmp_path, tmp_path)):
+    for folder in (tmp_path, tmp_path / "backbone"):
+        encoder.model.save_pretrained(folder)
+    for folder in (tmp_path, tmp_path / "tokenizer"):
+        tokenizer.save_pretrained(folder)
+    for backbone in (Pretrained(str(tmp_path)), Restored(tmp_path)):
         again = backbone.tokenizer([])
         text = "Mary went back to the kitchen."
         assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
@@ -402,7 +404,7 @@ def test_a_damaged_run_is_refused(
 ) -> None:
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     CONFIGS["bert"][0].save_pretrained(tmp_path / "backbone")
-    saved = Restored(tmp_path / "tokenizer", tmp_path / "backbone")
+    saved = Restored(tmp_path)
     assert saved.encoder(saved.tokenizer([])).width == 16
     (tmp_path / name).unlink() if content is None else (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=rf"^{tmp_path}: holds no whole model \({name.partition('/')[0]}: [^\n]*$"):

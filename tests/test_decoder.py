@@ -304,10 +304,21 @@ def test_saved_and_restored(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) 
     for name, value in loaded.state_dict().items():
         assert value.dtype == torch.float32
         assert torch.equal(value, decoder.state_dict()[name].float())
-    restored = Restored(tmp_path, tmp_path).decoder(tokenizer)
+    decoder.model.save_pretrained(tmp_path / "backbone")
+    restored = Restored(tmp_path).decoder(tokenizer)
     assert {k: v.shape for k, v in restored.state_dict().items()} == {
         k: v.shape for k, v in loaded.state_dict().items()
     }
+
+
+def test_scores_of_large_models_are_plain_but_for_rounding(tokenizer: PreTrainedTokenizerBase) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL | {"hidden_size": 128}, **HEADS, tie_word_embeddings=False))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(20)
+        model.lm_head.weight.mul_(1e4)
+    assert Decoder(model, tokenizer).can_write
 
 
 def test_what_cannot_serve_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:

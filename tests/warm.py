@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import peft  # noqa: F401
 from hydra._internal.hydra import Hydra
 from hydra.types import RunMode
 

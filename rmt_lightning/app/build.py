@@ -23,8 +23,10 @@ from rmt_lightning.app.schema import check_parts, instantiate
 from rmt_lightning.app.trust import Trust
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import own_file, removed
-from rmt_lightning.core.run_folder import BACKBONE, TOKENIZER
+from rmt_lightning.core.run_folder import TOKENIZER
+from rmt_lightning.models.adapters import Finetuning
 from rmt_lightning.models.answerer import Answerer
+from rmt_lightning.models.backbone import Transformer
 from rmt_lightning.models.pretrained import check_reopens
 from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.models.sources import Backbone, Restored, parts_for
@@ -62,7 +64,7 @@ def build_foundation(config: DictConfig, run: Path | None, trained: bool, senten
     L.seed_everything(config.seed, verbose=False)
     noise: Noise = instantiate(config.noise, _convert_="all")
     fresh: Backbone = instantiate(config.backbone, _convert_="all")
-    earlier = Restored(run / TOKENIZER, run / BACKBONE) if run and (run / TOKENIZER).is_dir() else None
+    earlier = Restored(run) if run and (run / TOKENIZER).is_dir() else None
     to_learn = list(sentences)
     text = TrainingText(
         chain(to_learn, chain.from_iterable(counted(noise.documents("train"), "train"))),
@@ -71,6 +73,7 @@ def build_foundation(config: DictConfig, run: Path | None, trained: bool, senten
     )
     tokenizer = (earlier or fresh).tokenizer(text)
     model = _model(config.model, earlier if earlier and trained else fresh, tokenizer)
+    choose_trained(config, model)
     return Foundation(tokenizer, model, tokenize(noise, tokenizer, config.cache_dir))
 
 
@@ -94,6 +97,27 @@ def _model(config: DictConfig, backbone: Backbone, tokenizer: PreTrainedTokenize
         parts["update"] = instantiate(config["update"], _partial_=True, _convert_="all")
     model: SegmentModel[Any] = instantiate(config, _convert_="all", **parts)
     return model
+
+
+def choose_trained(config: DictConfig, model: nn.Module) -> None:
+    """Let finetune= choose which weights of the backbone are trained, and put adapters into it.
+
+    Raises:
+        UserError: if there is no backbone, or no layer for them.
+    """
+    for group in finetunings(config):
+        backbones = [part.model for part in model.modules() if isinstance(part, Transformer)]
+        if not backbones:
+            raise UserError(f"finetune={group}: a {type(model).__name__} has no backbone; leave it out")
+        finetuning: Finetuning = instantiate(config[group], _convert_="all")
+        finetuning(*backbones)
+
+
+def finetunings(config: DictConfig) -> list[str]:
+    """Where a config has what finetune= has chosen: nowhere if the whole backbone is trained."""
+    parts = {str(name): part for name, part in config.items() if isinstance(part, DictConfig) and "_target_" in part}
+    kinds = {name: get_object(part._target_) for name, part in parts.items()}
+    return [name for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Finetuning)]
 
 
 def build_answering(
@@ -185,7 +209,7 @@ def open_trained(run: Path, checkpoint: Path, trust: Trust) -> Answerer | Segmen
         UserError: if the checkpoint is damaged, or the config names what it may not.
     """
     saved = read_checkpoint(checkpoint)
-    backbone = Restored(run / TOKENIZER, run / BACKBONE)
+    backbone = Restored(run)
     config = saved_config(run, trust)
     check_parts(config, ["model"])
     model = _model(config.model, backbone, backbone.tokenizer([]))
@@ -219,9 +243,9 @@ def save_architecture(model: SegmentModel[Any], folder: Path) -> None:
         OSError: if they cannot be written.
     """
     check_reopens(model)
-    for name, part in ((TOKENIZER, model.tokenizer), (BACKBONE, model.architecture)):
+    for name, part in model.parts.items():
         with FileLock(own_file(folder / f".{name}.lock")):
-            if part is None or (folder / name).exists():
+            if (folder / name).exists():
                 continue
             partial = removed(folder / f".{name}.partial")
             try:

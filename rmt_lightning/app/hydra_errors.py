@@ -434,6 +434,10 @@ def _suggest_key(key: str, config_name: str) -> str:
         if not isinstance(node, DictConfig) or parent not in node:
             if owners := _owners(parent, name):
                 return owners.removeprefix("; ")
+            # Some choices stand under a name of their own.
+            named = re.compile(rf"# @package {re.escape(parent)}\n")
+            if there := [path for path in CONF.glob("*/*.yaml") if named.match(path.read_text(encoding="utf-8"))]:
+                return f"it comes with {there[0].parent.name}={there[0].stem}"
             # Presets, which have no _target_, bring no settings of their own.
             choices_there = sorted((CONF / parent).glob("*.yaml"))
             options = [path.stem for path in choices_there if "_target_" in path.read_text(encoding="utf-8")]

@@ -27,6 +27,7 @@ from rmt_lightning.app.schema import CONF, instantiate
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import write_atomically, write_csv
 from rmt_lightning.core.run_folder import EVALUATION
+from rmt_lightning.models.adapters import Finetuning
 from rmt_lightning.models.segment_model import SegmentModel, check_room, check_weights, state_size
 from rmt_lightning.models.sources import reads_backbone
 from rmt_lightning.reporting import figures
@@ -309,7 +310,7 @@ def phase_groups(config: DictConfig) -> list[str]:
         kind = get_object(part._target_) if isinstance(part, DictConfig) and "_target_" in part else None
         if _is_kind(kind, Phase):
             groups.append(str(name))
-        elif isinstance(part, DictConfig) and not (CONF / str(name)).is_dir():
+        elif isinstance(part, DictConfig) and not (CONF / str(name)).is_dir() and not _is_kind(kind, Finetuning):
             raise UserError(f"{name!s}: is no part of a run; give a choice that conf/ has, or a phase of your own")
     return groups
 

@@ -38,10 +38,10 @@ log = logging.getLogger(__name__)
 # Settings of a model that neither its weights nor its state depend on.
 _FREE = {"bptt_depth", "gradient_checkpointing", "memory_attention", "dropout", "schedule"}
 _PARTS = ("task", "noise", "backbone", "model")
-_CHOSEN = ("task", "backbone", "model", "experiment")
+_CHOSEN = ("task", "backbone", "model", "finetune", "experiment")
 # Where a row of running text stands is counted in num_segments, and where an epoch stands in steps_per_epoch.
 _KEPT = re.compile(
-    r"(task|backbone|model)\..*|data\.(segment_length|num_segments|steps_per_epoch|_target_)|(answer|curriculum|optim)\._target_"
+    r"(task|backbone|model|lora|frozen)\..*|data\.(segment_length|num_segments|steps_per_epoch|_target_)|(answer|curriculum|optim)\._target_"
 )
 
 

@@ -36,6 +36,7 @@ JOB = "job.json"
 TEXT = "text.json"
 TOKENIZER = "tokenizer"
 BACKBONE = "backbone"
+ADAPTER = "adapter"
 # What else a run has written when it ends.
 _RESULTS = ("curriculum.png", "perplexity.png", "documents.csv")
 
@@ -79,7 +80,8 @@ def locate_checkpoint(path: str) -> tuple[Path, Path]:
 
 def in_the_way(folder: Path) -> str | None:
     """What stands in a folder and would be lost in a run that begins there, or mixed with it; None if nothing does."""
-    written = (TYPED, METRICS, PHASES, STAGES, HOLD, EVALUATION, HARDWARE, TEXT, TOKENIZER, BACKBONE, *_RESULTS)
+    built_from = (TEXT, TOKENIZER, BACKBONE, ADAPTER)
+    written = (TYPED, METRICS, PHASES, STAGES, HOLD, EVALUATION, HARDWARE, *built_from, *_RESULTS)
     if found := next((name for name in written if os.path.lexists(folder / name)), None):
         return found
     # Where somebody works, a run belongs in a folder of its own; scripts, notes and logs may stand beside it.

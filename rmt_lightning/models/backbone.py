@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.models import adapters
 
 # They hand back windows around each token, or blocks, and pad inputs to whole ones.
 SPARSE = ("longformer", "big_bird")
@@ -121,9 +122,11 @@ class Transformer(nn.Module, ABC):
             )
 
     def check_told_by_config(self) -> None:
-        """Raise a UserError unless the config alone, which is what is saved, makes a model that the weights fit."""
+        """Raise a UserError unless its config and that of its adapters, which are saved, make what the weights fit."""
         with torch.device("meta"), torch.random.fork_rng([]):
             again = self.AUTO.from_config(copy.deepcopy(self.model.config))
+            for adapter in adapters.adapters(self.model):
+                adapters.add(again, adapter)
         told, weights = ({name: x.shape for name, x in m.state_dict().items()} for m in (again, self.model))
         names = {name for name in told.keys() | weights.keys() if not name.startswith("pooler.")}
         if strange := sorted(name for name in names if told.get(name) != weights.get(name)):

@@ -1,7 +1,7 @@
 """Models in and out of folders and the Hugging Face Hub. Nothing that is read is ever executed.
 
 A folder holds config.json (the class and the arguments of its constructor), model.safetensors (the weights), tokenizer/
-and, if there is a Hugging Face model inside, backbone/ (its config).
+and, if there is a Hugging Face model inside, backbone/ (its config) and perhaps adapter/ (what PEFT has put into it).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.hub import out_of_reach
 from rmt_lightning.core.names import public_name
-from rmt_lightning.core.run_folder import BACKBONE, TOKENIZER
+from rmt_lightning.core.run_folder import ADAPTER, BACKBONE, TOKENIZER
+from rmt_lightning.models import adapters
 from rmt_lightning.models.backbone import Transformer
 from rmt_lightning.models.sources import Restored, parts_for
 from rmt_lightning.models.update import Update
@@ -67,15 +68,29 @@ class SavedModel(ModelHubMixin, library_name="rmt_lightning", model_card_templat
         """The config of the Hugging Face model inside, if there is one: what its weights alone do not tell."""
         return None
 
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What its weights alone do not tell, by the folder that `save_pretrained` of each is given."""
+        adapter = next((found for backbone in self._backbones for found in adapters.adapters(backbone)), None)
+        named = {TOKENIZER: self.tokenizer, BACKBONE: self.architecture, ADAPTER: adapter}
+        return {name: part for name, part in named.items() if part is not None}
+
+    @property
+    def _backbones(self) -> list[nn.Module]:
+        assert isinstance(self, nn.Module)
+        return [part.model for part in self.modules() if isinstance(part, Transformer)]
+
     def _save_pretrained(self, save_directory: Path) -> None:
         assert isinstance(self, nn.Module)
         check_reopens(self)
         arguments = cast(dict[str, Any], self._hub_mixin_config or {})
         settings = {"model": public_name(f"{type(self).__module__}.{type(self).__qualname__}"), **arguments}
         (save_directory / CONFIG).write_text(json.dumps(settings, indent=2))
-        for name, part in ((TOKENIZER, self.tokenizer), (BACKBONE, self.architecture)):
-            if part is not None:
-                part.save_pretrained(save_directory / name)
+        for name, part in self.parts.items():
+            part.save_pretrained(save_directory / name)
+        for backbone in self._backbones:
+            if list(adapters.adapters(backbone)):
+                adapters.save_weights(backbone, save_directory / ADAPTER)
         save_model(self, str(save_directory / WEIGHTS))
 
     @classmethod
@@ -96,7 +111,7 @@ class SavedModel(ModelHubMixin, library_name="rmt_lightning", model_card_templat
                 if isinstance(value, dict) and "class" in value:
                     part = _named(value.pop("class"), Update, folder)
                     settings[name] = partial(part, **value) if value else part
-            saved = Restored(folder / TOKENIZER, folder / BACKBONE)
+            saved = Restored(folder)
             tokenizer = saved.tokenizer([])
             model = named(**parts_for(named, saved, tokenizer), **settings)
             load_model(model, folder / WEIGHTS)

@@ -23,7 +23,9 @@ from transformers.utils import logging as hf_logging
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.hub import out_of_reach
-from rmt_lightning.models.backbone import told
+from rmt_lightning.core.run_folder import ADAPTER, BACKBONE, TOKENIZER
+from rmt_lightning.models import adapters
+from rmt_lightning.models.backbone import Transformer, told
 from rmt_lightning.models.decoder import Decoder
 from rmt_lightning.models.encoder import Encoder
 
@@ -213,36 +215,48 @@ class Restored:
     """Tokenizer and architecture of an earlier run, whose weights are about to come from a checkpoint.
 
     Args:
-        tokenizer_folder: what `tokenizer.save_pretrained` has left.
-        config_folder: what `model.config.save_pretrained` has left.
+        folder: holds what `save_pretrained` of each of `SavedModel.parts` has left.
 
     Raises:
         UserError: if they cannot be read.
     """
 
-    def __init__(self, tokenizer_folder: Path, config_folder: Path) -> None:
-        self.tokenizer_folder = tokenizer_folder
-        self.config_folder = config_folder
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def config(self) -> PreTrainedConfig:
-        config: PreTrainedConfig = self._load(AutoConfig, self.config_folder)
+        config: PreTrainedConfig = self._load(AutoConfig, BACKBONE)
         return config
 
     def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
-        tokenizer: PreTrainedTokenizerBase = self._load(AutoTokenizer, self.tokenizer_folder)
+        tokenizer: PreTrainedTokenizerBase = self._load(AutoTokenizer, TOKENIZER)
         return tokenizer
 
-    def _load(self, auto_class: Any, folder: Path) -> Any:
-        try:
-            with _quiet():
-                return _usable(auto_class.from_pretrained(folder, trust_remote_code=False))
-        except Exception as error:  # each library raises classes of its own
-            raise UserError(
-                f"{folder.parent}: holds no whole model ({folder.name}: {told(error)}); put back its {folder.name}/"
-            ) from None
-
     def encoder(self, tokenizer: PreTrainedTokenizerBase) -> Encoder:
-        return Encoder(Encoder.AUTO.from_config(self.config()), tokenizer)
+        return Encoder(self._model(Encoder), tokenizer)
 
     def decoder(self, tokenizer: PreTrainedTokenizerBase) -> Decoder:
-        return Decoder(Decoder.AUTO.from_config(self.config()), tokenizer)
+        return Decoder(self._model(Decoder), tokenizer)
+
+    def _model(self, kind: type[Transformer]) -> PreTrainedModel:
+        model: PreTrainedModel = kind.AUTO.from_config(self.config())
+        if (self.folder / ADAPTER).is_dir():
+            with self._whole(ADAPTER):
+                adapters.add(model, adapters.saved(self.folder / ADAPTER))
+        return model
+
+    def _load(self, auto_class: Any, name: str) -> Any:
+        with self._whole(name), _quiet():
+            return _usable(auto_class.from_pretrained(self.folder / name, trust_remote_code=False))
+
+    @contextmanager
+    def _whole(self, name: str) -> Iterator[None]:
+        """Tell which part is damaged, if that is found out while it is open."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # each library raises classes of its own
+            raise UserError(
+                f"{self.folder}: holds no whole model ({name}: {told(error)}); put back its {name}/"
+            ) from None

@@ -1,0 +1,150 @@
+"""What of a backbone is trained: all of it, nothing, or small matrices beside its layers, which PEFT puts there.
+
+Memory, and all else that a model has beside its backbone, is always trained.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from annotated_types import Ge, Gt, Lt
+from safetensors.torch import save_file
+from torch import nn
+
+from rmt_lightning.core.errors import UserError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+# As PEFT calls its files.
+WEIGHTS = "adapter_model.safetensors"
+
+
+class Finetuning(ABC):
+    """What of a backbone is trained."""
+
+    @abstractmethod
+    def __call__(self, backbone: nn.Module) -> None:
+        """Choose its weights that are trained, and add some if need be.
+
+        Args:
+            backbone: a Hugging Face model.
+        """
+
+
+class Frozen(Finetuning):
+    """Nothing of it."""
+
+    def __call__(self, backbone: nn.Module) -> None:
+        backbone.requires_grad_(False)
+
+
+class LoRA(Finetuning):
+    """A product of two thin matrices beside some linear layers: W + (alpha / r) B A (Hu et al. 2021, arXiv 2106.09685).
+
+    B is zero at first, so that training begins with the backbone as it is.
+
+    Args:
+        r: the rank of B A.
+        alpha: how much of it is added.
+        dropout: of what A is given.
+        targets: names of the layers, or "all-linear" but for what words are read off with; None: those that PEFT knows
+            for the family, in most of them what makes queries and values.
+
+    Raises:
+        UserError: when called, if PEFT is missing or knows no such layers.
+    """
+
+    def __init__(
+        self,
+        r: Annotated[int, Ge(1)] = 8,
+        alpha: Annotated[float, Gt(0)] = 16.0,
+        dropout: Annotated[float, Ge(0), Lt(1)] = 0.0,
+        targets: str | list[str] | None = None,
+    ) -> None:
+        self.r = r
+        self.alpha = alpha
+        self.dropout = dropout
+        self.targets = targets
+
+    def __call__(self, backbone: nn.Module) -> None:
+        # Those of a run that is gone on with are there already.
+        if list(adapters(backbone)):
+            return
+        peft = _peft("finetune=lora")
+        linear = [name for name, part in backbone.named_modules() if type(part).__name__ in ("Linear", "Conv1D")]
+        own = {name.rpartition(".")[2] for name in linear if name != "lm_head"}
+        targets = [self.targets] if isinstance(self.targets, str) and self.targets != "all-linear" else self.targets
+        if isinstance(targets, list) and (absent := [name for name in targets if name not in own]):
+            raise UserError(f"lora.targets={absent[0]}: is no linear layer of the backbone; {_choose(own)}")
+        config = peft.LoraConfig(
+            r=self.r, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=targets,
+            base_model_name_or_path=getattr(backbone, "name_or_path", None) or None,
+        )  # fmt: skip
+        try:
+            add(backbone, config)
+        except ValueError:
+            raise UserError(f"lora.targets: PEFT knows none for this backbone; {_choose(own)}") from None
+
+
+def add(backbone: nn.Module, config: PeftConfig) -> None:
+    """Put adapters beside layers of a backbone; from then on only they are trained.
+
+    Raises:
+        ValueError: if PEFT finds no layers for them.
+    """
+    peft = _peft("backbone: has adapters, and")
+    with warnings.catch_warnings(action="ignore"):
+        peft.inject_adapter_in_model(copy.deepcopy(config), backbone)
+
+
+def adapters(backbone: nn.Module) -> Iterator[PeftConfig]:
+    """What PEFT has put into a model."""
+    yield from (getattr(backbone, "peft_config", None) or {}).values()
+
+
+def saved(folder: Path) -> PeftConfig:
+    """What `save_pretrained` of one of them has left."""
+    config: PeftConfig = _peft(f"{folder.parent}: has adapters, and").PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = False
+    return config
+
+
+def save_weights(backbone: nn.Module, folder: Path) -> None:
+    """Write those of adapters beside their config, so that `PeftModel.from_pretrained(backbone, folder)` opens them."""
+    weights = _peft("backbone: has adapters, and").get_peft_model_state_dict(backbone)
+    save_file({f"base_model.model.{name}": value.contiguous() for name, value in weights.items()}, folder / WEIGHTS)
+
+
+def merge_all(model: nn.Module) -> None:
+    """Add the adapters in a model to the weights that they stand beside, and take them out."""
+    for backbone in model.modules():
+        if list(adapters(backbone)):
+            _merge(backbone)
+
+
+def _merge(backbone: nn.Module) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, layer in list(backbone.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()
+            backbone.set_submodule(name, layer.get_base_layer())
+    del backbone.peft_config
+
+
+def _choose(names: Iterable[str]) -> str:
+    return f"give all-linear, or a list of some of {', '.join(sorted(names))}"
+
+
+def _peft(why: str) -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise UserError(f"{why} needs PEFT; pip install 'rmt-lightning[peft]'") from None
+    return peft

@@ -1,0 +1,206 @@
+"""What of a backbone is trained: all of it, nothing, or adapters; saved, opened again, and refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Run, assert_identical, final
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from rmt_lightning.core.errors import UserError
+from rmt_lightning.models.adapters import Frozen, LoRA, adapters, merge_all
+from rmt_lightning.models.answerer import Answerer
+from rmt_lightning.models.armt import ARMT
+from rmt_lightning.models.decoder import Decoder
+from rmt_lightning.models.encoder import Encoder
+from rmt_lightning.models.generation import generate
+from rmt_lightning.models.rmt import RMTDecoder, RMTEncoder
+from rmt_lightning.models.segment_model import SegmentModel
+from rmt_lightning.models.tiny import TinyBert, TinyGPT
+
+peft = pytest.importorskip("peft")
+
+SIZE = {"width": 16, "layers": 2, "heads": 2, "max_positions": 64}
+
+
+def make(kind: type[SegmentModel[Any]], tokenizer: PreTrainedTokenizerBase, **options: Any) -> SegmentModel[Any]:
+    if kind is RMTEncoder:
+        return RMTEncoder(TinyBert(**SIZE).encoder(tokenizer), 24, memory_size=3)
+    if kind is ARMT:
+        return ARMT(TinyGPT(**SIZE).decoder(tokenizer), 24, memory_size=3, **options)
+    return RMTDecoder(TinyGPT(**SIZE).decoder(tokenizer), 24, memory_size=3)
+
+
+def backbone(model: SegmentModel[Any]) -> nn.Module:
+    return model.backbone.model
+
+
+def randomize(model: nn.Module) -> None:
+    """A matrix of zeros would hide that it is left out."""
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=0.3)
+
+
+def read(model: SegmentModel[Any]) -> torch.Tensor:
+    torch.manual_seed(1)
+    return model.eval()(torch.randint(5, 600, (2, 3 * model.text_length)))[0]
+
+
+@pytest.mark.parametrize("kind", [RMTEncoder, RMTDecoder, ARMT])
+def test_adapters_begin_as_nothing_and_alone_are_trained(
+    kind: type[SegmentModel[Any]], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model = make(kind, tokenizer)
+    plain, before = read(model), {name for name, _ in model.named_parameters()}
+    LoRA(r=4)(backbone(model))
+    torch.testing.assert_close(read(model), plain, rtol=0, atol=0)
+    randomize(model)
+    read(model).square().sum().backward()
+    own = {id(weight) for weight in backbone(model).parameters()}
+    inside = {name for name, weight in model.named_parameters() if id(weight) in own}
+    for name, weight in model.named_parameters():
+        assert weight.requires_grad == (name not in inside or "lora_" in name), name
+        assert (weight.grad is not None) == weight.requires_grad, name
+    assert len(before) < len(dict(model.named_parameters()))
+
+
+@pytest.mark.parametrize("kind", [RMTEncoder, RMTDecoder, ARMT])
+def test_adapters_are_opened_again_or_merged(
+    kind: type[SegmentModel[Any]], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    model = make(kind, tokenizer)
+    LoRA(r=4, alpha=3.5, targets="all-linear")(backbone(model))
+    randomize(model)
+    expected = read(model)
+    model.save_pretrained(tmp_path / "apart")
+    again = kind.from_pretrained(tmp_path / "apart")
+    torch.testing.assert_close(read(again), expected, rtol=0, atol=0)
+    assert [found.lora_alpha for found in adapters(backbone(again))] == [3.5]
+    # PEFT opens what stands in adapter/.
+    fresh = make(kind, tokenizer)
+    own = backbone(fresh)
+    plain = {name.replace(".base_layer", ""): value for name, value in backbone(model).state_dict().items()}
+    own.load_state_dict({name: value for name, value in plain.items() if "lora_" not in name})
+    theirs = peft.PeftModel.from_pretrained(own, str(tmp_path / "apart/adapter"))
+    assert_identical(theirs.get_base_model().state_dict(), backbone(model).state_dict())
+    merge_all(model)
+    assert not list(adapters(backbone(model))) and not any("lora" in name for name in model.state_dict())
+    torch.testing.assert_close(read(model), expected, rtol=1e-5, atol=1e-5)
+    model.save_pretrained(tmp_path / "merged")
+    assert not (tmp_path / "merged/adapter").exists()
+    torch.testing.assert_close(read(kind.from_pretrained(tmp_path / "merged")), read(model), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", [Encoder, Decoder])
+def test_what_peft_hands_over_is_saved_and_opened(
+    kind: type[Encoder] | type[Decoder], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    inside = (TinyBert(**SIZE).encoder if kind is Encoder else TinyGPT(**SIZE).decoder)(tokenizer).model
+    wrapped = peft.get_peft_model(inside, peft.LoraConfig(r=2, lora_dropout=0.1))
+    model = (RMTEncoder if kind is Encoder else RMTDecoder)(kind(wrapped, tokenizer), 24, memory_size=2)
+    randomize(model)
+    expected = read(model)
+    model.save_pretrained(tmp_path / "model")
+    torch.testing.assert_close(read(type(model).from_pretrained(tmp_path / "model")), expected, rtol=0, atol=0)
+    # A second set of adapters would be lost.
+    wrapped.add_adapter("other", peft.LoraConfig(r=2))
+    with pytest.raises(UserError, match=r"^backbone: \d+ of its weights, such as .* are not as its config tells"):
+        model.save_pretrained(tmp_path / "second")
+    assert not (tmp_path / "second/config.json").exists()
+
+
+def test_fast_ways_have_adapters_too(tokenizer: PreTrainedTokenizerBase) -> None:
+    """One by one as all at once, and in stacks."""
+    model = make(RMTDecoder, tokenizer)
+    LoRA()(backbone(model))
+    randomize(model)
+    ids = torch.randint(5, 600, (1, 7))
+    written = generate(model.eval(), ids, max_new_tokens=12)
+    merge_all(model)
+    assert written[0].tolist() == generate(model, ids, max_new_tokens=12)[0].tolist()
+    torch.manual_seed(0)
+    model = make(ARMT, tokenizer, schedule="vertical")
+    LoRA()(backbone(model))
+    randomize(model)
+    expected = read(model)
+    model.schedule = "diagonal"
+    torch.testing.assert_close(read(model), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_frozen_backbone_stays(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = make(RMTEncoder, tokenizer)
+    Frozen()(backbone(model))
+    read(model).square().sum().backward()
+    assert {name for name, weight in model.named_parameters() if weight.grad is not None} == {"memory"}
+
+
+def test_layers_that_are_not_there(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(RMTEncoder, tokenizer)
+    for targets in (["query", "nix"], "nix", ["LayerNorm", "nix"]):
+        absent = targets if isinstance(targets, str) else next(name for name in targets if name != "query")
+        told = (
+            f"lora.targets={absent}: is no linear layer of the backbone; give all-linear, or a list of some of dense, "
+        )
+        with pytest.raises(UserError, match=f"^{re.escape(told)}"):
+            LoRA(targets=targets)(backbone(model))
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match=r"^finetune=lora needs PEFT; pip install 'rmt-lightning\[peft\]'$"):
+        LoRA()(backbone(model))
+
+
+WORDS = ("finetune=lora", "lora.r=2", "lora.dropout=0.2", "lora.targets=[query,value]")
+
+
+def test_a_run_with_adapters(train: Run, command: Run, tmp_path: Path) -> None:
+    """Bit for bit resumed, evaluated and exported in both ways."""
+    assert train(*WORDS, "hydra.run.dir=whole").returncode == 0
+    assert train(*WORDS, "hydra.run.dir=cut", "trainer.max_steps=7").returncode == 0
+    resumed = train("resume=cut", "trainer.max_steps=-1", small=False)
+    assert resumed.returncode == 0, resumed.stderr
+    left, right = final(tmp_path / "whole"), final(tmp_path / "cut")
+    assert_identical(left, right)
+    begun = torch.load(tmp_path / "whole/checkpoints/stage-1.ckpt", weights_only=True)["state_dict"]
+    kept = {name for name in left if torch.equal(left[name], begun[name])}
+    assert any("base_layer" in name for name in kept) and not any("lora_" in name for name in kept)
+    assert json.loads((tmp_path / "whole/adapter/adapter_config.json").read_text())["r"] == 2
+    assert (
+        command(
+            "rmt_lightning.evaluate", "checkpoint=whole", "segments=[1]", "samples=4", "follow=0", "probes=[]"
+        ).returncode
+        == 0
+    )
+    for folder, merge in (("merged", "true"), ("apart", "false")):
+        result = command("rmt_lightning.export", "checkpoint=whole", f"folder={folder}", f"merge={merge}")
+        assert result.returncode == 0, result.stderr
+        assert (tmp_path / folder / "adapter").is_dir() == (merge == "false")
+    texts = ["Mary went to the garden. Where is Mary?", "John went to the kitchen. Where is John?"]
+    merged, apart = (Answerer.from_pretrained(tmp_path / folder) for folder in ("merged", "apart"))
+    torch.testing.assert_close(*(answerer.scores(texts) for answerer in (merged, apart)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            "finetune=lora",
+            r"lora\.targets: PEFT knows none for this backbone; give all-linear, or a list of some of de",
+        ),
+        ("finetune=lora lora.targets=[nix]", r"lora\.targets=nix: is no linear layer of the backbone; give all-linear"),
+        ("finetune=lora lora.r=0", r"lora\.r=0: must be greater than or equal to 1"),
+        ("finetune=lora lora.rank=4", r"lora\.rank: no such setting; .*allowed: r, alpha, dropout, targets"),
+        ("lora.r=4", r"lora\.r: no such setting; it comes with finetune=lora"),
+        ("finetune=frozen model=lstm", r"finetune=frozen: a LSTM has no backbone; leave it out"),
+        ("finetune=some", r"finetune=some: no such choice; allowed: frozen, full, lora"),
+    ],
+)
+def test_what_cannot_be_obeyed_is_refused(words: str, told: str, refused: Callable[..., str]) -> None:
+    assert re.search(told, refused(*words.split()))
