@@ -157,7 +157,7 @@ def test_an_empty_variable_is_none(refused: Callable[..., str], monkeypatch: pyt
         (evaluate, "++noise.documents=20", "noise: names no class; choose one with noise=…, or give its yaml a "),
         (attend, "task.moves=2", "task.moves: no such setting; it comes with task=whereabouts\n"),
         (attend, "task=language_modeling", "task=language_modeling: is a kind of run of its own, which another cannot"),
-        (export, "+noise=prose", "noise: no such setting; allowed: checkpoint, folder, trust\n"),
+        (export, "+noise=prose", "noise: no such setting; allowed: checkpoint, folder, merge, trust\n"),
         (flops, "+model=lstm", "model: no such setting; allowed: tokens, segment_length, text_length, fol"),
         (flops, "-m tokens=[1],[2]", "--multirun: the jobs would write over each other; give each a folder, such as"),
         (flops, "backbone.name=gpt2", "backbone.name: no such setting; it comes with backbone=bert_base_cased or big"),
