@@ -34,6 +34,7 @@ from .models.update import Gated as Gated
 from .models.update import Replace as Replace
 from .models.update import Update as Update
 from .tasks.babi import Babi as Babi
+from .tasks.babi import Babilong as Babilong
 from .tasks.datamodule import FactDataModule as FactDataModule
 from .tasks.facts import Carried as Carried
 from .tasks.facts import Detect as Detect

@@ -3,8 +3,9 @@
 Results go to <run folder>/evaluations/<checkpoint>-<task>-<key>/, where the key stands for all settings and the content
 of the checkpoint: evaluation.csv has a row for each length, distances.csv one for each length and distance from fact to
 question, retention.csv one for each time that memories were asked on their way, probes.csv one for each probe and
-length, evaluation.json all of them and the settings. They are written after each length. With stages=true, each stage's
-checkpoint is tested so, and stages-<task>-<key>/ holds them side by side.
+length, evaluation.json all of them and the settings; predictions.jsonl has each question with its answer. They are
+written after each length. With stages=true, each stage's checkpoint is tested so, and stages-<task>-<key>/ holds them
+side by side.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class Root:
 
     checkpoint: str
     stages: bool
-    segments: list[Annotated[int, Ge(1)]]
+    segments: list[Annotated[int, Ge(1)]] | None
+    tokens: list[Annotated[int, Ge(0)] | str]
     samples: Annotated[int, Ge(1), Le(10**6)] | None
     follow: Annotated[int, Ge(0)]
     every: Annotated[int, Ge(1)]
@@ -44,8 +46,8 @@ class Root:
 
 def main(config: DictConfig) -> None:
     check(config, Root)
-    if not config.segments:
-        raise UserError("segments=[]: names no length; give some, such as [1,64,4096]")
+    if config.segments is not None and not config.segments and not config.tokens:
+        raise UserError("segments=[]: names no length; give some, such as [1,64,4096], or tokens=[0,1k]")
     if 0 < config.follow < config.every:
         raise UserError(
             f"every={config.every}: asks nothing in follow={config.follow} segments; give less, or follow=0"

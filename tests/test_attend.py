@@ -43,7 +43,7 @@ from rmt_lightning.models.transformer_xl import TransformerXL
 from rmt_lightning.reporting import figures
 from rmt_lightning.tasks.corpus import Corpus
 from rmt_lightning.tasks.facts import Carried, Detect, Memorize, Reasoning, Split, Task
-from rmt_lightning.tasks.placement import Key, Placement
+from rmt_lightning.tasks.placement import Key, Placement, side_by_side
 
 Make = Callable[..., RMTEncoder]
 CPU = torch.device("cpu")
@@ -369,7 +369,8 @@ def test_the_curve_tells_facts_from_noise(
     curve = [point for points in rewriting_curve(model, placement, 6, 5, CPU) for point in points]
     homes = [placement.sample("test", Key(6, number)).homes for number in range(5)]
     with torch.no_grad():
-        ids = torch.stack(list(placement.stream("test", 6, range(5))[0]))
+        samples = [placement.sample("test", Key(6, number)) for number in range(5)]
+        ids = torch.stack([ids for ids, _ in side_by_side([(6, sample.segments) for sample in samples])])
         by_hand = [values.numpy() for values, _ in rewriting(model, ids, 5)]
     for point in curve:
         of_part = [point.segment - 1 in home for home in homes]

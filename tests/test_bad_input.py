@@ -49,9 +49,17 @@ TABLE = [
     ("test.segments=[0]", r"test.segments="),
     ("test.segments=[]", r"test.segments=[]: names no length"),
     ("test.samples=0", r"test.samples=0: must be greater than or equal to 1"),
+    ("test.tokens=1k", r"test.tokens=1k: must be a valid list"),
+    ("test.tokens=[-1]", r"test.tokens=[-1]: must be "),
+    ("test.tokens=[1.5]", r"test.tokens=[1.5]: must be "),
+    ("test.tokens=[1G]", r"test.tokens: 1G is no number of tokens; give whole numbers up to 1000M, with k for thou"),
+    (
+        "model=full_attention test.segments=[] test.tokens=[1M]",
+        "test.tokens: too long for positions; at most 12 segments of 40 tokens fit; give fewer",
+    ),
     ("model=full_attention model.memory_size=3", r"model.memory_size: no such setting; allowed: segment_length"),
     # unknown choices
-    ("task=detekt", r"task=detekt: no such choice; did you mean detect? allowed: babi, carried, detect, key_value, "),
+    ("task=detekt", r"task=detekt: no such choice; did you mean detect? allowed: babi, babilong, carried, detect, "),
     ("noise=silence", "noise=silence: no such choice; allowed: files, mentions, none, pg19, prose, quality, wiki"),
     ("backbone=gpt", "backbone=gpt: no such choice; did you mean gpt2? allowed: bert_base_cased, bigbird"),
     ("model=lsmt", r"model=lsmt: no such choice; did you mean lstm? allowed: armt, bigbird, full_attention, "),
@@ -117,6 +125,9 @@ TABLE = [
     # files
     ("task=babi", r"task.path: is missing; give task.path=…"),
     ("task=babi task.path=absent.txt", r"task.path=absent.txt: cannot be read as a bAbI file"),
+    ("task=babilong", r"task.folder: is missing; give task.folder=…"),
+    ("task=babilong task.folder=. task.name=1", f"""task.name=1: {NO_TEXT} 'task.name="1"'"""),
+    ("task=babilong task.folder=.", "task.name=qa1: task.folder=. has no train file of it; give the folder of"),
     ("noise=files", r"noise.path: is missing; give noise.path=…"),
     ("noise=files noise.path=absent.txt", r"noise.path=absent.txt: no .txt, .jsonl, .parquet file there"),
     ("noise=files noise.path=empty.txt", r"noise.path=empty.txt: is empty; give text"),

@@ -49,7 +49,11 @@ def compose(*overrides: str) -> DictConfig:
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_choice(choice: str) -> None:
-    missing = {"task=babi": ["task.path=qa.txt"], "noise=files": ["noise.path=book.txt"]}
+    missing = {
+        "task=babi": ["task.path=qa.txt"],
+        "task=babilong": ["task.folder=en-10k"],
+        "noise=files": ["noise.path=book.txt"],
+    }
     check(compose(choice, *missing.get(choice, [])), Root)
 
 

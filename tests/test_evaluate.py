@@ -91,11 +91,12 @@ def test_an_interrupted_evaluation_goes_on(
 import os, signal
 from rmt_lightning.analysis import extrapolation
 from rmt_lightning.evaluate import run
+from rmt_lightning.tasks.placement import Key
 
 original = extrapolation.replies
 
 def killer(classify, data, num_segments, *rest):
-    if num_segments == 3:
+    if num_segments == Key(3, 0):
         os.kill(os.getpid(), signal.SIGKILL)
     return original(classify, data, num_segments, *rest)
 
@@ -116,17 +117,21 @@ run()
 def test_evaluations_side_by_side(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     test, found = evaluation._test, []
 
-    def beside(*arguments: Any) -> dict[str, Any]:
-        row = test(*arguments)
+    def beside(*arguments: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        row, predictions = test(*arguments)
         found.append(row["segments"])
         # Another one comes to 3 first, and to 5.
         for other in (3, 5):
-            evaluation._Found(only(here), {}).add("lengths", str(other), row | {"segments": other})
-        return row
+            another, length = evaluation._Found(only(here), {}), f"{other} segments"
+            another.predict(length, [prediction | {"length": length} for prediction in predictions])
+            another.add("lengths", str(other), row | {"segments": other})
+        return row, predictions
 
     monkeypatch.setattr(evaluation, "_test", beside)
     evaluate(monkeypatch, "segments=[1,3]")
     assert found == [1]
+    told = [json.loads(line) for line in (only(here) / "predictions.jsonl").read_text().splitlines()]
+    assert {row["length"] for row in told} == {"1 segments", "3 segments", "5 segments"} and len(told) == 3 * 12
     for table in ("evaluation.csv", "distances.csv"):
         assert list(dict.fromkeys(row["segments"] for row in rows(only(here) / table))) == ["1", "3", "5"]
     assert json.loads((only(here) / "evaluation.json").read_text())["settings"]["samples"] == 12
@@ -137,7 +142,7 @@ def test_tables_follow_what_was_found(here: Path, monkeypatch: pytest.MonkeyPatc
     with monkeypatch.context() as killed, pytest.raises(SystemExit):
         killed.setattr(evaluation, "write_csv", Mock(side_effect=KeyboardInterrupt))
         evaluate(monkeypatch, "segments=[2]")
-    assert [path.name for path in only(here).iterdir() if path.suffix] == ["evaluation.json"]
+    assert {path.name for path in only(here).iterdir() if path.suffix} == {"evaluation.json", "predictions.jsonl"}
     monkeypatch.setattr(evaluation, "_test", None)
     evaluate(monkeypatch, "segments=[2]")
     assert [row["segments"] for row in rows(only(here) / "evaluation.csv")] == ["2"]
@@ -429,7 +434,7 @@ def test_probes(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     ask = Mock(side_effect=evaluation.replies)
     monkeypatch.setattr(evaluation, "replies", ask)
     evaluate(monkeypatch, "segments=[2]", "probes=[2,1]")
-    asked = [(call.args[2], call.args[1].task.name) for call in ask.call_args_list]
+    asked = [(call.args[2].num_segments, call.args[1].task.name) for call in ask.call_args_list]
     assert asked == [(2, "reworded"), *((1, name) for name in found)]
     assert [row["segments"] for row in rows(folder / "probes.csv")] == ["1"] * 10 + ["2"] * 10
 

@@ -24,7 +24,7 @@ from rmt_lightning import FactClassifier, RMTEncoder, TinyBert
 from rmt_lightning.analysis.extrapolation import replies, score_length
 from rmt_lightning.core.files import read_csv
 from rmt_lightning.models import state as tree
-from rmt_lightning.tasks.placement import Placement
+from rmt_lightning.tasks.placement import Key, Placement
 from rmt_lightning.training.callbacks.hardware import host_memory
 from rmt_lightning.training.trainer import compile_step
 
@@ -181,10 +181,11 @@ def test_longer_inputs_take_no_more_memory(build: Callable[..., RMTEncoder], pla
     module = FactClassifier(model, placement.task.answers).eval()
     peaks, right = [], []
     for segments in (8, 256):
-        found = replies(module.to(DEVICE), placement, segments, 8, 8, torch.device(DEVICE))
-        result = score_length(found, placement, segments)
+        like = Key(segments, 0)
+        found = replies(module.to(DEVICE), placement, like, 8, 8, torch.device(DEVICE))
+        result = score_length(found, placement, like)
         peaks.append(torch.cuda.max_memory_allocated() / 1e6 if DEVICE == "cuda" else host_memory())
         right.append(result.right)
     assert peaks[1] - peaks[0] < (1 if DEVICE == "cuda" else 50)
-    on_cpu = (replies(module.cpu(), placement, segments, 8, 8, torch.device("cpu")) for segments in (8, 256))
+    on_cpu = (replies(module.cpu(), placement, Key(n, 0), 8, 8, torch.device("cpu")) for n in (8, 256))
     assert right == [sum(reply.right for reply in found) for found in on_cpu]

@@ -110,7 +110,7 @@ def test_each_pattern_is_held() -> None:
             "+metrics.a/b.c=x",
             "+metrics.a/b.c=x: cannot be read; a key is made of names with points between them, such ",
         ),
-        ("task=detect,", "task=detect,: no such choice; did you mean detect? allowed: babi, carried, detect, "),
+        ("task=detect,", "task=detect,: no such choice; did you mean detect? allowed: babi, babilong, carried, "),
         (
             "test.segments=[1,2",
             "test.segments=[1,2: cannot be read; a text with such characters needs quotes, and a list looks like "

@@ -302,7 +302,7 @@ def test_questions_of_a_file_are_asked_once(
     task = questions_of_sizes(tmp_path, *range(1, 13))
     placement = Placement(task, corpora, tokenizer, text_length=30, seed=3)
     fitting = 4
-    assert placement.fits("test", 1) == fitting / 12 and placement.fits("test", 9) == 1
+    assert placement.fits("test", Key(1, 0)) == fitting / 12 and placement.fits("test", Key(9, 0)) == 1
     for num_segments, count in ((1, fitting), (9, 12)):
         for samples in (None, 1000, count):
             assert placement.asked("test", samples, Key(num_segments, 0)) == count
@@ -339,7 +339,7 @@ def test_a_question_or_fact_longer_than_a_segment_is_left_out(
     path = tmp_path / "qa.txt"
     path.write_text("".join(stories))
     placement = Placement(Babi(str(path), test_path=str(path)), corpora, tokenizer, text_length=30, seed=3)
-    assert placement.fits("test", 50) == 18 / 20
+    assert placement.fits("test", Key(50, 0)) == 18 / 20
     samples = FactDataset(placement, "train")
     for number in range(60):
         assert samples[Key(2, number)].input_ids.shape == (2, 30)

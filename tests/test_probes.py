@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rmt_lightning.analysis.extrapolation import replies
 from rmt_lightning.analysis.probing import score_probe, spot
+from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.rmt import RMTEncoder
 from rmt_lightning.tasks.babi import Babi
 from rmt_lightning.tasks.corpus import Corpus, tokenize
@@ -170,16 +170,10 @@ class Spotter:
 
     def __init__(self, placement: Placement, choose: Callable[[list[str]], str]) -> None:
         self.tokenizer, self.choose = placement.tokenizer, choose
-        self.known = [placement.answer_ids(place).tolist() for place in PLACES]
 
-    def __call__(self, segments: Iterator[Tensor]) -> Tensor:
-        texts = [self.tokenizer.decode(row) for row in torch.cat([*segments], dim=1)]
-        said = [self.choose(re.findall("|".join(PLACES), text)) for text in texts]
-        return torch.nn.functional.one_hot(torch.tensor([PLACES.index(place) for place in said]), len(PLACES))
-
-    def classes(self, answer: Tensor) -> Tensor:
-        rows = answer.tolist()
-        return torch.tensor([self.known.index(row) if row in self.known else -1 for row in rows])
+    def say(self, segments: Iterable[Segment]) -> list[str | None]:
+        texts = [self.tokenizer.decode(row) for row in torch.cat([one.input_ids for one in segments], dim=1)]
+        return [self.choose(re.findall("|".join(PLACES), text)) for text in texts]
 
 
 def commonest(named: list[str]) -> str:
@@ -195,7 +189,7 @@ def test_spotters_score_what_the_baselines_say(
     for task in probes(Detect(), tokenizer):
         placement = Placement(task, corpora, tokenizer, text_length=45, seed=3)
         for choose, column in ((lambda named: named[-1], "last_place"), (commonest, "commonest_place")):
-            said = replies(Spotter(placement, choose), placement, 2, 5, 3, torch.device("cpu"))
+            said = replies(Spotter(placement, choose), placement, Key(2, 0), 5, 3, torch.device("cpu"))
             found = score_probe(said, placement)
             assert found.right == found.row()[column], task.name
             assert found.samples == 5 and 1 < found.questions <= 5 and found.right + found.decoy <= 5

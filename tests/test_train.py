@@ -331,7 +331,7 @@ def test_flags(flag: str, environment: dict[str, str], tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     words = {
         "--help": (
-            "task: babi, carried, detect, key_value, language_modeling, memorize, mqar, reasoning",
+            "task: babi, babilong, carried, detect, key_value, language_modeling, memorize, mqar",
             "memory_size: 10",
             "resume=",
         ),

@@ -48,7 +48,7 @@ from rmt_lightning.analysis.extrapolation import replies, score_length
 from rmt_lightning.core.files import write_csv
 from rmt_lightning.tasks.corpus import tokenize
 from rmt_lightning.tasks.datamodule import FactDataset
-from rmt_lightning.tasks.placement import Key
+from rmt_lightning.tasks.placement import Key, side_by_side
 from rmt_lightning.training.callbacks.hardware import make_fast, multiply_fast
 from rmt_lightning.training.optimization import WarmupDecay
 from rmt_lightning.training.trainer import CompileMode, compile_step
@@ -334,14 +334,15 @@ def evaluating(segments: int = 16, samples: int = 64) -> Case:
         def loop() -> None:
             for start in range(0, samples, batch):
                 rows = range(start, min(start + batch, samples))
-                stream, _, _ = made.stream("test", segments, rows)
+                texts = [made.sample("test", Key(segments, row)).segments for row in rows]
+                stream = [ids for ids, _ in side_by_side([(segments, text) for text in texts])]
                 with torch.no_grad():
-                    published(torch.stack(list(stream), dim=1).to(DEVICE))
+                    published(torch.stack(stream, dim=1).to(DEVICE))
 
         variants: dict[str, Callable[[], object]] = {
             "published, sdpa": loop,
             "ours": lambda: score_length(
-                replies(module, made, segments, samples, batch, torch.device(DEVICE)), made, segments
+                replies(module, made, Key(segments, 0), samples, batch, torch.device(DEVICE)), made, Key(segments, 0)
             ),
         }
         return Case(f"evaluate/tiny/{segments} segments", variants, samples * segments * SEGMENT)

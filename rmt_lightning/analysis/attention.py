@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.models.memory import Layout, MemoryTokens
 from rmt_lightning.models.recurrence import Segment, unroll
-from rmt_lightning.tasks.placement import Key, Piece, Placement, Sample
+from rmt_lightning.tasks.placement import Key, Piece, Placement, Sample, side_by_side
 
 Part = Literal["noise", "fact", "question"]
 
@@ -268,9 +268,9 @@ def rewriting_curve(
         texts: B.
         device: where segments are wanted.
     """
-    segments, _, _ = placement.stream("test", num_segments, range(texts))
     samples = [placement.sample("test", Key(num_segments, number)) for number in range(texts)]
-    read = rewriting(model, (segment.to(device) for segment in segments), texts)
+    segments = side_by_side([(num_segments, sample.segments) for sample in samples])
+    read = rewriting(model, (ids.to(device) for ids, _ in segments), texts)
     for segment, (rewritten, cosine) in enumerate(read):
         parts = np.array(["fact" if segment in sample.homes else "noise" for sample in samples], dtype=object)
         if segment == num_segments - 1:

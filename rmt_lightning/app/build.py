@@ -147,14 +147,26 @@ def build_answering(
     return placement, module
 
 
-def testable(key: str, lengths: Sequence[int], model: SegmentModel[Any], placement: Placement) -> list[int]:
-    """Those of the lengths, in segments, that the model can read and that have room for questions.
+def testable(key: str, lengths: Sequence[Key], model: SegmentModel[Any], placement: Placement) -> list[Key]:
+    """Those of the lengths that the model can read and that have room for questions.
+
+    Args:
+        key: what stands before `segments` and `tokens` in the names of the settings that hold the lengths.
 
     Raises:
-        UserError: if there are none; naming the setting `key`, if the model can read none.
+        UserError: if there are none; naming the setting, if the model can read none.
     """
-    fitting = model.fitting(key, lengths)
-    return [n for n in fitting if placement.fits("test", n)] or [placement.asked("test", None, Key(max(fitting), 0))]
+    sizes = {like: placement.longest("test", like) for like in lengths}
+    readable = [like for like in lengths if model.max_segments is None or sizes[like] <= model.max_segments]
+    if not readable and all(like.tokens is None for like in lengths):
+        model.fitting(f"{key}segments", [*sizes.values()])
+    if not readable:
+        raise UserError(
+            f"{key}tokens: too long for positions; at most {model.max_segments} segments of {model.text_length} tokens "
+            "fit; give fewer"
+        )
+    found = [like for like in readable if placement.fits("test", like)]
+    return found or [like for like in readable[-1:] if placement.asked("test", None, like)]
 
 
 class Trained(NamedTuple):

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from rich import get_console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from rmt_lightning.analysis.extrapolation import LengthResult, replies, score_length
+from rmt_lightning.analysis.extrapolation import LengthResult, kept, lengths, name_of, replies, score_length
 from rmt_lightning.analysis.probing import ProbeResult, score_probe
 from rmt_lightning.app.build import find_device, load, testable
 from rmt_lightning.app.console import start_logging, take_over_lightning
@@ -24,10 +24,10 @@ from rmt_lightning.app.results import length_table, probe_table, tell_folder, te
 from rmt_lightning.app.resume import other_text, provenance
 from rmt_lightning.app.schema import instantiate, is_typed
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.core.files import write_atomically, write_csv
+from rmt_lightning.core.files import write_atomically, write_csv, write_jsonl
 from rmt_lightning.core.quoting import shown
-from rmt_lightning.core.run_folder import CHECKPOINTS, PROBES, alone_in, findings
-from rmt_lightning.core.statistics import kept
+from rmt_lightning.core.run_folder import CHECKPOINTS, EVALUATION, PREDICTIONS, PROBES, alone_in, findings
+from rmt_lightning.core.statistics import kept as share_kept
 from rmt_lightning.reporting import figures
 from rmt_lightning.tasks.corpus import text_digest
 from rmt_lightning.tasks.facts import Finite, Task
@@ -43,9 +43,13 @@ Result = TypeVar("Result")
 
 # Samples side by side, unless a number is given: on GPUs as many as fit, on CPUs as many as caches hold.
 _STREAMS = {"cuda": 256, "cpu": 32}
-_FILES = ("evaluation.csv", "distances.csv", "retention.csv", PROBES, "evaluation.json")
+_FILES = (EVALUATION, "distances.csv", "retention.csv", PROBES, PREDICTIONS, "evaluation.json")
+# Lengths in segments, unless some are given.
+_SEGMENTS = [2**power for power in range(13)]
 # The lengths of probes, in segments, unless they are given: a hundredth of what the default lengths take.
 _PROBED = (1, 8)
+# What earlier versions did not tell of a length.
+_UNKNOWN = {"fits": None, "tokens": None}
 # Segments of the longest inputs of RMT-2023, figure 1, by which a rate of loss is told.
 _LONG = 4096
 
@@ -70,8 +74,8 @@ def evaluate_stages(config: DictConfig, run_config: DictConfig, run: Path) -> No
     task: Task = instantiate(run_config.task, _convert_="all")
     with alone_in(folder):
         # Read again, for others may have found more in the meantime.
-        results = [(stage, result) for stage, one in found.items() for result in one.read().results()]
-        rows = [{"stage": stage, "segments": result.segments, **result.row()} for stage, result in results]
+        results = [(stage, result) for stage, one in found.items() for result in one.read().results().values()]
+        rows = [{"stage": stage, **result.length, **result.row()} for stage, result in results]
         write_csv(folder / "results.csv", rows)
         figures.save(figures.generalization(rows, chance=1 / len(task.answers)), folder / "figure")
     tell_folder(folder, "them all")
@@ -91,11 +95,12 @@ def evaluate(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: 
     device, hardware = find_device(config.device)
     placement, module, sha256 = load(run_config, run, checkpoint)
     module.to(device).eval()
-    fitting = testable("segments", config.segments, module.model, placement)
+    asked = lengths("tokens", asked_segments(config), config.tokens)
+    fitting = testable("", asked, module.model, placement)
     probed = _probes(module, placement, config)
     for remark in placement.remarks():
         log.info(remark)
-    tell_limit(placement, "samples", "test", config.samples, max(fitting))
+    tell_limit(placement, "samples", "test", config.samples, fitting)
     samples = config.samples if placement.finite else placement.asked("test", config.samples, Key(1, 0))
     text = other_text(run, text_digest(placement.corpora), own="noise" not in config)
     settings = provenance(run_config, checkpoint, sha256) | text | {"samples": samples, "device": hardware}
@@ -118,15 +123,17 @@ def evaluate(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: 
         row = _follow(classifier, placement, config, streams, device)
         if row:
             found.add("retention", followed, row)
-    for num_segments in fitting:
+    for like in fitting:
         # Another evaluation may have come to it first.
-        if str(num_segments) not in found.read().lengths:
-            found.add("lengths", str(num_segments), _test(module, placement, num_segments, config, device))
+        if _filed(like) not in found.read().lengths:
+            row, predictions = _test(module, placement, like, config, device)
+            found.predict(name_of(like), predictions)
+            found.add("lengths", _filed(like), row)
     probe_rows = _ask(module, probed, found, config, device)
     console = get_console()
     if follows:
         console.print(_rate_in_words(found.retention.get(followed)), highlight=False)
-    console.print(length_table(found.results(), config.segments, module.model))
+    console.print(length_table(found.results(), asked, module.model))
     if probe_rows:
         console.print(probe_table(probe_rows))
     files = ", ".join(name for name in _FILES if (folder / name).exists())
@@ -144,7 +151,7 @@ class _Found:
         settings: all that it depends on and that is in no key.
 
     Attributes:
-        lengths: a row for each number of segments, in their order.
+        lengths: a row for each number of segments, in their order, then for each "<number> tokens".
         retention: a row for each way in which memories were followed: "<segments> every <segments> of <memories>".
         probes: a row for each "<segments> <probe>", in the order of lengths.
 
@@ -169,6 +176,17 @@ class _Found:
             getattr(self.read(), kind)[key] = row
             self._write()
 
+    def predict(self, length: str, rows: list[dict[str, Any]]) -> None:
+        """Add the answers that were given at a length to those at others."""
+        path = self.path.with_name(PREDICTIONS)
+        with alone_in(self.path.parent):
+            try:
+                lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+                others = [row for row in map(json.loads, lines) if row["length"] != length]
+            except (ValueError, TypeError, KeyError):
+                raise UserError(f"{shown(path)}: is damaged; remove it, and go on without what stood there") from None
+            write_jsonl(path, [*others, *rows])
+
     def read(self) -> _Found:
         try:
             found = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
@@ -178,23 +196,27 @@ class _Found:
                 key if " of " in key else f"{key} of {row['streams']}": unknown | row
                 for key, row in found.get("retention", {}).items()
             }
-            self.lengths = {key: unknown | {"fits": None} | row for key, row in found.get("lengths", {}).items()}
+            self.lengths = {key: unknown | _UNKNOWN | row for key, row in found.get("lengths", {}).items()}
             self.probes = {key: dict(row) for key, row in found.get("probes", {}).items()}
         except (ValueError, AttributeError, TypeError, KeyError):
             raise UserError(f"{shown(self.path)}: is damaged; remove it, and it is found out again") from None
         return self
 
-    def results(self) -> list[LengthResult]:
+    def results(self) -> dict[Key, LengthResult]:
         """Those at all lengths."""
-        counts = ("right", "samples", "segments", "questions", "fits")
-        return [
-            LengthResult(**{key: row[key] for key in counts}, finite=row.get("finite", False))
+        counts = ("right", "samples", "segments", "questions", "fits", "tokens", "text_tokens")
+        return {
+            Key(row["segments"] if row["tokens"] is None else 0, 0, tokens=row["tokens"]): LengthResult(
+                **{key: row[key] for key in counts},
+                finite=row.get("finite", False), exact=row.get("exact_match"), f1=row.get("f1"),
+            )
             for row in self.lengths.values()
-        ]
+        }  # fmt: skip
 
     def _write(self) -> None:
         folder = self.path.parent
-        self.lengths = dict(sorted(self.lengths.items(), key=lambda item: int(item[0])))
+        order = {key: ("tokens" in key, int(key.split()[0])) for key in self.lengths}
+        self.lengths = {key: self.lengths[key] for key in sorted(self.lengths, key=order.__getitem__)}
         self.probes = dict(sorted(self.probes.items(), key=lambda item: int(item[0].split()[0])))
         found = {"lengths": self.lengths, "retention": self.retention, "probes": self.probes}
         content = {"settings": self.settings, **found}
@@ -208,9 +230,17 @@ class _Found:
         write_csv(folder / "retention.csv", asked)
         lengths = self.lengths.values()
         columns = [{k: v for k, v in row.items() if k not in ("distances", "finite")} for row in lengths]
-        write_csv(folder / "evaluation.csv", columns)
+        # Earlier versions may have measured less.
+        names = dict.fromkeys(name for row in columns for name in row)
+        write_csv(folder / EVALUATION, [names | row for row in columns])
         distances = [
-            {"segments": row["segments"], "from": 2 ** int(key) // 2, "to": 2 ** int(key) - 1, **part}
+            {
+                "segments": row["segments"],
+                "tokens": row["tokens"],
+                "from": 2 ** int(key) // 2,
+                "to": 2 ** int(key) - 1,
+                **part,
+            }
             for row in lengths
             for key, part in row["distances"].items()
         ]
@@ -218,37 +248,49 @@ class _Found:
         write_csv(folder / PROBES, [*self.probes.values()])
 
 
-def _test(
-    module: FactModule, placement: Placement, num_segments: int, config: DictConfig, device: torch.device
-) -> dict[str, Any]:
-    """Test one length, and put what was found and measured into a row."""
-    on_gpu = device.type == "cuda"
-    samples = placement.asked("test", config.samples, Key(num_segments, 0))
+def asked_segments(config: DictConfig) -> list[int]:
+    """The lengths in segments that are asked for: without any, those of powers of two, unless some in tokens are."""
+    if config.segments is not None:
+        return list(config.segments)
+    return [] if config.tokens else _SEGMENTS
 
-    def read(batch_size: int) -> tuple[LengthResult, float]:
+
+def _filed(like: Key) -> str:
+    """The key of a length in evaluation.json."""
+    return name_of(like).removesuffix(" segments")
+
+
+def _test(
+    module: FactModule, placement: Placement, like: Key, config: DictConfig, device: torch.device
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Test one length, and put what was found and measured into a row, and the answers into others."""
+    on_gpu = device.type == "cuda"
+    samples, num_segments = placement.asked("test", config.samples, like), placement.longest("test", like)
+
+    def read(batch_size: int) -> tuple[LengthResult, list[dict[str, Any]], float]:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
         began = time.perf_counter()
         total = -(-samples // batch_size) * num_segments
-        with _bar(f"{num_segments} segments", total, batch_size) as advance:
-            found = replies(module, placement, num_segments, samples, batch_size, device, advance)
-            result = score_length(found, placement, num_segments)
-        return result, time.perf_counter() - began
+        predictions: list[dict[str, Any]] = []
+        with _bar(name_of(like), total, batch_size) as advance:
+            found = kept(replies(module, placement, like, samples, batch_size, device, advance), predictions)
+            result = score_length(found, placement, like, module.WRITES)
+        return result, predictions, time.perf_counter() - began
 
-    (result, seconds), batch_size = _side_by_side(read, samples, config, device)
-    text_tokens = num_segments * module.model.text_length
-    return {
-        "segments": num_segments,
-        "text_tokens": text_tokens,
+    (result, predictions, seconds), batch_size = _side_by_side(read, samples, config, device)
+    row = {
+        **result.length,
         **result.row(),
         "batch_size": batch_size,
         "seconds": seconds,
-        "tokens_per_second": samples * text_tokens / seconds,
+        "tokens_per_second": samples * (result.text_tokens or 0) / seconds,
         "host_memory_mb": host_memory(),
         "device_memory_mb": torch.cuda.max_memory_allocated(device) / 1e6 if on_gpu else 0.0,
         "finite": result.finite,
         "distances": {distance: part.row() for distance, part in result.distances.items()},
     }
+    return row, predictions
 
 
 def _side_by_side(
@@ -334,7 +376,8 @@ def _score(
     advance: Callable[[], None],
 ) -> ProbeResult:
     def read(batch_size: int) -> ProbeResult:
-        return score_probe(replies(module, probe, num_segments, samples, batch_size, device, advance), probe)
+        like = Key(num_segments, 0)
+        return score_probe(replies(module, probe, like, samples, batch_size, device, advance), probe)
 
     return _side_by_side(read, samples, config, device)[0]
 
@@ -363,7 +406,7 @@ def _rate_in_words(row: dict[str, Any] | None) -> str:
         f"Memory lost per segment: {row['rate']:.2g}, 95% interval {row['rate_low']:.2g} – {row['rate_high']:.2g} "
         f"({row['lost']} memories lost in {row['exposure']:,} segments; {row['streams']} were followed"
         + (f", {row['questions']} different questions)" if row["questions"] is not None else ")")
-        + f". At the upper end {kept(row['rate_high'], _LONG):.1%} of them are left after {_LONG:,} segments"
+        + f". At the upper end {share_kept(row['rate_high'], _LONG):.1%} of them are left after {_LONG:,} segments"
     )
 
 

@@ -19,14 +19,14 @@ from rich import get_console
 from rich.progress import track
 from rich.table import Table
 
-from rmt_lightning.analysis.extrapolation import LengthTest, replies, score_length
+from rmt_lightning.analysis.extrapolation import LengthResult, LengthTest, in_words, kept, replies, score_length
 from rmt_lightning.analysis.perplexity import DocumentTest, evaluate_documents, total
 from rmt_lightning.app.build import build_answering, build_foundation, construct, testable
 from rmt_lightning.app.results import draw_attention, length_table, tell_limit
 from rmt_lightning.app.schema import CONF, instantiate
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.core.files import write_atomically, write_csv
-from rmt_lightning.core.run_folder import EVALUATION
+from rmt_lightning.core.files import write_atomically, write_csv, write_jsonl
+from rmt_lightning.core.run_folder import EVALUATION, PREDICTIONS
 from rmt_lightning.models.adapters import Finetuning
 from rmt_lightning.models.segment_model import SegmentModel, check_room, check_weights, state_size
 from rmt_lightning.models.sources import reads_backbone
@@ -130,33 +130,38 @@ class FactRecipe(Recipe):
         self.model.fitting("curriculum.max_segments", [config.curriculum.max_segments])
         _check_noise(placement, config.curriculum.max_segments)
         _check_room(placement, config.data.segment_length, self.phase(SegmentCurriculum).shortest(placement))
-        self.tested = testable("test.segments", self.lengths.segments, self.model, placement)
+        self.tested = testable("test.", self.lengths.lengths, self.model, placement)
 
     def tell(self) -> None:
         placement, curriculum = self.data.placement, self.phase(SegmentCurriculum)
         longest = curriculum.longest
         for remark in placement.remarks():
             log.info(remark)
-        shares = {n: placement.fits("train", n) for n in range(curriculum.shortest(placement), longest + 1)}
+        shares = {n: placement.fits("train", Key(n, 0)) for n in range(curriculum.shortest(placement), longest + 1)}
         if partial := ", ".join(f"{share:.1%} into {n}" for n, share in shares.items() if share < 1):
             log.info("task=%s: of its questions fit %s segments; the others are left out", placement.task.name, partial)
-        tell_limit(placement, "data.validation_samples", "validation", self.data.validation_samples, longest)
-        tell_limit(placement, "test.samples", "test", self.lengths.samples, max(self.tested))
+        longest_input = [Key(longest, 0)]
+        tell_limit(placement, "data.validation_samples", "validation", self.data.validation_samples, longest_input)
+        tell_limit(placement, "test.samples", "test", self.lengths.samples, self.tested)
 
     def test(self, folder: Path, trainer: L.Trainer) -> None:
         device, console = trainer.strategy.root_device, get_console()
-        log.info("testing inputs of %s segments", ", ".join(map(str, self.tested)))
+        log.info("testing inputs of %s", in_words(self.tested))
         self.module.to(device).eval()
         batch_size = 2 * self.data.batch_size
         shown = track(self.tested, "testing", transient=True, console=console, disable=not console.is_terminal)
         placement, samples = self.data.placement, self.lengths.samples
+        found: dict[Key, LengthResult] = {}
+        predictions: list[dict[str, Any]] = []
         with trainer.precision_plugin.forward_context():
-            lengths = [
-                score_length(replies(self.module, placement, n, samples, batch_size, device), placement, n)
-                for n in shown
-            ]
-        console.print(length_table(lengths, self.lengths.segments, self.model))
-        write_csv(folder / EVALUATION, [{"segments": result.segments, **result.row()} for result in lengths])
+            for like in shown:
+                told = kept(replies(self.module, placement, like, samples, batch_size, device), predictions)
+                found[like] = score_length(told, placement, like, self.module.WRITES)
+        lengths = [*found.values()]
+        console.print(length_table(found, self.lengths.lengths, self.model))
+        # Whoever finds the table finds its answers.
+        write_jsonl(folder / PREDICTIONS, predictions)
+        write_csv(folder / EVALUATION, [result.length | result.row() for result in lengths])
         task, curriculum = self.data.placement.task, self.phase(SegmentCurriculum)
         figure = figures.curriculum(
             curriculum.history,
@@ -331,7 +336,7 @@ def _check_room(placement: Placement, segment_length: int, shortest: int) -> Non
     """Refuse what has next to no questions to begin with, for the shortest inputs have no room for the others."""
     text_length, task = placement.text_length, placement.task.name
     for split in ("train", "validation"):
-        share = placement.fits(split, shortest)
+        share = placement.fits(split, Key(shortest, 0))
         if share < _FEWEST and shortest > 1:
             raise UserError(
                 f"data.segment_length: leaves room for {text_length} tokens of text: {share:.1%} of the questions of "

@@ -74,7 +74,7 @@ def draw_attention(placement: Placement, module: FactModule, device: torch.devic
         return
     if model.architecture is not None and model.architecture.model_type in SPARSE:
         return
-    if not placement.fits("test", 4):
+    if not placement.fits("test", Key(4, 0)):
         return
     module.to(device).eval()
     _, title, maps = watch_clearest(placement, module, model, 4, device)
@@ -109,29 +109,32 @@ def _cell(value: Any) -> str:
     return f"{value:#,.4g}" if abs(value) >= 0.1 or value == 0 else f"{value:.2g}"
 
 
-def length_table(lengths: Sequence[LengthResult], asked: Sequence[int], model: SegmentModel[Any]) -> Table:
+def length_table(found: Mapping[Key, LengthResult], asked: Sequence[Key], model: SegmentModel[Any]) -> Table:
     """Accuracy at each length that was asked for, for the screen."""
-    readable = model.fitting("segments", asked)
+    lengths = [*found.values()]
     fewest, most = (choose(result.samples for result in lengths) for choose in (min, max))
     samples = f"{most} samples each" if fewest == most else f"{fewest} to {most} samples"
     title = f"Test on unseen text, {samples}"
     # Nearly always all questions fit, and screens are narrow.
-    partial = any(result.fits is not None and result.fits < 1 for result in lengths) or len(lengths) < len(readable)
+    limit = model.max_segments
+    short = [like for like in asked if like not in found and (limit is None or like.num_segments <= limit)]
+    partial = any(result.fits is not None and result.fits < 1 for result in lengths) or bool(short)
     headings = ("segments", "tokens", "accuracy", "95% interval", "questions", *["fits"] * partial)
     table = Table(*headings, title=title, title_justify="left")
-    results = {result.segments: result for result in lengths}
-    for num_segments in dict.fromkeys(asked):
-        if result := results.get(num_segments):
+    for like in asked:
+        size = (str(like.num_segments), f"{like.num_segments * model.text_length:,}")
+        if like.tokens is not None:
+            size = (str(found[like].segments) if like in found else "–", f"{like.tokens:,}")
+        if result := found.get(like):
             low, high = result.interval
             questions = "–" if result.questions is None else f"{result.questions:,}"
             fits = "–" if result.fits is None else f"{result.fits:.1%}"
-            found = (f"{result.accuracy:.4f}", f"{low:.3f} – {high:.3f}", questions, fits)
-        elif num_segments in readable:
-            found = ("too short", "no question fits", "0", "0.0%")
+            told = (f"{result.accuracy:.4f}", f"{low:.3f} – {high:.3f}", questions, fits)
+        elif like in short:
+            told = ("too short", "no question fits", "0", "0.0%")
         else:
-            found = ("too long for positions", f"{model.max_segments} segments fit", "–", "–")
-        row = (str(num_segments), f"{num_segments * model.text_length:,}", *found)
-        table.add_row(*row[: len(headings)])
+            told = ("too long for positions", f"{limit} segments fit", "–", "–")
+        table.add_row(*(*size, *told)[: len(headings)])
     return table
 
 
@@ -153,9 +156,9 @@ def probe_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def tell_limit(placement: Placement, key: str, split: Split, samples: int | None, num_segments: int) -> None:
+def tell_limit(placement: Placement, key: str, split: Split, samples: int | None, lengths: Sequence[Key]) -> None:
     """Say so if fewer samples are asked than the setting `key` wants, because there is an end of questions."""
-    there = placement.asked(split, samples, Key(num_segments, 0))
+    there = max(placement.asked(split, samples, like) for like in lengths)
     if samples is not None and there < samples:
         log.info("%s=%d: there are %d questions for %s, and each is asked once", key, samples, there, split)
 

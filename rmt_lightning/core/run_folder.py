@@ -30,6 +30,7 @@ PHASES = "phases.json"
 STAGES = "stages.csv"
 HOLD = "hold.csv"
 EVALUATION = "evaluation.csv"
+PREDICTIONS = "predictions.jsonl"
 PROBES = "probes.csv"
 HARDWARE = "hardware.json"
 JOB = "job.json"
@@ -81,7 +82,8 @@ def locate_checkpoint(path: str) -> tuple[Path, Path]:
 def in_the_way(folder: Path) -> str | None:
     """What stands in a folder and would be lost in a run that begins there, or mixed with it; None if nothing does."""
     built_from = (TEXT, TOKENIZER, BACKBONE, ADAPTER)
-    written = (TYPED, METRICS, PHASES, STAGES, HOLD, EVALUATION, HARDWARE, *built_from, *_RESULTS)
+    tested = (EVALUATION, PREDICTIONS)
+    written = (TYPED, METRICS, PHASES, STAGES, HOLD, *tested, HARDWARE, *built_from, *_RESULTS)
     if found := next((name for name in written if os.path.lexists(folder / name)), None):
         return found
     # Where somebody works, a run belongs in a folder of its own; scripts, notes and logs may stand beside it.

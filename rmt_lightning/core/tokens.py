@@ -1,12 +1,41 @@
-"""Texts as tokens, as they stand in running text."""
+"""Texts as tokens, as they stand in running text; numbers of tokens, as people write them."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from rmt_lightning.core.errors import UserError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_COUNT = re.compile(r"([0-9]{1,12})([kKM]?)")
+_THOUSANDS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6}
+_MOST = 10**9
+
+
+def token_count(key: str, given: int | str) -> int:
+    """How many tokens are meant: 1000, or 1k, as published lengths are written; 64k; 10M.
+
+    Raises:
+        UserError: naming the setting `key`, if that is no such number.
+    """
+    match = _COUNT.fullmatch(str(given))
+    if match is None or (count := int(match[1]) * _THOUSANDS[match[2]]) > _MOST:
+        raise UserError(
+            f"{key}: {given} is no number of tokens; give whole numbers up to 1000M, with k for thousands and M for "
+            "millions, such as [0,1k,64k,1M]"
+        )
+    return count
+
+
+def in_short(count: int) -> str:
+    """A number of tokens as published lengths are written: 0k, 64k, 1M; any other one as it is."""
+    if count % 10**6 == 0 and count:
+        return f"{count // 10**6}M"
+    return f"{count // 1000}k" if count % 1000 == 0 else str(count)
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, sentences: list[str]) -> list[list[int]]:

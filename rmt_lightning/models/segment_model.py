@@ -122,7 +122,10 @@ class SegmentModel(nn.Module, SavedModel, ABC, Generic[State]):
         raise NotImplementedError
 
     def forward(
-        self, input_ids: Tensor | Iterable[Tensor], attention_mask: Tensor | None = None, state: State | None = None
+        self,
+        input_ids: Tensor | Iterable[Tensor] | Iterable[Segment],
+        attention_mask: Tensor | None = None,
+        state: State | None = None,
     ) -> tuple[Tensor, State]:
         """Read a whole input, given as to `read`.
 
@@ -134,7 +137,10 @@ class SegmentModel(nn.Module, SavedModel, ABC, Generic[State]):
         return reading.hidden, reading.state
 
     def encode(
-        self, input_ids: Tensor | Iterable[Tensor], attention_mask: Tensor | None = None, state: State | None = None
+        self,
+        input_ids: Tensor | Iterable[Tensor] | Iterable[Segment],
+        attention_mask: Tensor | None = None,
+        state: State | None = None,
     ) -> Tensor:
         """Read a whole input, given as to `read`, and return what a classifier reads at its end: (B, D)."""
         for reading in self.read(input_ids, attention_mask, state):  # noqa: B007
@@ -142,13 +148,17 @@ class SegmentModel(nn.Module, SavedModel, ABC, Generic[State]):
         return self.readout(reading.hidden, reading.segment)
 
     def read(
-        self, input_ids: Tensor | Iterable[Tensor], attention_mask: Tensor | None = None, state: State | None = None
+        self,
+        input_ids: Tensor | Iterable[Tensor] | Iterable[Segment],
+        attention_mask: Tensor | None = None,
+        state: State | None = None,
     ) -> Iterator[Reading[State]]:
         """Read an input and yield what is known after each segment; nothing is kept of those before.
 
         Args:
             input_ids: (B, T, S) text cut into full segments; or (B, N) plain ids without special tokens, of any length,
-                padded anywhere, which are cut so that every row ends with its last segment; or an iterable of (B, S).
+                padded anywhere, which are cut so that every row ends with its last segment; or an iterable of (B, S),
+                or of a `Segment` each, where not all rows are full.
             attention_mask: (B, N), 1 for text; plain ids only.
             state: what to start from; by default `initial_state`.
 
@@ -171,7 +181,7 @@ class SegmentModel(nn.Module, SavedModel, ABC, Generic[State]):
         return unroll(self.step, segments, state, self.bptt_depth, self.gradient_checkpointing)
 
     def _segments(
-        self, input_ids: Tensor | Iterable[Tensor], attention_mask: Tensor | None
+        self, input_ids: Tensor | Iterable[Tensor] | Iterable[Segment], attention_mask: Tensor | None
     ) -> tuple[int, list[Segment] | Iterator[Segment]]:
         """B, and the segments of an input, given as to `read`."""
         if isinstance(input_ids, Tensor) and input_ids.dim() != 3:
@@ -185,7 +195,9 @@ class SegmentModel(nn.Module, SavedModel, ABC, Generic[State]):
             return len(input_ids), [first, *segments]
         return len(first.input_ids), chain([first], segments)
 
-    def _segment(self, input_ids: Tensor) -> Segment:
+    def _segment(self, input_ids: Tensor | Segment) -> Segment:
+        if isinstance(input_ids, Segment):
+            return self._segment(input_ids.input_ids)._replace(attention_mask=input_ids.attention_mask)
         if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.shape[1] > self.text_length:
             raise UserError(
                 f"input_ids: a segment has room for {self.text_length} tokens; give tensors (texts, tokens) of no "

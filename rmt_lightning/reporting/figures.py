@@ -61,6 +61,8 @@ def curriculum(
         xlabel="optimizer step", ylabel="validation accuracy", ylim=(0, 1.1), title=f"Curriculum (numbers: {grown})"
     )
 
+    # Those that were asked for in tokens stand among the others.
+    lengths = sorted(lengths, key=lambda result: result.segments)
     numbers = [result.segments for result in lengths]
     accuracy = [result.accuracy for result in lengths]
     below = [result.accuracy - result.interval[0] for result in lengths]

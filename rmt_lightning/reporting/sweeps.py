@@ -19,6 +19,7 @@ from rich.text import Text
 from rmt_lightning.core.files import write_atomically
 from rmt_lightning.core.quoting import shown
 from rmt_lightning.core.run_folder import JOB
+from rmt_lightning.core.tokens import in_short
 from rmt_lightning.reporting.redaction import public, public_text
 from rmt_lightning.reporting.runs import AT_THE_END, Run, matching, read_runs
 
@@ -222,12 +223,14 @@ class Sweep:
 
 
 ACCURACY_AT = "accuracy_"
+_TOKENS = "_tokens"
 PERPLEXITY = "perplexity"
 
 
-def _order(name: str) -> tuple[int, str]:
-    """Accuracies by length; and perplexity, which counts, after bits per byte."""
-    return (int(name.removeprefix(ACCURACY_AT)) if name.startswith(ACCURACY_AT) else 0, name)
+def _order(name: str) -> tuple[bool, int, str]:
+    """Accuracies by length, those in tokens last; and perplexity, which counts, after bits per byte."""
+    length = name.removeprefix(ACCURACY_AT).removesuffix(_TOKENS)
+    return name.endswith(_TOKENS), int(length) if name.startswith(ACCURACY_AT) else 0, name
 
 
 def _known(jobs: Iterable[Job], name: str) -> list[float]:
@@ -237,6 +240,8 @@ def _known(jobs: Iterable[Job], name: str) -> list[float]:
 def in_words(name: str) -> str:
     """A measure in words."""
     length = name.removeprefix(ACCURACY_AT)
+    if length.endswith(_TOKENS):
+        return f"at {in_short(int(length.removesuffix(_TOKENS)))} tokens"
     return name.replace("_", " ") if length == name else f"at {length} segment{'s' * (length != '1')}"
 
 
@@ -294,7 +299,13 @@ def _scores(run: Run) -> dict[str, float]:
     if run.text_score:
         return {"bits_per_byte": run.text_score["bits_per_byte"], PERPLEXITY: run.text_score["perplexity"]}
     tests = [evaluation for evaluation in run.evaluations if evaluation.label == AT_THE_END]
-    return {f"{ACCURACY_AT}{row['segments']:.0f}": row["accuracy"] for test in tests for row in test.rows}
+    return {f"{ACCURACY_AT}{_length(row)}": row["accuracy"] for test in tests for row in test.rows}
+
+
+def _length(row: dict[str, float]) -> str:
+    """The length of the inputs that a row of evaluation.csv tells of, as it was asked for."""
+    tokens = row.get("tokens", math.nan)
+    return f"{row['segments']:.0f}" if math.isnan(tokens) else f"{tokens:.0f}{_TOKENS}"
 
 
 def sum_up(folder: Path) -> Sweep:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
-
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.tasks.facts import Example, Split, Where
+from rmt_lightning.tasks.facts import Example, Split
+from rmt_lightning.tasks.questions import Questions, Story, told
 
 
-class Babi:
+class Babi(Questions):
     """Facts, questions and answers read from files of the bAbI tasks (Weston et al. 2016, arXiv 1502.05698).
 
     ```
@@ -34,15 +33,11 @@ class Babi:
         validation_path: likewise, for validation.
         test_path: likewise, for the test.
 
-    Attributes:
-        remarks: what people should know of the questions.
-
     Raises:
         UserError: if a file is missing or is no bAbI file, naming the line; if `path` has too few stories to be split.
     """
 
     name = "babi"
-    where: Where = "anywhere"
 
     def __init__(
         self,
@@ -52,55 +47,79 @@ class Babi:
     ) -> None:
         if path is None and test_path is None:
             raise UserError("task.path: is missing; give task.path=…")
-        given = {"path": path, "validation_path": validation_path, "test_path": test_path}
-        stories = {name: list(_read(f"task.{name}", value)) for name, value in given.items() if value is not None}
-        everything = [example for of_file in stories.values() for story in of_file for example in story]
-        self.answers = tuple(sorted({example.answer for example in everything}))
-        self._sentences = tuple(dict.fromkeys(s for e in everything for s in (*e.facts, e.question)))
-        held_back: dict[Split, list[Story]] = {
-            split: stories[f"{split}_path"] for split in _HELD_BACK if f"{split}_path" in stories
+        given: dict[Split, tuple[str, str | list[str] | None]] = {
+            "train": ("task.path", path),
+            "validation": ("task.validation_path", validation_path),
+            "test": ("task.test_path", test_path),
         }
-        parts = _split(f"task.path={path}", stories.get("path", []), held_back)
-        self._examples = {split: tuple(chain.from_iterable(part)) for split, part in parts.items()}
-        for split in _HELD_BACK:
-            if split not in held_back:
-                self._examples[split] = _only_there(self._examples[split], self._examples["train"])
-        self.remarks = tuple(self._remarks(held_back))
-
-    def _remarks(self, given: Collection[Split]) -> Iterator[str]:
-        """How many questions there are, from which files, and what should not be there."""
-        train = self._examples["train"]
-        counts = [f"{len(train):,} questions for training"] if train else []
-        for split in _HELD_BACK:
-            source = f"all of task.{split}_path" if split in given else "a tenth of task.path"
-            counts += [f"{len(self._examples[split]):,} for {split}, {source}"] if self._examples[split] else []
-        yield "; ".join(counts)
-        known, answers = set(train), {example.answer for example in train}
-        for split in _HELD_BACK if train else ():
-            examples = self._examples[split]
-            for strange, what in (
-                (lambda example: example in known, "stand in training too, word for word"),
-                (lambda example: example.answer not in answers, "have answers that it never gives"),
-            ):
-                if count := sum(map(strange, examples)):
-                    yield f"of the {len(examples):,} questions for {split}, {count:,} {what}"
-
-    def questions(self, split: Split) -> tuple[Example, ...]:
-        """All that can be asked of a split, as it stands in the file."""
-        if not self._examples[split]:
-            raise UserError("task.path: is missing; give task.path=…")
-        return self._examples[split]
-
-    def draw(self, rng: np.random.Generator, split: Split) -> Example:
-        examples = self.questions(split)
-        return examples[int(rng.integers(len(examples)))]
-
-    def sentences(self) -> Iterator[str]:
-        yield from self._sentences
+        sources = {split: key for split, (key, names) in given.items() if names is not None}
+        stories = {split: list(_read(key, names)) for split, (key, names) in given.items() if names is not None}
+        super().__init__(stories, sources, f"task.path={path}", answers_of=sources)
+        # Tokenizers of earlier runs have learnt these, and no answers.
+        self._sentences = tuple(dict.fromkeys(told(chain.from_iterable(chain.from_iterable(stories.values())))))
 
 
-Story = tuple[Example, ...]
-_HELD_BACK: tuple[Split, Split] = ("validation", "test")
+class Babilong(Questions):
+    """A task of bAbI as BABILong asks it: facts amid long text (Kuratov et al. 2024, arXiv 2406.10149).
+
+    Every statement told before a question is a fact. The test file is asked whole. The train file is for training, but
+    for one story in ten, which are for validation where the folder has no file for that. Nothing of the test is known
+    in training: the answers of the train file are the classes, lists such as "apple,milk" among them, and what the
+    test answers otherwise is counted as wrong.
+
+    Args:
+        folder: that of the bAbI files, such as tasks_1-20_v1-2/en-10k.
+        name: the task, qa1 to qa20.
+
+    Raises:
+        UserError: if the folder has no such files, telling which are there; or one is no bAbI file, naming the line.
+    """
+
+    name = "babilong"
+
+    def __init__(self, folder: str, name: str = "qa1") -> None:
+        there = _tasks_in(folder)
+        files = there.get(name, {})
+        if missing := [kind for kind in ("train", "test") if kind not in files]:
+            whole = [task for task in sorted(there, key=_number) if {"train", "test"} <= there[task].keys()]
+            hint = f"; task=babi task.path={files['train']} holds a part of it back" if "train" in files else ""
+            told = f"whole there: {', '.join(whole)}" if whole else "give the folder of files such as qa1_*_train.txt"
+            raise UserError(f"task.name={name}: task.folder={folder} has no {missing[0]} file of it; {told}{hint}")
+        sources = {split: Path(files[kind]).name for split, kind in _FILES.items() if kind in files}
+        stories = {split: list(_read("task.folder", files[kind])) for split, kind in _FILES.items() if kind in files}
+        super().__init__(stories, sources, f"task.folder={files['train']}", answers_of=("train", "validation"))
+
+
+_FILES: dict[Split, str] = {"train": "train", "validation": "valid", "test": "test"}
+_FILE = re.compile(r"(qa\d+)(?:_.*)?_(train|valid|test)\.txt")
+
+
+def _tasks_in(folder: str) -> dict[str, dict[str, str]]:
+    """The files of each task in a folder, by what they are for.
+
+    Raises:
+        UserError: if there is no such folder, or there are two files for the same.
+    """
+    place = os.path.expanduser(folder)
+    try:
+        names = sorted(os.listdir(place))
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"task.folder={folder}: cannot be read ({why}); give the folder of the bAbI files") from None
+    there: dict[str, dict[str, str]] = {}
+    for match in filter(None, map(_FILE.fullmatch, names)):
+        files = there.setdefault(match[1], {})
+        if match[2] in files:
+            both = f"{os.path.basename(files[match[2]])} and {match[0]}"
+            raise UserError(f"task.folder={folder}: holds {both}; give a folder with one of them")
+        files[match[2]] = os.path.join(place, match[0])
+    return there
+
+
+def _number(task: str) -> int:
+    return int(task.removeprefix("qa"))
+
+
 _LINE = re.compile(r"(\d{1,9})\s+(\S.*)", re.DOTALL)
 # Without a tab, such a line has lost what stood after it.
 _ASKS = re.compile(r"[?？؟](\s|$)")
@@ -193,31 +212,3 @@ def _parse(line: str) -> tuple[int, str, str | None, list[int]]:
     if len(rest) == 1 and not _ASKS.search(text):
         raise ValueError("has a tab, but neither a question mark before it nor the numbers of facts after the answer")
     return int(match[1]), text, answer, [int(one) for one in ids]
-
-
-def _split(shown: str, stories: list[Story], given: dict[Split, list[Story]]) -> dict[Split, list[Story]]:
-    """The stories of each split: those that are `given`, or one in ten of `stories`, of which equal ones go together.
-
-    Raises:
-        UserError: if there are fewer than ten to be split.
-    """
-    parts: dict[Split, list[Story]] = {"train": [], "validation": [], "test": [], **given}
-    numbers = {story: number for number, story in enumerate(dict.fromkeys(stories))}
-    if 0 < len(stories) < 10 and len(given) < len(_HELD_BACK):
-        raise UserError(
-            f"{shown}: holds {len(stories)} bAbI stories; at least 10 are needed to hold some back; give more, or "
-            "task.validation_path and task.test_path"
-        )
-    for place, story in enumerate(stories):
-        # With fewer different ones, some are on both sides.
-        number = numbers[story] if len(numbers) >= 10 else place
-        split = _HELD_BACK[number % 10 - 8] if number % 10 >= 8 else "train"
-        parts["train" if split in given else split].append(story)
-    return parts
-
-
-def _only_there(examples: Sequence[Example], train: Sequence[Example]) -> tuple[Example, ...]:
-    """Each of the examples once, without those of training, unless nothing else is left."""
-    known = set(train)
-    once = tuple(dict.fromkeys(examples))
-    return tuple(example for example in once if example not in known) or once

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -35,6 +36,7 @@ _DRAWS = 1000
 _SAMPLES = 256
 # Of how many sentences the tokens are kept, for some tasks have new ones in every sample.
 _KNOWN = 2**16
+_NOTHING = np.zeros(0, np.int64)
 
 
 class Key(NamedTuple):
@@ -47,6 +49,7 @@ class Key(NamedTuple):
         fragments: how many fragments of facts a segment holds on average in which nothing is told or asked.
         easier: which of the task's easier forms it is a sample of, if it is not of the task itself.
         text_length: S, if segments are to be shorter than those of the placement.
+        tokens: its length in tokens, of all but the question; 0: the facts alone. `num_segments` is 0 then.
     """
 
     num_segments: int
@@ -55,6 +58,14 @@ class Key(NamedTuple):
     fragments: float = 0.0
     easier: int | None = None
     text_length: int | None = None
+    tokens: int | None = None
+
+    @property
+    def told(self) -> str:
+        """Its length in words."""
+        if self.tokens is not None:
+            return f"{self.tokens:,} tokens" if self.tokens else "the facts alone"
+        return "one segment" if self.num_segments == 1 else f"{self.num_segments} segments"
 
 
 class Piece(NamedTuple):
@@ -96,12 +107,16 @@ class Sample:
         example: what is stated, asked and answered; None if the sample is mere noise.
         homes: the segment in which each fact stands.
         distance: segments between the first fact that is needed and the question; 0 if they share one.
+        num_segments: T.
+        tokens: of the whole input.
         pieces: yields what each of the T segments is woven of; can be read once.
     """
 
     example: Example | None
     homes: tuple[int, ...]
     distance: int
+    num_segments: int
+    tokens: int
     pieces: Iterator[list[Piece]]
 
     @property
@@ -110,10 +125,25 @@ class Sample:
         return (np.concatenate([piece.ids for piece in pieces]) for pieces in self.pieces)
 
 
+class Room(NamedTuple):
+    """How much text there is room for in the segments of a sample.
+
+    Attributes:
+        num_segments: T.
+        tokens: of the whole sample.
+        left: what the question leaves of each segment, for facts and noise.
+    """
+
+    num_segments: int
+    tokens: int
+    left: dict[int, int]
+
+
 class Placement:
     """Draws an example, chooses places for its facts and fills the rest with noise.
 
-    Every segment is full. Facts stand between two sentences of the noise, whole, never over the border of a segment;
+    Every segment is full; but for the first, where a number of tokens is asked for, or all, where facts stand alone.
+    Facts stand between two sentences of the noise, whole, never over the border of a segment;
     the question ends the last segment. The noise runs on over borders.
 
     Args:
@@ -143,7 +173,7 @@ class Placement:
         self.finite = isinstance(task, Finite)
         self._token_ids: dict[str, np.ndarray] = {}
         self._examples: dict[tuple[Split, int | None, int], Examples] = {}
-        self._fitting_examples: dict[tuple[Split, int | None, int, int], tuple[Example, ...]] = {}
+        self._fitting_examples: dict[tuple[Split, Key], tuple[Example, ...]] = {}
 
     def remarks(self) -> Iterator[str]:
         """What people should know of the text and of the questions."""
@@ -164,14 +194,15 @@ class Placement:
         rng = self._random(split, key)
         if not key.facts:
             noise = self._noise(Reader(self.corpora[split], rng), rng, split, key)
-            return Sample(None, homes=(), distance=0, pieces=noise)
+            return Sample(None, (), 0, key.num_segments, key.num_segments * self.text_length, noise)
         example = self._draw(rng, split, key)
         facts, question = [self._ids(fact) for fact in example.facts], self._ids(example.question)
-        length = key.text_length or self.text_length
-        homes = self._choose_segments(rng, facts, len(question), key.num_segments, length)
-        pieces = self._fill(Reader(self.corpora[split], rng), rng, split, key, facts, homes, question)
-        first_needed = min(homes[fact] for fact in example.support)
-        return Sample(example, tuple(homes), key.num_segments - 1 - first_needed, pieces)
+        room = self._room(example, key)
+        assert room is not None, "examples are drawn that have room"
+        homes = self._choose_segments(rng, facts, room, key)
+        pieces = self._fill(Reader(self.corpora[split], rng), rng, split, key, facts, homes, question, room)
+        distance = room.num_segments - 1 - min(homes[fact] for fact in example.support)
+        return Sample(example, tuple(homes), distance, room.num_segments, room.tokens, pieces)
 
     def example(self, split: Split, key: Key) -> Example:
         """What the sample of this name tells and asks."""
@@ -179,7 +210,7 @@ class Placement:
 
     def _random(self, split: Split, key: Key) -> np.random.Generator:
         # The key of the generator names the stream, its counter's upper half the sample, its lower half counts.
-        counter = [0, 0, key.num_segments, key.number]
+        counter = [0, key.tokens or 0, key.num_segments, key.number]
         return np.random.Generator(np.random.Philox(key=[self.seed, SPLITS.index(split)], counter=counter))
 
     def _draw(self, rng: np.random.Generator, split: Split, key: Key) -> Example:
@@ -188,10 +219,9 @@ class Placement:
             fitting = self._fitting(split, key)
             return fitting[key.number % len(fitting)]
         task = self.task if key.easier is None else self.easier[key.easier]
-        length = key.text_length or self.text_length
         for _ in range(_ATTEMPTS):
             example = task.draw(rng, split)
-            if self._segments_needed(example, length) <= key.num_segments:
+            if self._room(example, key) is not None:
                 return example
         fitting = self._fitting(split, key)
         return fitting[int(rng.integers(len(fitting)))]
@@ -204,9 +234,16 @@ class Placement:
         """So many segments, but where facts stand apart, no more than there are facts."""
         return min(num_segments, self.facts(easier)) if self.task.where == "apart" else num_segments
 
-    def fits(self, split: Split, num_segments: int, easier: int | None = None) -> float:
+    def fits(self, split: Split, like: Key) -> float:
         """Which share of all questions inputs of this length have room for, with their facts."""
-        return float(np.mean(self._all(split, easier, self.text_length).segments <= num_segments))
+        return float(self._have_room(split, like).mean())
+
+    def longest(self, split: Split, like: Key) -> int:
+        """How many segments such a sample has at most, as far as can be told; 0 if there is none."""
+        if like.tokens is None:
+            return like.num_segments
+        rooms = (self._room(example, like) for example in self._all(split, like.easier, self.text_length).examples)
+        return max((room.num_segments for room in rooms if room), default=0)
 
     def room_for(self, split: Split, share: float) -> int:
         """The smallest S at which one segment has room for that share of all questions."""
@@ -237,19 +274,25 @@ class Placement:
             UserError: if there are none.
         """
         length = key.text_length or self.text_length
-        name = (split, key.easier, length, key.num_segments)
-        if name not in self._fitting_examples:
+        name = key._replace(number=0, facts=True, fragments=0.0)
+        if (split, name) not in self._fitting_examples:
             there = self._all(split, key.easier, length)
-            fitting = tuple(there.examples[i] for i in np.flatnonzero(there.segments <= key.num_segments))
+            fitting = tuple(there.examples[i] for i in np.flatnonzero(self._have_room(split, key)))
             if not fitting:
-                inputs = "one segment" if key.num_segments == 1 else f"{key.num_segments} segments"
                 raise UserError(
                     f"data.segment_length: leaves room for {length} tokens of text, too small for the facts and the "
-                    f"question of task={self.task.name}: none of its questions fits into {inputs}, for they take "
+                    f"question of task={self.task.name}: none of its questions fits into {key.told}, for they take "
                     f"{there.tokens.min()} tokens or more; raise it"
                 )
-            self._fitting_examples[name] = fitting
-        return self._fitting_examples[name]
+            self._fitting_examples[split, name] = fitting
+        return self._fitting_examples[split, name]
+
+    def _have_room(self, split: Split, like: Key) -> np.ndarray:
+        """(E,) which of the examples of a split samples of this length have room for."""
+        there = self._all(split, like.easier, like.text_length or self.text_length)
+        if like.tokens is None:
+            return there.segments <= like.num_segments
+        return np.array([self._room(example, like) is not None for example in there.examples])
 
     def _all(self, split: Split, easier: int | None, text_length: int) -> Examples:
         """All examples of a split, shuffled, or many where there is no end of them."""
@@ -293,9 +336,14 @@ class Placement:
     def answer_ids(self, answer: str) -> np.ndarray:
         """An answer as (A,) token ids, as many as the task's longest one has, with -1 after its end.
 
+        Where questions have an end, a question may have been given an answer that is none of the task's: nothing but
+        -1, so that whatever is answered is wrong.
+
         Raises:
             UserError: if the task has not named it among its answers.
         """
+        if answer not in self.task.answers and self.finite:
+            return np.full(self.longest_answer, -1)
         if answer not in self.task.answers:
             raise UserError(f"task={self.task.name}: answers {answer!r}, which is not among its answers; name it there")
         ids, padded = self._ids(answer), np.full(self.longest_answer, -1)
@@ -307,20 +355,14 @@ class Placement:
         """A."""
         return max(len(self._ids(answer)) for answer in self.task.answers)
 
-    def stream(self, split: Split, num_segments: int, numbers: range) -> tuple[Iterator[Tensor], Tensor, Tensor]:
-        """Samples side by side, one segment at a time, for inputs too long to be held at once.
-
-        Returns:
-            An iterator of T tensors (B, S), the answers (B, A) and the distances (B,).
-        """
-        samples = [self.sample(split, Key(num_segments, number)) for number in numbers]
-        answers = [self.answer_ids(sample.example.answer) for sample in samples if sample.example]
-        distances = [sample.distance for sample in samples]
-        return _side_by_side(samples), torch.from_numpy(np.stack(answers)), torch.tensor(distances)
+    def same(self, said: str | None, answer: str) -> bool:
+        """Whether that is the answer, as far as the tokenizer can tell."""
+        return said is not None and (said == answer or np.array_equal(self._ids(said), self._ids(answer)))
 
     def noise(self, split: Split, num_segments: int, numbers: range) -> Iterator[Tensor]:
         """Mere noise, side by side, one segment (B, S) at a time."""
-        return _side_by_side([self.sample(split, Key(num_segments, number, facts=False)) for number in numbers])
+        samples = (self.sample(split, Key(num_segments, number, facts=False)) for number in numbers)
+        return (ids for ids, _ in side_by_side([(num_segments, sample.segments) for sample in samples]))
 
     def _ids(self, sentence: str) -> np.ndarray:
         if sentence not in self._token_ids:
@@ -347,51 +389,57 @@ class Placement:
     def _segments_needed(self, example: Example, text_length: int) -> float:
         """How many segments have room for an example, filled from the last one on; infinite if none have."""
         sizes = [len(self._ids(fact)) for fact in example.facts]
-        spare, segments = text_length - len(self._ids(example.question)), 1
+        spare = text_length - len(self._ids(example.question))
         if spare < 0 or max(sizes, default=0) > text_length:
             return math.inf
-        for size in reversed(sizes):
-            if size > spare:
-                spare, segments = text_length, segments + 1
-            spare -= size
-        return segments
+        return len(_packed(sizes, spare, text_length))
 
-    def _choose_segments(
-        self,
-        rng: np.random.Generator,
-        facts: list[np.ndarray],
-        question_length: int,
-        num_segments: int,
-        text_length: int,
-    ) -> list[int]:
+    def _room(self, example: Example, key: Key) -> Room | None:
+        """How much text such a sample has room for; None if that is too little for the example."""
+        length = key.text_length or self.text_length
+        needed = self._segments_needed(example, length)
+        if key.tokens is None:
+            left = defaultdict(lambda: length, {key.num_segments - 1: length - len(self._ids(example.question))})
+            return Room(key.num_segments, key.num_segments * length, left) if needed <= key.num_segments else None
+        if needed == math.inf:
+            return None
+        asked, sizes = len(self._ids(example.question)), [len(self._ids(fact)) for fact in example.facts]
+        if key.tokens == 0:
+            return Room(int(needed), sum(sizes) + asked, dict(enumerate(_packed(sizes, length - asked, length))))
+        total = key.tokens + asked
+        last = -(-total // length) - 1
+        left = defaultdict(lambda: length, {last: length - asked})
+        left[0] -= (last + 1) * length - total
+        return Room(last + 1, total, left) if left[0] >= 0 and _latest(sizes, left, last) else None
+
+    def _choose_segments(self, rng: np.random.Generator, facts: list[np.ndarray], room: Room, key: Key) -> list[int]:
         """The segment of each fact, in order, if they fit.
 
         Segments are drawn uniformly and sorted, those of facts that stand apart each only once while there are enough.
         Where facts crowd, a fact moves on to the next segment with room, but never past the last one from which those
         that follow still find theirs.
         """
-        # Of the segments that are looked at: inputs may be of any length.
-        room = defaultdict(lambda: text_length, {num_segments - 1: text_length - question_length})
-        latest = [0] * len(facts)
-        spare, segment = room.copy(), num_segments - 1
-        for fact in reversed(range(len(facts))):
-            while spare[segment] < len(facts[fact]):
-                segment -= 1
-            spare[segment] -= len(facts[fact])
-            latest[fact] = segment
-        wanted = np.sort(rng.integers(num_segments, size=len(facts)))
+        num_segments, length = room.num_segments, key.text_length or self.text_length
+        latest = _latest([len(fact) for fact in facts], room.left, num_segments - 1)
+        assert latest is not None, "there is room"
+        if key.tokens is None:
+            wanted = np.sort(rng.integers(num_segments, size=len(facts)))
+        else:
+            # The first segment is shorter.
+            missing = num_segments * length - room.tokens
+            wanted = (np.sort(rng.integers(room.tokens, size=len(facts))) + missing) // length
         if self.task.where == "start":
             wanted[:] = 0
         elif self.task.where == "apart":
             places = max(num_segments, len(facts))
             wanted = np.sort(rng.choice(places, size=len(facts), replace=False)) * num_segments // places
         homes: list[int] = []
-        segment = 0
+        segment, left = 0, copy(room.left)
         for fact, ids in enumerate(facts):
             segment = max(segment, min(int(wanted[fact]), latest[fact]))
-            while room[segment] < len(ids):
+            while left[segment] < len(ids):
                 segment += 1
-            room[segment] -= len(ids)
+            left[segment] -= len(ids)
             homes.append(segment)
         return homes
 
@@ -421,13 +469,14 @@ class Placement:
         facts: list[np.ndarray],
         homes: list[int],
         question: np.ndarray,
+        room: Room,
     ) -> Iterator[list[Piece]]:
-        """Yield what each of the T segments, S tokens long, is woven of; read no more noise than the next one needs."""
-        for segment in range(key.num_segments):
+        """Yield what each of the T segments is woven of; read no more noise than the next one needs."""
+        for segment in range(room.num_segments):
             stated = zip(facts, homes, strict=True)
             here = [Piece(fact, ids) for fact, (ids, home) in enumerate(stated) if home == segment]
-            end = [Piece("question", question)] if segment == key.num_segments - 1 else []
-            length = (key.text_length or self.text_length) - sum(len(piece.ids) for piece in (*here, *end))
+            end = [Piece("question", question)] if segment == room.num_segments - 1 else []
+            length = room.left[segment] - sum(len(piece.ids) for piece in here)
             if not here:
                 ids = reader.tokens(reader.spans(length))
                 noise = ids if end else self._scatter_fragments(ids, rng, split, key.fragments)
@@ -441,6 +490,45 @@ class Placement:
             yield [*chain.from_iterable(zip(text, here, strict=False)), text[-1], *end]
 
 
-def _side_by_side(samples: list[Sample]) -> Iterator[Tensor]:
-    for rows in zip(*(sample.segments for sample in samples), strict=True):
-        yield torch.from_numpy(np.stack(rows))
+def _packed(sizes: Sequence[int], last: int, others: int) -> list[int]:
+    """How much is in each of as few segments as hold facts, filled from the last one on, by what there is room for."""
+    filled = [0]
+    for size in reversed(sizes):
+        if filled[-1] + size > (last if len(filled) == 1 else others):
+            filled.append(0)
+        filled[-1] += size
+    return filled[::-1]
+
+
+def _latest(sizes: Sequence[int], left: dict[int, int], last: int) -> list[int] | None:
+    """The last segment in which each fact may stand so that those after it find room; None if there is too little."""
+    latest, spare, segment = [0] * len(sizes), copy(left), last
+    for fact in reversed(range(len(sizes))):
+        while segment >= 0 and spare[segment] < sizes[fact]:
+            segment -= 1
+        if segment < 0:
+            return None
+        spare[segment] -= sizes[fact]
+        latest[fact] = segment
+    return latest
+
+
+def side_by_side(rows: Sequence[tuple[int, Iterator[np.ndarray]]]) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Texts side by side, one segment at a time, that end together.
+
+    Args:
+        rows: of each text the number of its segments, T or less, and the token ids of each.
+
+    Yields:
+        T times ids (B, S), text first, and what of them is text: (B, S), or None if all is.
+    """
+    longest = max(number for number, _ in rows)
+    for segment in range(longest):
+        pieces = [next(ids) if segment >= longest - number else _NOTHING for number, ids in rows]
+        size = max(map(len, pieces))
+        if all(len(ids) == size for ids in pieces):
+            yield torch.from_numpy(np.stack(pieces)), None
+            continue
+        padded = np.stack([np.pad(ids, (0, size - len(ids))) for ids in pieces])
+        mask = np.stack([np.arange(size) < len(ids) for ids in pieces]).astype(np.int64)
+        yield torch.from_numpy(padded), torch.from_numpy(mask)

@@ -7,8 +7,8 @@ sample.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,14 @@ from torchmetrics import MeanMetric, Metric
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.tokens import token_ids
 from rmt_lightning.models import state as tree
+from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.segment_model import Reading, SegmentModel
 from rmt_lightning.tasks.datamodule import FactBatch
 from rmt_lightning.training.module import SegmentModule
 from rmt_lightning.training.phases.phase import Outcome, Phases
+
+# With how many answers metrics are tried: of open ones there may be very many.
+_TRIED = 256
 
 
 class Judgment(NamedTuple):
@@ -38,10 +42,11 @@ class Judgment(NamedTuple):
 
 
 def _validated(answers: int, phases: Phases | None) -> dict[str, Any]:
-    """What the longest validation may have for metrics: each of C answers is wanted twice, and given once."""
+    """What the longest validation may have for metrics: each answer, or some of many, is wanted twice, given once."""
     longest = max((phase.longest for phase in phases or ()), default=1)
-    target = torch.arange(answers).repeat(2)
-    given = torch.cat([target[:answers], (target[answers:] + 1) % answers])
+    tried = min(answers, _TRIED)
+    target = torch.arange(tried).repeat(2)
+    given = torch.cat([target[:tried], (target[tried:] + 1) % tried])
     scores = nn.functional.one_hot(given, answers).float()
     distance = torch.full_like(target, longest - 1)
     return {"right": given == target, "num_segments": longest, "distance": distance, "preds": scores, "target": target}
@@ -65,6 +70,8 @@ class FactModule(SegmentModule, ABC):
 
     DECISIVE = "accuracy"
     LOGGED = frozenset({"loss"})
+    # Whether answers are written, not chosen.
+    WRITES: ClassVar[bool] = False
     answer_ids: Tensor
 
     def __init__(
@@ -108,6 +115,11 @@ class FactModule(SegmentModule, ABC):
     @abstractmethod
     def forward(self, input_ids: Any, attention_mask: Tensor | None = None) -> Tensor:
         """Scores (B, C or more), the largest of which stands for what is answered; takes whatever the model takes."""
+
+    def say(self, segments: Iterable[Segment]) -> list[str | None]:
+        """What is answered to inputs that come segment by segment, in words; None if that is no answer."""
+        known = dict(enumerate(self.answers))
+        return [known.get(best) for best in self(segments).argmax(dim=1).tolist()]
 
     @abstractmethod
     def judge(self, end: Reading[Any], answer: Tensor) -> Judgment:

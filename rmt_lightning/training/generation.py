@@ -5,7 +5,7 @@ Shapes: B batch, T segments, S text tokens of a segment, C answers, A tokens of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.models.generation import Writer, generate, read
+from rmt_lightning.models.generation import Stream, Writer, generate, read
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.segment_model import Reading, SegmentModel
 from rmt_lightning.training.answering import FactModule, Judgment
 from rmt_lightning.training.phases.phase import Phases
+
+# How many tokens are written where none ends an answer, as BABILong allows (Kuratov et al. 2024).
+_WRITTEN = 20
 
 
 class FactGenerator(FactModule):
@@ -30,6 +33,7 @@ class FactGenerator(FactModule):
         UserError: if the model cannot write, or its tokenizer has no token to end an answer with.
     """
 
+    WRITES = True
     words: Tensor
 
     def __init__(
@@ -77,15 +81,38 @@ class FactGenerator(FactModule):
 
     def forward(self, input_ids: Any, attention_mask: Tensor | None = None) -> Tensor:
         """(B, C + 1): 1 for the answer that is written, in the last column if it is none of them; 0 for the others."""
-        pieces = input_ids.unbind(dim=1) if isinstance(input_ids, Tensor) and input_ids.dim() == 3 else input_ids
-        stream = None
-        for piece in [pieces] if isinstance(pieces, Tensor) else pieces:
-            stream = read(self._writer, piece, attention_mask, stream)
-        assert stream is not None
-        nothing = stream.segment.input_ids[:, :0]
-        longest = self.words.shape[1]
-        said = generate(self._writer, nothing, longest, stream=stream, stop_tokens=[self.end])
-        ids = said.input_ids.masked_fill(said.attention_mask == 0, self.end)
-        ids = nn.functional.pad(ids, (0, longest - ids.shape[1]), value=self.end)
-        same = (ids[:, None] == self.words).all(dim=2)
+        return self._known(self._write(input_ids, attention_mask, self.words.shape[1]))
+
+    def say(self, segments: Iterable[Segment]) -> list[str | None]:
+        """What is written after inputs that come segment by segment, up to its end, or so far."""
+        tokenizer = self.model.tokenizer
+        assert tokenizer is not None
+        ids = self._write(segments, None, max(_WRITTEN, self.words.shape[1]))
+        known = dict(enumerate(self.answers))
+        best = self._known(ids).argmax(dim=1).tolist()
+        lengths = (ids != self.end).cumprod(dim=1).sum(dim=1).tolist()
+        texts = (
+            str(tokenizer.decode(row[:length], skip_special_tokens=True)).strip()
+            for row, length in zip(ids, lengths, strict=True)
+        )
+        return [known.get(number, text) for number, text in zip(best, texts, strict=True)]
+
+    def _write(self, input_ids: Any, attention_mask: Tensor | None, length: int) -> Tensor:
+        """What is written after inputs, given as to the model: (B, `length`), filled up with the end token."""
+        for reading in self.model.read(input_ids, attention_mask):  # noqa: B007
+            pass
+        first = self._writer.logits(reading.segment.last_token(reading.hidden)).argmax(dim=-1, keepdim=True)
+        # As in training, what comes after the first word stands in a segment of its own.
+        stream = read(self._writer, first, stream=Stream(reading.state, Segment(first[:, :0], first[:, :0])))
+        rest = generate(self._writer, first[:, :0], length - 1, stream=stream, stop_tokens=[self.end])
+        ids = torch.cat([first, rest.input_ids.masked_fill(rest.attention_mask == 0, self.end)], dim=1)
+        ids = nn.functional.pad(ids, (0, length - ids.shape[1]), value=self.end)
+        # What follows an end is none of the answer.
+        return ids.masked_fill((ids == self.end).cumsum(dim=1) > 0, self.end)
+
+    def _known(self, ids: Tensor) -> Tensor:
+        """(B, C + 1) which of the answers is written (B, G), or none of them."""
+        longest = max(ids.shape[1], self.words.shape[1])
+        given, known = (nn.functional.pad(x, (0, longest - x.shape[1]), value=self.end) for x in (ids, self.words))
+        same = (given[:, None] == known).all(dim=2)
         return torch.cat([same, ~same.any(dim=1, keepdim=True)], dim=1).float()

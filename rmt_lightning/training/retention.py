@@ -182,7 +182,7 @@ def early(placement: Placement, split: Split, streams: int) -> list[int]:
 
     Fewer where there is an end of the task's questions, for each is asked once; none where no sample is such.
     """
-    if not placement.fits(split, LEAD):
+    if not placement.fits(split, Key(LEAD, 0)):
         return []
     numbers = range(placement.asked(split, _LOOKED_AT * streams, Key(LEAD, 0)))
     homes = ((number, placement.sample(split, Key(LEAD, number)).homes) for number in numbers)

@@ -103,15 +103,15 @@ class FullAttention(SegmentModel[Segment]):
         return hidden[:, 0]
 
     def _segments(
-        self, input_ids: Tensor | Iterable[Tensor], attention_mask: Tensor | None
+        self, input_ids: Tensor | Iterable[Tensor] | Iterable[Segment], attention_mask: Tensor | None
     ) -> tuple[int, list[Segment] | Iterator[Segment]]:
         # As one segment, so that the backbone reads the input once instead of after each of its segments.
         batch_size, segments = super()._segments(input_ids, attention_mask)
         return batch_size, [joined(list(segments))]
 
-    def _segment(self, input_ids: Tensor) -> Segment:
+    def _segment(self, input_ids: Tensor | Segment) -> Segment:
         # Which may have been joined before.
-        return Segment(input_ids)
+        return input_ids if isinstance(input_ids, Segment) else Segment(input_ids)
 
 
 def joined(segments: Sequence[Segment]) -> Segment:

@@ -281,7 +281,7 @@ class SegmentCurriculum(Phase):
         like = self.asked(stage)
         asked = range(self.placement.asked("validation", self.validation_samples, like))
         questions = self.placement.different("validation", (like._replace(number=number) for number in asked))
-        fits = self.placement.fits("validation", like.num_segments, like.easier)
+        fits = self.placement.fits("validation", like)
         taken = self.lesson_steps + steps
         return self._end_stage(StageResult(stage, taken, self.seconds, accuracy, converged, questions, fits), step)
 

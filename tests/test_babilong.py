@@ -1,0 +1,275 @@
+"""BABILong: the task, lengths in tokens, and published sets."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from transformers import PreTrainedTokenizerBase
+
+from rmt_lightning import evaluate as front_door
+from rmt_lightning.analysis.extrapolation import LengthTest, overlap, replies, score_length
+from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.tokens import in_short, token_count
+from rmt_lightning.models.recurrence import Segment
+from rmt_lightning.models.rmt import RMTEncoder
+from rmt_lightning.tasks.babi import Babilong
+from rmt_lightning.tasks.corpus import Corpus
+from rmt_lightning.tasks.facts import Detect, Split
+from rmt_lightning.tasks.placement import Key, Placement, side_by_side
+from rmt_lightning.training.answering import FactClassifier
+
+PLACES = ("office", "bathroom", "garden", "bedroom", "kitchen", "hallway")
+PEOPLE = ("Mary", "John", "Daniel", "Sandra")
+
+
+def stories(*, verb: str = "moved", places: tuple[str, ...] = PLACES) -> str:
+    return "".join(
+        f"1 {person} {verb} to the {place}.\n2 Fred went to the attic.\n3 Where is {person}? \t{place}\t1\n"
+        for person in PEOPLE
+        for place in places
+    )
+
+
+@pytest.fixture
+def babi(tmp_path: Path) -> Path:
+    """A folder of two tasks: the first is whole, of the second there is a train file only."""
+    folder = tmp_path / "en-10k"
+    folder.mkdir()
+    (folder / "qa1_single-supporting-fact_train.txt").write_text(stories())
+    (folder / "qa1_single-supporting-fact_test.txt").write_text(stories(verb="went", places=(*PLACES[:2], "moon")))
+    (folder / "qa4_two-arg-relations_train.txt").write_text(stories())
+    (folder / "notes.txt").write_text("none of these")
+    return folder
+
+
+@pytest.mark.fault("a test file asks for what training never says", "it is counted as wrong, and said")
+def test_train_and_test_file_are_never_mixed(babi: Path) -> None:
+    task = Babilong(str(babi))
+    train, validation, test = (task.questions(split) for split in ("train", "validation", "test"))
+    assert [len(part) for part in (train, validation, test)] == [22, 2, 12]
+    assert all(" moved " in example.facts[0] for example in (*train, *validation))
+    assert all(" went " in example.facts[0] and len(example.facts) == 2 for example in test)
+    assert task.answers == tuple(sorted(PLACES)) and "moon" in {example.answer for example in test}
+    assert task.remarks[0].endswith("12 for test, all of qa1_single-supporting-fact_test.txt")
+    assert task.remarks[1:] == ("of the 12 questions for test, 4 have answers that it never gives",)
+    # Nothing of the test teaches a tokenizer.
+    assert not any("moon" in sentence or " went to the office" in sentence for sentence in task.sentences())
+    # As bAbI comes with a file for validation.
+    for part, text in (("train", stories()), ("valid", stories(verb="ran")), ("test", stories(verb="went"))):
+        (babi / f"qa2_{part}.txt").write_text(text)
+    assert {e.facts[0].split()[1] for e in Babilong(str(babi), "qa2").questions("validation")} == {"ran"}
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "message"),
+    [
+        ("qa3", "", "task.name=qa3: task.folder=FOLDER has no train file of it; whole there: qa1"),
+        (
+            "qa4", "", "task.name=qa4: task.folder=FOLDER has no test file of it; whole there: qa1; "
+            "task=babi task.path=FOLDER/qa4_two-arg-relations_train.txt holds a part of it back",
+        ),
+        ("qa1", "..", "task.name=qa1: task.folder=FOLDER/.. has no train file of it; give the folder of files such as"),
+        ("qa1", "no", "task.folder=FOLDER/no: cannot be read (No such file or directory); give the folder of"),
+        ("qa1", "notes.txt", "task.folder=FOLDER/notes.txt: cannot be read (Not a directory); give the folder"),
+        ("qa5", "", "task.folder=FOLDER: holds qa5_one_test.txt and qa5_two_test.txt; give a folder with one of them"),
+        ("qa6", "", "task.folder=FOLDER/qa6_train.txt: line 2 asks without a tab before the answer"),
+    ],
+)  # fmt: skip
+def test_which_files_there_are(babi: Path, name: str, folder: str, message: str) -> None:
+    if name == "qa5":
+        for part in ("one", "two"):
+            (babi / f"qa5_{part}_test.txt").write_text(stories())
+    for part in ("train", "test"):
+        (babi / f"qa6_{part}.txt").write_text("1 Mary left.\n2 Where is Mary?\n")
+    if name != "qa6":
+        for part in ("train", "test"):
+            (babi / f"qa6_{part}.txt").unlink()
+    place = babi / folder if folder != ".." else f"{babi}/.."
+    with pytest.raises(UserError) as refused:
+        Babilong(str(place), name)
+    assert str(refused.value).startswith(message.replace("FOLDER", str(babi)))
+
+
+def test_lists_and_numbers_are_answers_too(babi: Path) -> None:
+    text = stories().replace("\toffice\t", "\tapple,milk\t").replace("\tgarden\t", "\tnothing\t")
+    for part in ("train", "test"):
+        (babi / f"qa8_lists-sets_{part}.txt").write_text(text)
+    task = Babilong(str(babi), "qa8")
+    assert {"apple,milk", "nothing"} <= set(task.answers) and {"apple,milk", "nothing"} <= set(task.sentences())
+
+
+def test_the_real_files(shared_data: Path) -> None:
+    folder = shared_data / "babi/en-10k"
+    task = Babilong(str(folder), "qa1")
+    assert len(task.questions("test")) == 1000 and task.answers == tuple(sorted(PLACES))
+    with pytest.raises(UserError, match=r"has no test file of it; whole there: qa1, qa2; task=babi task\.path="):
+        Babilong(str(folder), "qa4")
+
+
+@pytest.mark.parametrize(
+    ("given", "count", "short"),
+    [(0, 0, "0k"), ("0k", 0, "0k"), (1000, 1000, "1k"), ("64k", 64000, "64k"), ("1M", 10**6, "1M"), ("2K", 2000, "2k"),
+     ("10M", 10**7, "10M"), ("1500k", 1_500_000, "1500k"), (333, 333, "333")],
+)  # fmt: skip
+def test_numbers_of_tokens(given: int | str, count: int, short: str) -> None:
+    assert token_count("tokens", given) == count and in_short(count) == short
+    assert token_count("tokens", in_short(count)) == count
+
+
+@pytest.mark.parametrize("given", ["", "k", "1.5k", "1m", "-1", "1kk", "1 k", "10000M", "٣k", "1e3", "None"])
+def test_what_is_no_number_of_tokens(given: str) -> None:
+    with pytest.raises(UserError, match=r"^test\.tokens: .* is no number of tokens; give whole numbers up to 1000M"):
+        LengthTest([1], None, [1, given])
+
+
+@pytest.mark.parametrize("tokens", [0, 33, 100, 1000])
+def test_lengths_in_tokens(
+    tokens: int, babi: Path, corpora: dict[Split, Corpus], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """All that stands before the question is as long as was asked for, facts whole and in order."""
+    for task in (Babilong(str(babi)), Detect()):
+        placement, like = Placement(task, corpora, tokenizer, text_length=30, seed=3), Key(0, 0, tokens=tokens)
+        assert placement.fits("test", like) == 1
+        for number in range(10):
+            sample = placement.sample("test", like._replace(number=number))
+            assert sample.example is not None
+            segments = list(sample.pieces)
+            question = segments[-1][-1]
+            told = [(piece.source, s) for s, pieces in enumerate(segments) for piece in pieces]
+            assert question.source == "question"
+            sizes = [sum(len(piece.ids) for piece in pieces) for pieces in segments]
+            facts = sum(len(piece.ids) for pieces in segments for piece in pieces if isinstance(piece.source, int))
+            assert sum(sizes) - len(question.ids) == (tokens or facts) and sum(sizes) == sample.tokens
+            assert len(sizes) == sample.num_segments <= placement.longest("test", like)
+            assert tokens == 0 or sizes[1:] == [30] * (len(sizes) - 1)
+            assert [source for source, _ in told if isinstance(source, int)] == [*range(len(sample.example.facts))]
+            assert sample.homes == tuple(segment for source, segment in told if isinstance(source, int))
+    again = placement.sample("test", like)
+    assert [ids.tolist() for ids in again.segments] == [ids.tolist() for ids in placement.sample("test", like).segments]
+
+
+def test_facts_stand_anywhere_in_so_many_tokens(
+    corpora: dict[Split, Corpus], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    placement = Placement(Detect(), corpora, tokenizer, text_length=30, seed=3)
+    homes = [placement.sample("test", Key(0, number, tokens=299)).homes[0] for number in range(600)]
+    # The first of its 11 segments is short.
+    counts = np.bincount(homes, minlength=11)
+    assert counts[0] < 30 and counts[1:].min() > 30
+
+
+@pytest.mark.fault("facts take more tokens than are asked for", "the question is left out, and the share is told")
+def test_questions_that_so_many_tokens_have_no_room_for(
+    babi: Path, corpora: dict[Split, Corpus], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    placement = Placement(Babilong(str(babi)), corpora, tokenizer, text_length=30, seed=3)
+    assert placement.fits("test", Key(0, 0, tokens=3)) == 0 and placement.longest("test", Key(0, 0, tokens=3)) == 0
+    with pytest.raises(UserError, match="none of its questions fits into 3 tokens, for they take"):
+        placement.asked("test", None, Key(0, 0, tokens=3))
+
+
+def test_texts_of_any_length_end_together() -> None:
+    rows = [(1, iter([np.array([1, 2])])), (2, iter([np.array([3]), np.array([4, 5])]))]
+    (first, mask), (last, full) = side_by_side(rows)
+    assert mask is not None and full is None
+    assert first.tolist() == [[0], [3]] and mask.tolist() == [[0], [1]] and last.tolist() == [[1, 2], [4, 5]]
+
+
+def test_samples_of_unequal_lengths_are_read_as_if_each_were_alone(
+    babi: Path, corpora: dict[Split, Corpus], tokenizer: PreTrainedTokenizerBase, make_model: Callable[..., RMTEncoder]
+) -> None:
+    model = make_model(segment_length=37, double=False).eval()
+    placement = Placement(Babilong(str(babi)), corpora, tokenizer, model.text_length, seed=3)
+    module = FactClassifier(model, placement.task.answers).eval()
+    cpu, like = torch.device("cpu"), Key(0, 0, tokens=0)
+    together = list(replies(module, placement, like, None, 12, cpu))
+    assert [reply.said for reply in together] == [
+        reply.said for reply in replies(module, placement, like, None, 1, cpu)
+    ]
+    for reply in together[:4]:
+        ids = np.concatenate(list(placement.sample("test", reply.key).segments))
+        assert reply.tokens == len(ids)
+        if reply.segments == 1:
+            (said,) = module.say(iter([Segment(torch.tensor(ids)[None])]))
+            assert said == reply.said
+    result = score_length(together, placement, like)
+    assert (result.samples, result.tokens, result.questions, result.fits) == (12, 0, 12, 1.0)
+    assert result.segments == max(reply.segments for reply in together) and result.exact is None
+    # A place that training has never heard of is nobody's answer.
+    assert not any(reply.right for reply in together if reply.example.answer == "moon")
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def babilong_run(tmp_path_factory: pytest.TempPathFactory, trained: Callable[..., Path]) -> Path:
+    folder = tmp_path_factory.mktemp("babi")
+    for part, verb in (("train", "moved"), ("test", "went")):
+        (folder / f"qa1_{part}.txt").write_text(stories(verb=verb))
+    words = ("task=babilong", f"task.folder={folder}", "test.segments=[1]", "test.tokens=[0,100,1k]")
+    return trained(*words, "curriculum.max_segments=1", "data.segment_length=48")
+
+
+@pytest.fixture
+def evaluate(babilong_run: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RMT_LIGHTNING_CACHE", str(cache))
+
+    def run(*words: str) -> Path:
+        """The folder that the results are in."""
+        given = ["evaluate", f"checkpoint={babilong_run}", "device=cpu", "output=found", *words]
+        monkeypatch.setattr(sys, "argv", given)
+        GlobalHydra.instance().clear()
+        front_door.run()
+        (folder,) = (tmp_path / "found" / "evaluations").iterdir()
+        return folder
+
+    yield run
+    GlobalHydra.instance().clear()
+
+
+def test_a_run_tests_lengths_in_tokens_and_so_does_evaluate(
+    babilong_run: Path, evaluate: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end, told = rows(babilong_run / "evaluation.csv"), lines(babilong_run / "predictions.jsonl")
+    assert [row["tokens"] for row in end] == ["", "0", "100", "1000"] and end[0]["segments"] == "1"
+    assert [int(row["segments"]) for row in end[2:]] == [4, 29]
+    assert 1000 < int(end[3]["text_tokens"]) < 1010 and int(end[1]["text_tokens"]) < 40
+    lengths = ["1 segments", "0 tokens", "100 tokens", "1000 tokens"]
+    assert [row["length"] for row in told] == [length for length in lengths for _ in range(8)]
+    for length, row in zip(lengths, end, strict=True):
+        of_length = [line for line in told if line["length"] == length]
+        assert sum(line["right"] for line in of_length) == int(row["right"])
+        assert all(line["right"] == (line["answer"] == line["target"]) for line in of_length)
+        assert all(line["question"].startswith("Where is ") and line["distance"] >= 0 for line in of_length)
+    # Without segments of powers of two, for lengths are given; and again without what has been found.
+    folder = evaluate("samples=8", "follow=0", "tokens=[1k,0]")
+    assert "1,000" in capsys.readouterr().out
+    assert [(row["tokens"], row["right"]) for row in rows(folder / "evaluation.csv")] == [
+        (row["tokens"], row["right"]) for row in (end[1], end[3])
+    ]
+    assert {line["length"] for line in lines(folder / "predictions.jsonl")} == {"0 tokens", "1000 tokens"}
+    monkeypatch.setattr("rmt_lightning.app.evaluation._test", None)
+    assert evaluate("samples=8", "follow=0", "tokens=[0]") == folder
+
+
+def test_overlap_of_words() -> None:
+    """The rules of SQuAD: case, punctuation and articles do not count."""
+    said = [("The Garden.", "garden"), ("to the red garden", "garden"), ("kitchen", "office"), ("", "office")]
+    assert overlap(said) == pytest.approx((1 / 4, (1 + 1 / 2) / 4))
