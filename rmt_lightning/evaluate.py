@@ -5,7 +5,8 @@ of the checkpoint: evaluation.csv has a row for each length, distances.csv one f
 question, retention.csv one for each time that memories were asked on their way, probes.csv one for each probe and
 length, evaluation.json all of them and the settings; predictions.jsonl has each question with its answer. They are
 written after each length. With stages=true, each stage's checkpoint is tested so, and stages-<task>-<key>/ holds them
-side by side.
+side by side. With set=…, the questions of a published set are asked: set.csv has a row for each task and length,
+leaderboard.csv accuracies in the layout of BABILong.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from rmt_lightning.app.trust import Trust
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.run_folder import locate_checkpoint
 
+# What makes other samples, or asks other things, than the questions of a published set.
+_NOT_OF_SETS = ("stages", "segments", "follow", "every", "probes", "task", "noise")
+
 
 @dataclass(frozen=True)
 class Root:
@@ -40,6 +44,8 @@ class Root:
     batch_size: Annotated[int, Ge(1), Le(2**16)] | Literal["auto"]
     device: Literal["auto", "cpu", "cuda"]
     output: str | None
+    set: str | None
+    tasks: list[str] | None
     cache_dir: str
     trust: Trust
 
@@ -52,6 +58,10 @@ def main(config: DictConfig) -> None:
         raise UserError(
             f"every={config.every}: asks nothing in follow={config.follow} segments; give less, or follow=0"
         )
+    if name := next((name for name in _NOT_OF_SETS if is_typed(name)), None) if config.set else None:
+        raise UserError(f"{name}: is nothing for set={config.set}, whose texts are as they are; leave one of them out")
+    if config.tasks is not None and not config.set:
+        raise UserError(f"tasks={config.tasks}: are those of a published set; give set=…, or leave it out")
     run, checkpoint = locate_checkpoint(config.checkpoint)
     if config.stages:
         if os.path.isfile(config.checkpoint):
@@ -59,10 +69,12 @@ def main(config: DictConfig) -> None:
         if name := next((name for name in ("follow", "every") if is_typed(name) and config.follow), None):
             raise UserError(f"{name}={config[name]}: with stages=true memories are not followed; leave one of them out")
     # Takes seconds to import; --help and spelling mistakes should not have to wait for it.
-    from rmt_lightning.app.evaluation import evaluate, evaluate_stages
+    from rmt_lightning.app.evaluation import evaluate, evaluate_set, evaluate_stages
 
     trained = trained_config(run, config)
-    if config.stages:
+    if config.set:
+        evaluate_set(config, trained, run, checkpoint)
+    elif config.stages:
         evaluate_stages(config, trained, run)
     else:
         evaluate(config, trained, run, checkpoint)

@@ -92,7 +92,8 @@ def test_however_it_is_read_it_is_the_same(answerer: Answerer, tmp_path: Path, m
         assert same(answerer.read(file), whole)
     # Pieces end within words, and a small buffer is filled many times.
     assert same(answerer.read([BOOK[start : start + 7] for start in range(0, len(BOOK), 7)]), whole)
-    monkeypatch.setattr("rmt_lightning.models.answerer._CHARACTERS", 100)
+    for place in ("models.answerer", "core.tokens"):
+        monkeypatch.setattr(f"rmt_lightning.{place}.CHARACTERS", 100)
     for text in (BOOK, tmp_path / "book.txt", io.StringIO(BOOK)):
         assert same(answerer.read(text), whole)
     # In two goes, with a file between them.

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
+from pyarrow import parquet
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning import evaluate as front_door
@@ -25,6 +27,7 @@ from rmt_lightning.tasks.babi import Babilong
 from rmt_lightning.tasks.corpus import Corpus
 from rmt_lightning.tasks.facts import Detect, Split
 from rmt_lightning.tasks.placement import Key, Placement, side_by_side
+from rmt_lightning.tasks.published import LABELS, Cell, PublishedSet, is_right
 from rmt_lightning.training.answering import FactClassifier
 
 PLACES = ("office", "bathroom", "garden", "bedroom", "kitchen", "hallway")
@@ -273,3 +276,212 @@ def test_overlap_of_words() -> None:
     """The rules of SQuAD: case, punctuation and articles do not count."""
     said = [("The Garden.", "garden"), ("to the red garden", "garden"), ("kitchen", "office"), ("", "office")]
     assert overlap(said) == pytest.approx((1 / 4, (1 + 1 / 2) / 4))
+
+
+@pytest.mark.parametrize(
+    ("task", "target", "said", "question", "right"),
+    [
+        ("qa1", "garden", "garden", "Where is Mary?", True),
+        ("qa1", "garden", "  The most recent location of Mary is Garden. ", "Where is Mary?", True),
+        ("qa1", "Garden", "GARDEN", "Where is Mary?", True),
+        ("qa1", "garden", "gardens and more", "Where is Mary?", True),
+        ("qa1", "garden", "garden. Before, it was the office.", "Where is Mary?", True),
+        ("qa1", "garden", "I think. garden", "Where is Mary?", False),
+        ("qa1", "garden", "garden or office", "Where is Mary?", False),
+        ("qa1", "garden", "office", "Where is Mary?", False),
+        ("qa1", "garden", "", "Where is Mary?", False),
+        ("qa1", "moon", "moon", "Where is Mary?", False),
+        ("qa1", "garden", "garden <context> office", "Where is Mary?", True),
+        ("qa1", "garden", "<example> garden", "Where is Mary?", False),
+        ("qa1", "garden", "garden Question: is it the office?", "Where is Mary?", False),
+        ("qa3", "garden", "before the kitchen it was in the garden", "Where was it before the Kitchen?", True),
+        ("qa3", "kitchen", "kitchen", "Where was the apple before the kitchen?", False),
+        ("qa5", "Fred", "Bill gave the milk to fred", "Who did Bill give the milk to?", True),
+        ("qa5", "Fred", "Bill gave the milk to fred", "Who did Mary give the milk to?", False),
+        ("qa6", "no", "no", "Is John in the office?", True),
+        ("qa6", "no", "I do not know", "Is John in the office?", True),
+        ("qa7", "none", "none", "How many objects is Mary carrying?", False),
+        ("qa7", "two", "two", "How many objects is Mary carrying?", True),
+        ("qa8", "apple,milk", "milk and apple", "What is Mary carrying?", True),
+        ("qa8", "apple,milk", "apple", "What is Mary carrying?", False),
+        ("qa8", "apple,milk", "apple, milk, football", "What is Mary carrying?", False),
+        ("qa8", "apple", "apple,milk", "What is Mary carrying?", False),
+        ("qa8", "nothing", "nothing", "What is Mary carrying?", True),
+        ("qa19", "n,e", "n,e", "How do you go from here to there?", True),
+        ("qa19", "n,e", "n,e,s", "How do you go from here to there?", False),
+        ("qa19", "n,e", "n, e", "How do you go from here to there?", False),
+    ],
+)
+def test_the_published_metric(task: str, target: str, said: str, question: str, right: bool) -> None:
+    """As compare_answers of booydar/babilong judges them."""
+    assert is_right(target, said, question, LABELS[task]) == right
+
+
+def write_set(folder: Path, layout: str, tasks: tuple[str, ...], lengths: tuple[str, ...]) -> None:
+    filler = "The sun was low and the air was still. "
+    for task in tasks:
+        for length in lengths:
+            path = folder / layout.format(task=task, length=length)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            made = [
+                {"target": place, "question": f"Where is {person}? ", "input": text.strip()}
+                for person, place in (("Mary", "garden"), ("John", "office"), ("Daniel", "kitchen"))
+                for text in [f"{person} went to the {place}. " + filler * (0 if length == "0k" else 100)]
+            ]
+            if path.suffix == ".json":
+                path.write_text(json.dumps(made))
+            elif path.suffix == ".jsonl":
+                path.write_text("".join(json.dumps(row) + "\n" for row in made))
+            else:
+                parquet.write_table(pyarrow.Table.from_pylist(made), path)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "data/{task}/{length}.json",
+        "{length}/{task}-00000-of-00001.parquet",
+        "{task}/{length}-00000-of-00001.parquet",
+        "babilong-1k-samples/{task}_{length}.jsonl",
+        "{task}-{length}-my.questions.jsonl",
+    ],
+)
+def test_however_a_set_is_laid_out(layout: str, tmp_path: Path) -> None:
+    write_set(tmp_path, layout, ("qa2", "qa10", "qa1"), ("1M", "64k", "0k"))
+    (tmp_path / "README.md").write_text("# A set")
+    published = PublishedSet(str(tmp_path))
+    assert [str(cell) for cell in published.cells] == [
+        f"{task} {length}" for length in ("0k", "64k", "1M") for task in ("qa1", "qa2", "qa10")
+    ]
+    first, *others = published.rows(Cell("qa2", "0k"))
+    assert tuple(first) == ("Mary went to the garden.", "Where is Mary?", "garden") and len(others) == 2
+    some = PublishedSet(str(tmp_path), ["qa10", "qa1"], [0, "1000k"])
+    assert [*map(str, some.cells)] == ["qa1 0k", "qa10 0k", "qa1 1M", "qa10 1M"]
+
+
+def test_a_set_whose_names_tell_nothing(tmp_path: Path) -> None:
+    write_set(tmp_path, "questions.jsonl", ("qa1",), ("0k",))
+    for given in (tmp_path, tmp_path / "questions.jsonl", tmp_path / "*.jsonl"):
+        published = PublishedSet(str(given))
+        assert published.cells == [("questions", "")] and str(published.cells[0]) == "questions"
+    targets = {row.target for row in published.rows(published.cells[0])}
+    assert published.labels(published.cells[0], targets) == ("garden", "kitchen", "office")
+    # Labels of a task count, unless its answers are others.
+    assert published.labels(Cell("qa1", "0k"), targets) == LABELS["qa1"]
+    assert published.labels(Cell("qa1", "0k"), {"moon", "sun"}) == ("moon", "sun")
+    assert published.labels(Cell("qa8", "0k"), {"apple,milk"}) == LABELS["qa8"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options", "message"),
+    [
+        ("qa1.json", "[]", {}, "no question"),
+        ("qa1.jsonl", '{"input": "A.", "question": "B?"}\n', {}, "set=HERE: HERE/qa1.jsonl line 1: target is missing;"),
+        ("qa1.jsonl", '{"input": "A.", "question": "B?", "target": 3}', {}, "line 1: target is 3, no text"),
+        ("qa1.json", '[{"input": "A.", "question": " ", "target": "c"}]', {}, "row 1: question is ' ', no text"),
+        ("qa1.jsonl", '{"input": "\\ud83d", "question": "B?", "target": "c"}', {}, "line 1: input is '\\ud83d', no"),
+        ("qa1.jsonl", "{", {}, "set=HERE: HERE/qa1.jsonl is not .jsonl text (line 1: Expecting"),
+        ("qa1_1k.jsonl", "{}", {"tasks": ["qa2"]}, "tasks=qa2: set=HERE has no qa2; it has qa1"),
+        ("qa1_1k.jsonl", "{}", {"tokens": ["2k"]}, "tokens=2000: set=HERE has no 2000; it has 1k"),
+        ("qa1.jsonl", "{}", {"tokens": [0]}, "tokens=0: set=HERE has no 0; its files name none"),
+        ("notes.txt", "{}", {}, "set=HERE: no .json, .jsonl, .parquet file there; give a file, a folder or a pattern"),
+    ],
+)  # fmt: skip
+def test_what_is_no_set(tmp_path: Path, name: str, content: str, options: dict[str, Any], message: str) -> None:
+    (tmp_path / name).write_text(content)
+    if message == "no question":
+        published = PublishedSet(str(tmp_path))
+        assert list(published.rows(published.cells[0])) == []
+        return
+    with pytest.raises(UserError) as refused:
+        published = PublishedSet(str(tmp_path), **options)
+        list(published.rows(published.cells[0]))
+    assert message.replace("HERE", str(tmp_path)) in str(refused.value)
+
+
+@pytest.mark.fault("the Hugging Face Hub cannot be reached", "one line says so, at once")
+def test_a_set_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for given in ("RMT-team/babilong", "no-such/folder"):
+        with pytest.raises(UserError, match=rf"^set={given}: no such folder, and the Hugging Face Hub cannot be asked"):
+            PublishedSet(given)
+    monkeypatch.setattr("rmt_lightning.tasks.published.out_of_reach", lambda _: "")
+    write_set(tmp_path, "data/{task}/{length}.json", ("qa1", "qa2"), ("0k", "1k"))
+    fetched = []
+
+    class Hub:
+        def list_repo_files(self, name: str, repo_type: str) -> list[str]:
+            assert (name, repo_type) == ("RMT-team/babilong", "dataset")
+            return ["README.md", *(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.json"))]
+
+        def hf_hub_download(self, name: str, file: str, repo_type: str) -> str:
+            fetched.append(file)
+            return str(tmp_path / file)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    published = PublishedSet("RMT-team/babilong", ["qa2"], ["1k"])
+    assert published.cells == [("qa2", "1k")] and fetched == []
+    assert len(list(published.rows(published.cells[0]))) == 3 and set(fetched) == {"data/qa2/1k.json"}
+    with pytest.raises(
+        UserError, match=r"^set=RMT-team/other: cannot be read from the Hugging Face Hub \(AssertionErr"
+    ):
+        PublishedSet("RMT-team/other")
+
+
+def test_the_published_layout(
+    evaluate: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_set(tmp_path / "set", "data/{task}/{length}.json", ("qa1", "qa5"), ("0k", "1k"))
+    path = tmp_path / "set/data/qa5/1k.json"
+    path.unlink()
+    folder = evaluate("set=set")
+    told = " ".join(capsys.readouterr().out.split())
+    assert "Accuracy (%) on a published set" in told and "qa5 0k:" not in told
+    found, board = rows(folder / "set.csv"), rows(folder / "leaderboard.csv")
+    assert [(row["task"], row["length"], row["samples"]) for row in found] == [
+        ("qa1", "0k", "3"), ("qa5", "0k", "3"), ("qa1", "1k", "3"),
+    ]  # fmt: skip
+    for row in found:
+        assert float(row["low"]) <= float(row["accuracy"]) <= float(row["high"]) and row["questions"] == "3"
+        assert row["exact_match"] == row["accuracy"]
+    assert int(found[0]["text_tokens"]) < 40 < 900 < int(found[2]["text_tokens"])
+    assert list(board[0]) == ["model_name", "task", "0k", "1k"]
+    assert [(row["model_name"], row["task"]) for row in board] == [("run", name) for name in ("qa1", "qa5", "avg")]
+    accuracy = {(row["task"], row["length"]): 100 * float(row["accuracy"]) for row in found}
+    assert float(board[0]["1k"]) == pytest.approx(accuracy["qa1", "1k"]) and board[1]["1k"] == board[2]["1k"] == ""
+    assert float(board[2]["0k"]) == pytest.approx((accuracy["qa1", "0k"] + accuracy["qa5", "0k"]) / 2)
+    predictions = lines(folder / "predictions.jsonl")
+    assert [row["length"] for row in predictions] == [name for name in ("qa1 0k", "qa5 0k", "qa1 1k") for _ in range(3)]
+    assert all(row["right"] == (row["answer"] == row["target"]) for row in predictions)
+    # What has been asked is not asked again, but where files have changed.
+    monkeypatch.setattr("rmt_lightning.app.evaluation._ask_cell", None)
+    assert evaluate("set=set", "tasks=[qa1]") == folder
+    (tmp_path / "set/data/qa1/0k.json").write_text("[]")
+    with pytest.raises(TypeError):
+        evaluate("set=set")
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (
+            "set=set segments=[1]",
+            "segments: is nothing for set=set, whose texts are as they are; leave one of them out",
+        ),
+        ("set=set task=detect", "task: is nothing for set=set"),
+        ("set=set stages=true", "stages: is nothing for set=set"),
+        ("tasks=[qa1]", "tasks=['qa1']: are those of a published set; give set=…, or leave it out"),
+        ("set=no/such", "set=no/such: no such folder, and the Hugging Face Hub cannot be asked"),
+        ("set=nowhere", "set=nowhere: no .json, .jsonl, .parquet file there"),
+        ("set=set tokens=[9x]", "tokens: 9x is no number of tokens"),
+        ("set=set", "set=set: qa1 holds no question; leave it out with tasks=…"),
+    ],
+)
+def test_what_does_not_go_with_a_set(
+    typed: str, message: str, evaluate: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "qa1.json").write_text("[]")
+    with pytest.raises(SystemExit):
+        evaluate(*typed.split())
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {message}") and told.count("\n") == 1

@@ -172,7 +172,8 @@ def holds_tables_and_pictures(folder: Path) -> None:
         table = json.loads(found.file(f"results/{name}", "table-file").read_text())
         rows = read_csv(folder / f"{name}.csv")
         assert table["columns"] == list(rows[0])
-        assert [[str(cell) for cell in row] for row in table["data"]] == [list(row.values()) for row in rows]
+        told = [["" if cell is None else str(cell) for cell in row] for row in table["data"]]
+        assert told == [list(row.values()) for row in rows]
     for name in ("curriculum", "attention/last"):
         assert found.file(f"results/{name}", "image-file").read_bytes() == (folder / f"{name}.png").read_bytes()
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
-from typing import Annotated, Any, NamedTuple, Protocol
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,10 +17,15 @@ from annotated_types import Ge, Le
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.statistics import Proportion
-from rmt_lightning.core.tokens import in_short, token_count
+from rmt_lightning.core.tokens import CHARACTERS, encode, in_short, token_count, token_ids, whole_words
 from rmt_lightning.models.recurrence import Segment
+from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.tasks.facts import Example
 from rmt_lightning.tasks.placement import Key, Placement, side_by_side
+from rmt_lightning.tasks.published import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # How many predictions are kept of each length.
 _KEPT = 10_000
@@ -197,6 +202,43 @@ def fed(
     for ids, mask in side_by_side(rows):
         yield Segment(ids.to(device), None if mask is None else mask.to(device))
         on_segment()
+
+
+@torch.inference_mode()
+def answers_to(
+    module: Answering,
+    model: SegmentModel[Any],
+    rows: Iterable[Row],
+    batch_size: int,
+    device: torch.device,
+    on_segment: Callable[[], object] = lambda: None,
+) -> Iterator[tuple[Row, int, str | None]]:
+    """The answers to published questions, each after how many tokens have been read.
+
+    Args:
+        module: what answers, on `device` and in evaluation mode.
+        model: that of `module`.
+        rows: the questions, each of which ends its text.
+        batch_size: B.
+        device: where segments are wanted.
+        on_segment: called after each segment of each batch.
+    """
+    rows = iter(rows)
+    assert model.tokenizer is not None
+    while batch := list(islice(rows, batch_size)):
+        read = [_cut(model.tokenizer, row, model.text_length) for row in batch]
+        said = module.say(fed([(len(pieces), iter(pieces)) for pieces in read], device, on_segment))
+        for row, pieces, answer in zip(batch, read, said, strict=True):
+            yield row, sum(map(len, pieces)), answer
+
+
+def _cut(tokenizer: PreTrainedTokenizerBase, row: Row, text_length: int) -> list[np.ndarray]:
+    """A text with its question, cut into segments of which only the first may be short."""
+    text = f" {row.input}"
+    parts = whole_words(text[at : at + CHARACTERS] for at in range(0, len(text), CHARACTERS))
+    pieces = (ids for part in parts for ids, _ in encode(tokenizer, [part]))
+    ids = np.concatenate([np.array(part, np.int64) for part in chain(pieces, token_ids(tokenizer, [row.question]))])
+    return np.split(ids, range(len(ids) % text_length or text_length, len(ids), text_length))
 
 
 def score_length(found: Iterable[Reply], placement: Placement, like: Key, written: bool = False) -> LengthResult:

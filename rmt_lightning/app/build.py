@@ -194,11 +194,7 @@ def load(config: DictConfig, run: Path, checkpoint: Path) -> Trained:
     Raises:
         UserError: if the checkpoint is damaged or of a language model, or the model does not know the task's answers.
     """
-    saved = read_checkpoint(checkpoint)
-    if "answers" not in saved:
-        raise UserError(
-            f"{checkpoint}: holds a language model, which knows no answers; its run's evaluation.csv has its perplexity"
-        )
+    saved = _answers_in(checkpoint)
     known = saved["answers"]
     placement, module = build_answering(config, run, trained=True, answers=known)
     task = placement.task
@@ -209,6 +205,31 @@ def load(config: DictConfig, run: Path, checkpoint: Path) -> Trained:
     check_fits(module, saved["state_dict"], checkpoint)
     module.load_state_dict(saved["state_dict"])
     return Trained(placement, module, saved["sha256"])
+
+
+def open_answering(config: DictConfig, run: Path, checkpoint: Path) -> tuple[FactModule, str]:
+    """What a run has trained, with the weights of one of its checkpoints and the SHA-256 of that, without its samples.
+
+    Raises:
+        UserError: if the checkpoint is damaged or of a language model.
+    """
+    saved = _answers_in(checkpoint)
+    backbone = Restored(run / TOKENIZER, run / BACKBONE)
+    model = _model(config.model, backbone, backbone.tokenizer([]))
+    module: FactModule = construct(config.answer, model=model, answers=saved["answers"], phases=None, metrics=None)
+    check_fits(module, saved["state_dict"], checkpoint)
+    module.load_state_dict(saved["state_dict"])
+    return module, saved["sha256"]
+
+
+def _answers_in(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint holds, if that answers."""
+    saved = read_checkpoint(checkpoint)
+    if "answers" not in saved:
+        raise UserError(
+            f"{checkpoint}: holds a language model, which knows no answers; its run's evaluation.csv has its perplexity"
+        )
+    return saved
 
 
 def open_trained(run: Path, checkpoint: Path, trust: Trust) -> Answerer | SegmentModel[Any]:

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -16,23 +17,34 @@ from omegaconf import DictConfig
 from rich import get_console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from rmt_lightning.analysis.extrapolation import LengthResult, kept, lengths, name_of, replies, score_length
+from rmt_lightning.analysis.extrapolation import (
+    LengthResult,
+    answers_to,
+    kept,
+    lengths,
+    name_of,
+    overlap,
+    replies,
+    score_length,
+)
 from rmt_lightning.analysis.probing import ProbeResult, score_probe
-from rmt_lightning.app.build import find_device, load, testable
+from rmt_lightning.app.build import find_device, load, open_answering, testable
 from rmt_lightning.app.console import start_logging, take_over_lightning
-from rmt_lightning.app.results import length_table, probe_table, tell_folder, tell_limit
+from rmt_lightning.app.results import leaderboard, leaderboard_table, length_table, probe_table, tell_folder, tell_limit
 from rmt_lightning.app.resume import other_text, provenance
 from rmt_lightning.app.schema import instantiate, is_typed
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import write_atomically, write_csv, write_jsonl
 from rmt_lightning.core.quoting import shown
 from rmt_lightning.core.run_folder import CHECKPOINTS, EVALUATION, PREDICTIONS, PROBES, alone_in, findings
+from rmt_lightning.core.statistics import Proportion
 from rmt_lightning.core.statistics import kept as share_kept
 from rmt_lightning.reporting import figures
 from rmt_lightning.tasks.corpus import text_digest
 from rmt_lightning.tasks.facts import Finite, Task
 from rmt_lightning.tasks.placement import Key, Placement
 from rmt_lightning.tasks.probes import probes
+from rmt_lightning.tasks.published import Cell, PublishedSet, Row, is_right
 from rmt_lightning.training.answering import FactClassifier, FactModule
 from rmt_lightning.training.callbacks.hardware import host_memory, make_fast
 from rmt_lightning.training.retention import early, follow
@@ -43,7 +55,10 @@ Result = TypeVar("Result")
 
 # Samples side by side, unless a number is given: on GPUs as many as fit, on CPUs as many as caches hold.
 _STREAMS = {"cuda": 256, "cpu": 32}
-_FILES = (EVALUATION, "distances.csv", "retention.csv", PROBES, PREDICTIONS, "evaluation.json")
+_SET, _LEADERBOARD = "set.csv", "leaderboard.csv"
+_FILES = (
+    EVALUATION, "distances.csv", "retention.csv", PROBES, _SET, _LEADERBOARD, PREDICTIONS, "evaluation.json",
+)  # fmt: skip
 # Lengths in segments, unless some are given.
 _SEGMENTS = [2**power for power in range(13)]
 # The lengths of probes, in segments, unless they are given: a hundredth of what the default lengths take.
@@ -81,15 +96,20 @@ def evaluate_stages(config: DictConfig, run_config: DictConfig, run: Path) -> No
     tell_folder(folder, "them all")
 
 
+def begin() -> None:
+    """Make this process ready to ask a model."""
+    start_logging(None, first_process=True)
+    take_over_lightning()
+    make_fast()
+
+
 def evaluate(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: Path) -> _Found:
     """Test each length, and ask each probe, for which that has not been done; print and return what has been found.
 
     Raises:
         UserError: if a checkpoint cannot be opened, a length not be read, or the device is missing or too small.
     """
-    start_logging(None, first_process=True)
-    take_over_lightning()
-    make_fast()
+    begin()
     if is_typed("every") and not config.follow:
         log.info("every=%d: changes nothing, for with follow=0 no memories are followed", config.every)
     device, hardware = find_device(config.device)
@@ -141,6 +161,75 @@ def evaluate(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: 
     return found
 
 
+def evaluate_set(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: Path) -> _Found:
+    """Ask the questions of a published set, cell by cell, that have not been asked; print and return what was found.
+
+    Raises:
+        UserError: if the set or the checkpoint cannot be read, or its texts are too long for the model.
+    """
+    begin()
+    published = PublishedSet(config.set, config.tasks, config.tokens)
+    device, hardware = find_device(config.device)
+    module, sha256 = open_answering(run_config, run, checkpoint)
+    module.to(device).eval()
+    settings = {"checkpoint": checkpoint.name, "sha256": sha256, "set": config.set, "samples": config.samples}
+    name = Path(config.set).name
+    folder = findings(config.output or run, "evaluations", f"{checkpoint.stem}-{name}", settings | {"device": hardware})
+    found = _Found(folder, settings | {"device": hardware, "model_name": run.name})
+    for cell in published.cells:
+        digests = hashlib.sha256(b"".join(published.files(cell).digests())).hexdigest()
+        # Another evaluation may have come to it first, of files that have not changed since.
+        if found.read().cells.get(str(cell), {}).get("files") != digests:
+            row, predictions = _ask_cell(module, published, cell, config, device)
+            found.predict(str(cell), predictions)
+            found.add("cells", str(cell), row | {"files": digests})
+    get_console().print(leaderboard_table([found.cells[str(cell)] for cell in published.cells]))
+    tell_folder(folder, ", ".join(name for name in _FILES if (folder / name).exists()))
+    return found
+
+
+def _ask_cell(
+    module: FactModule, published: PublishedSet, cell: Cell, config: DictConfig, device: torch.device
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Ask the questions of a cell, and put what was found into a row, and the answers into others."""
+    targets = [row.target for row in published.rows(cell)]
+    if not targets:
+        raise UserError(f"{published.setting}: {cell} holds no question; leave it out with tasks=…")
+    labels = published.labels(cell, set(targets))
+    targets = targets[: config.samples]
+    if not module.WRITES and (strange := sum(target not in module.answers for target in targets)):
+        known = ", ".join(module.answers)
+        log.info("%s: %d of %d are none of the answers of the model (%s): wrong", cell, strange, len(targets), known)
+    length, began = module.model.text_length, time.perf_counter()
+
+    def ask(batch_size: int) -> list[tuple[Row, int, str | None]]:
+        rows = islice(published.rows(cell), len(targets))
+        replies: list[tuple[Row, int, str | None]] = []
+        with _bar(str(cell), len(targets), 1) as advance:
+            for row, tokens, said in answers_to(module, module.model, rows, batch_size, device):
+                # Texts may be long, and two that are alike are one question.
+                replies.append((row._replace(input=hashlib.sha256(row.input.encode()).hexdigest()), tokens, said))
+                advance()
+        return replies
+
+    replies, batch_size = _side_by_side(ask, len(targets), config, device)
+    predictions: list[dict[str, Any]] = [
+        {
+            "length": str(cell), "question": row.question, "target": row.target, "answer": said,
+            "right": is_right(row.target, said or "", row.question, labels), "distance": None,
+            "segments": -(-tokens // length), "tokens": tokens,
+        }
+        for row, tokens, said in replies
+    ]  # fmt: skip
+    right, questions = [row["right"] for row in predictions], len({row for row, _, _ in replies})
+    exact, f1 = overlap([(said or "", row.target) for row, _, said in replies])
+    found: dict[str, Any] = {"task": cell.task, "length": cell.length}
+    found |= Proportion(sum(right), len(right), questions=questions, finite=True).row()
+    found |= {"exact_match": exact, "f1": f1, "segments": max(row["segments"] for row in predictions)}
+    found |= {"text_tokens": round(sum(row["tokens"] for row in predictions) / len(right)), "batch_size": batch_size}
+    return found | {"seconds": time.perf_counter() - began}, predictions
+
+
 class _Found:
     """What has been found with the same settings, by this evaluation and by those before it and beside it.
 
@@ -154,6 +243,7 @@ class _Found:
         lengths: a row for each number of segments, in their order, then for each "<number> tokens".
         retention: a row for each way in which memories were followed: "<segments> every <segments> of <memories>".
         probes: a row for each "<segments> <probe>", in the order of lengths.
+        cells: a row for each "<task> <length>" of a published set.
 
     Raises:
         UserError: if the folder cannot be written to, or what stands there is damaged.
@@ -165,12 +255,13 @@ class _Found:
         self.lengths: dict[str, dict[str, Any]] = {}
         self.retention: dict[str, dict[str, Any]] = {}
         self.probes: dict[str, dict[str, Any]] = {}
+        self.cells: dict[str, dict[str, Any]] = {}
         # An evaluation that was killed may have left the file without its tables.
         with alone_in(folder):
-            if self.read().lengths or self.retention or self.probes:
+            if self.read().lengths or self.retention or self.probes or self.cells:
                 self._write()
 
-    def add(self, kind: Literal["lengths", "retention", "probes"], key: str, row: dict[str, Any]) -> None:
+    def add(self, kind: Literal["lengths", "retention", "probes", "cells"], key: str, row: dict[str, Any]) -> None:
         """Add a row to what others may have found in the meantime."""
         with alone_in(self.path.parent):
             getattr(self.read(), kind)[key] = row
@@ -198,6 +289,7 @@ class _Found:
             }
             self.lengths = {key: unknown | _UNKNOWN | row for key, row in found.get("lengths", {}).items()}
             self.probes = {key: dict(row) for key, row in found.get("probes", {}).items()}
+            self.cells = {key: dict(row) for key, row in found.get("cells", {}).items()}
         except (ValueError, AttributeError, TypeError, KeyError):
             raise UserError(f"{shown(self.path)}: is damaged; remove it, and it is found out again") from None
         return self
@@ -218,7 +310,9 @@ class _Found:
         order = {key: ("tokens" in key, int(key.split()[0])) for key in self.lengths}
         self.lengths = {key: self.lengths[key] for key in sorted(self.lengths, key=order.__getitem__)}
         self.probes = dict(sorted(self.probes.items(), key=lambda item: int(item[0].split()[0])))
-        found = {"lengths": self.lengths, "retention": self.retention, "probes": self.probes}
+        cells = {Cell(row["task"], row["length"]): key for key, row in self.cells.items()}
+        self.cells = {cells[cell]: self.cells[cells[cell]] for cell in sorted(cells, key=lambda cell: cell.order)}
+        found = {"lengths": self.lengths, "retention": self.retention, "probes": self.probes, "cells": self.cells}
         content = {"settings": self.settings, **found}
         write_atomically(self.path, json.dumps(content, indent=2).encode())
         asked = [
@@ -246,6 +340,8 @@ class _Found:
         ]
         write_csv(folder / "distances.csv", distances)
         write_csv(folder / PROBES, [*self.probes.values()])
+        write_csv(folder / _SET, [{k: v for k, v in row.items() if k != "files"} for row in self.cells.values()])
+        write_csv(folder / _LEADERBOARD, leaderboard(self.settings.get("model_name", ""), [*self.cells.values()]))
 
 
 def asked_segments(config: DictConfig) -> list[int]:

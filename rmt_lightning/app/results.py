@@ -22,6 +22,7 @@ from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.reporting import figures
 from rmt_lightning.tasks.facts import Split
 from rmt_lightning.tasks.placement import Key, Placement, Sample
+from rmt_lightning.tasks.published import Cell
 from rmt_lightning.training.answering import FactModule
 from rmt_lightning.training.phases.phase import Phase
 
@@ -29,6 +30,9 @@ log = logging.getLogger(__name__)
 
 # Of longer tables some rows are shown, evenly spread; the csv file has all of them.
 _SHOWN = 8
+# What a length is called that no file of a set names, and the tasks of which BABILong publishes the mean.
+_ANY = "any"
+_FIRST = ["qa1", "qa2", "qa3", "qa4", "qa5"]
 
 
 def watch_clearest(
@@ -153,6 +157,42 @@ def probe_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     for row in rows:
         shares = (row[name] if name == "accuracy" else row[name] / row["samples"] for name in headings)
         table.add_row(row["probe"], str(row["segments"]), *(f"{share:.1%}" for share in shares))
+    return table
+
+
+def leaderboard(model: str, cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Accuracy in percent as BABILong publishes it (booydar/babilong, collect_results.py): a column for each length.
+
+    Args:
+        model: its name.
+        cells: rows as in set.csv.
+
+    Returns:
+        A row for each task, and one for their mean, where none is missing.
+    """
+    found = {(cell["task"], cell["length"] or _ANY): 100 * cell["accuracy"] for cell in cells}
+    tasks = sorted({task for task, _ in found}, key=lambda task: Cell(task, "").order)
+    lengths = dict.fromkeys(length for _, length in found)
+    means = {"avg": tasks} | ({"avg qa1-5": _FIRST} if len(tasks) > len(_FIRST) and {*_FIRST} <= {*tasks} else {})
+    rows = [{"task": task} | {length: found.get((task, length)) for length in lengths} for task in tasks]
+    for name, some in means.items() if tasks else ():
+        columns = {length: [found.get((task, length)) for task in some] for length in lengths}
+        rows.append({"task": name} | {length: _mean(values) for length, values in columns.items()})
+    return [{"model_name": model} | row for row in rows]
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
+
+
+def leaderboard_table(cells: Sequence[Mapping[str, Any]]) -> Table:
+    """The same for the screen, a row for each length."""
+    rows = leaderboard("", cells)
+    tasks = (row["task"] for row in rows)
+    table = Table("length", *tasks, title="Accuracy (%) on a published set", title_justify="left")
+    for length in list(rows[0])[2:]:
+        table.add_row(length, *("–" if row[length] is None else f"{row[length]:.1f}" for row in rows))
     return table
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from rmt_lightning.core.errors import UserError
@@ -11,6 +11,8 @@ from rmt_lightning.core.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# How many characters are tokenized at once.
+CHARACTERS = 2**16
 _COUNT = re.compile(r"([0-9]{1,12})([kKM]?)")
 _THOUSANDS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6}
 _MOST = 10**9
@@ -62,3 +64,21 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Iterator[tup
     for ids, offsets in zip(found["input_ids"], found["offset_mapping"], strict=True):
         first = next((place for place, (_, end) in enumerate(offsets) if end > 1), len(ids))
         yield ids[first:], [(max(0, start - 1), end - 1) for start, end in offsets[first:]]
+
+
+def whole_words(pieces: Iterable[str]) -> Iterator[str]:
+    """The same text in pieces of some length, each but the first of which begins with white space."""
+    kept: list[str] = []
+    length = 0
+    for piece in pieces:
+        kept.append(piece)
+        length += len(piece)
+        if length < CHARACTERS:
+            continue
+        whole = "".join(kept)
+        # Behind the last word; of text without spaces, anywhere.
+        stop = max((place for place, _ in enumerate(whole) if whole[place].isspace()), default=0) or len(whole)
+        yield whole[:stop]
+        kept, length = [whole[stop:]], len(whole) - stop
+    if rest := "".join(kept):
+        yield rest

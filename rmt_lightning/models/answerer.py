@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import write_atomically
-from rmt_lightning.core.tokens import encode, token_ids
+from rmt_lightning.core.tokens import CHARACTERS, encode, token_ids, whole_words
 from rmt_lightning.models import state as tree
 from rmt_lightning.models.pretrained import opened
 from rmt_lightning.models.recurrence import Segment
@@ -33,9 +33,8 @@ from rmt_lightning.models.segment_model import SegmentModel
 HEAD = "head.safetensors"
 # What says that a file holds a memory.
 _KIND = "rmt_lightning memory"
-# How many questions are asked at once, and how many characters are tokenized at once.
+# How many questions are asked at once.
 _AT_ONCE = 64
-_CHARACTERS = 2**16
 _HALF = re.compile("[\ud800-\udfff]")
 
 # A text, the path of a file that holds one, or the pieces of one.
@@ -235,7 +234,7 @@ class Answerer(nn.Module, ModelHubMixin, library_name="rmt_lightning"):
 
     def _tokens(self, text: Text, progress: bool) -> Iterator[Tensor]:
         """The tokens of a text, piece by piece, as if it were tokenized at once."""
-        for number, piece in enumerate(_whole_words(_pieces(text, progress))):
+        for number, piece in enumerate(whole_words(_pieces(text, progress))):
             # The first one stands where a text begins, the others behind what was before.
             yield from (
                 (torch.tensor(ids, dtype=torch.long) for ids, _ in encode(self._tokenizer, [piece]))
@@ -321,7 +320,7 @@ def _pieces(text: Text, progress: bool) -> Iterator[str]:
             with bar.open(
                 text, "r", encoding="utf-8", description="reading", disable=not progress, transient=True
             ) as file:
-                yield from iter(lambda: file.read(_CHARACTERS), "")
+                yield from iter(lambda: file.read(CHARACTERS), "")
         except OSError as error:
             raise UserError(f"{text}: cannot be read ({error.strerror}); give the path of a text") from None
         except UnicodeDecodeError:
@@ -329,27 +328,9 @@ def _pieces(text: Text, progress: bool) -> Iterator[str]:
         return
     if isinstance(text, bytes) or not isinstance(text, Iterable):
         raise UserError(f"text: is a {type(text).__name__}; give a text, a Path, or pieces of a text")
-    pieces = [text[at : at + _CHARACTERS] for at in range(0, len(text), _CHARACTERS)] if isinstance(text, str) else text
+    pieces = [text[at : at + CHARACTERS] for at in range(0, len(text), CHARACTERS)] if isinstance(text, str) else text
     for piece in bar.track(pieces, "reading", disable=not progress, transient=True):
         if not isinstance(piece, str):
             raise UserError(f"text: holds a {type(piece).__name__} among its pieces; give texts")
         _check_letters("text", piece)
         yield piece
-
-
-def _whole_words(pieces: Iterable[str]) -> Iterator[str]:
-    """The same text in pieces of some length, each but the first of which begins with white space."""
-    kept: list[str] = []
-    length = 0
-    for piece in pieces:
-        kept.append(piece)
-        length += len(piece)
-        if length < _CHARACTERS:
-            continue
-        whole = "".join(kept)
-        # Behind the last word; of text without spaces, anywhere.
-        stop = max((place for place, _ in enumerate(whole) if whole[place].isspace()), default=0) or len(whole)
-        yield whole[:stop]
-        kept, length = [whole[stop:]], len(whole) - stop
-    if rest := "".join(kept):
-        yield rest

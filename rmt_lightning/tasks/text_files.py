@@ -1,4 +1,4 @@
-"""Text in files: which files a setting names, and the texts in them.
+"""Text in files: which files a setting names, and the texts or the rows in them.
 
 They are read here and not by a library that keeps copies, takes names for patterns or guesses types.
 """
@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,11 @@ from rmt_lightning.core.files import digest
 log = logging.getLogger(__name__)
 
 # No text holds a zero or half of a surrogate pair.
-_NO_TEXT = re.compile("[\0\ud800-\udfff]")
+NO_TEXT = re.compile("[\0\ud800-\udfff]")
+
+# How the names of files end that hold texts, and of those that hold rows of several columns.
+TEXTS = (".txt", ".jsonl", ".parquet")
+ROWS = (".json", ".jsonl", ".parquet")
 
 
 class TextFiles:
@@ -31,26 +35,38 @@ class TextFiles:
     Args:
         key: the setting.
         given: a file, a folder, which stands for all files in it and below, or a pattern. What exists is no pattern.
+        kinds: how the names of the files may end.
+        there: which files it stands for, if that is known.
+        mixed: whether they may be of several kinds.
 
     Raises:
         UserError: if there is no such file.
     """
 
-    def __init__(self, key: str, given: str) -> None:
+    def __init__(
+        self,
+        key: str,
+        given: str,
+        kinds: Collection[str] = TEXTS,
+        there: Sequence[Path] | None = None,
+        mixed: bool = False,
+    ) -> None:
         self.given = given
         self.setting = f"{key}={given}"
-        names = sorted({Path(name) for name in self._names() if not os.path.isdir(name)})
-        self.files = [name for name in names if _kind(name) in _READERS]
+        found = self._names() if there is None else there
+        names = sorted({Path(name) for name in found if not os.path.isdir(name)})
+        self.files = [name for name in names if _kind(name) in kinds]
+        told = ", ".join(kinds)
         if not self.files:
-            what = f"no {_KINDS} file there" if names != [Path(given)] else f"is no {_KINDS} file"
+            what = f"no {told} file there" if names != [Path(given)] else f"is no {told} file"
             raise UserError(f"{self.setting}: {what}; give a file, a folder or a pattern")
         if absent := [file for file in self.files if not os.path.isfile(file)]:
             raise UserError(f"{self._at(absent[0])} is a link to nothing or no plain file; give another, or remove it")
-        if len({_kind(file) for file in self.files}) > 1:
+        if len({_kind(file) for file in self.files}) > 1 and not mixed:
             choice = f"{given}/*{self.files[0].suffix}"
             raise UserError(f"{self.setting}: holds several kinds of files; choose one, such as '{choice}'")
-        if others := [name for name in names if _kind(name) not in _READERS]:
-            log.info("%s: leaves out what is no %s file (%d, such as %s)", self.setting, _KINDS, len(others), others[0])
+        if others := [name for name in names if _kind(name) not in kinds]:
+            log.info("%s: leaves out what is no %s file (%d, such as %s)", self.setting, told, len(others), others[0])
 
     @property
     def have_rows(self) -> bool:
@@ -95,6 +111,18 @@ class TextFiles:
         if blank:
             log.info("%s: leaves out %d of %d documents, which hold no text", self.setting, blank, number)
 
+    def rows(self, fields: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """The rows of all files, in order, each with what a message about it begins with.
+
+        Args:
+            fields: the columns that are wanted, if there are such; of jsonl files all of them come.
+
+        Raises:
+            UserError: naming file and place, if something cannot be read.
+        """
+        for file in self.files:
+            yield from ((self._at(file, place), row) for place, row in self._rows(file, fields))
+
     def _names(self) -> Iterator[str]:
         path = os.path.expanduser(self.given)
         if os.path.isdir(path):
@@ -122,24 +150,25 @@ class TextFiles:
 
     def _read(self, file: Path, field: str) -> Iterator[str | None]:
         known, columns = False, dict[str, None]()
+        for place, row in self._rows(file, [field]):
+            known |= field in row
+            columns |= dict.fromkeys(row)
+            text = row.get(field)
+            if not isinstance(text, str | None):
+                kind = type(text).__name__
+                raise UserError(f"noise.field={field}: is {kind}, not text, in {file}, {place}; choose another")
+            if bad := NO_TEXT.search(text or ""):
+                raise UserError(f"{self._at(file, place)} holds {bad[0]!a}: binary data, not text; give text")
+            yield text
+        if columns and not known:
+            raise UserError(f"noise.field={field}: {file} has no such column; it has {', '.join(columns)}")
+
+    def _rows(self, file: Path, fields: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
-            for place, row in _READERS[_kind(file)](file, field):
-                known |= field in row
-                columns |= dict.fromkeys(row)
-                text = row.get(field)
-                if not isinstance(text, str | None):
-                    kind = type(text).__name__
-                    raise UserError(f"noise.field={field}: is {kind}, not text, in {file}, {place}; choose another")
-                if bad := _NO_TEXT.search(text or ""):
-                    raise UserError(f"{self._at(file, place)} holds {bad[0]!a}: binary data, not text; give text")
-                yield text
-        except UserError:
-            raise
+            yield from _READERS[_kind(file)](file, fields)
         except Exception as error:  # each library has classes of its own for each kind of damage
             reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())[:200]
             raise UserError(f"{self._at(file)} is not {_kind(file)} text ({reason})") from None
-        if columns and not known:
-            raise UserError(f"noise.field={field}: {file} has no such column; it has {', '.join(columns)}")
 
     def _at(self, file: Path, place: str = "") -> str:
         """The beginning of a message about a file, which is named unless it is what has been given."""
@@ -150,11 +179,11 @@ class TextFiles:
 # The rows of a file, each with the place where it stands.
 
 
-def _txt(file: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    yield "", {field: _decoded(file.read_bytes())}
+def _txt(file: Path, fields: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    yield "", dict.fromkeys(fields, _decoded(file.read_bytes()))
 
 
-def _jsonl(file: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _jsonl(file: Path, fields: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             # An array may hold the rows, over several lines.
@@ -166,10 +195,11 @@ def _jsonl(file: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 content = json.loads(text)
             except json.JSONDecodeError as error:
                 raise ValueError(f"line {number + error.lineno - 1}: {error.msg}") from None
-            for row in content if isinstance(content, list) else [content]:
+            several = isinstance(content, list)
+            for place, row in enumerate(content if several else [content], start=1):
                 if not isinstance(row, dict):
                     raise ValueError(f"line {number}: holds {type(row).__name__}, and no object")
-                yield f"line {number}", row
+                yield f"row {place}" if several else f"line {number}", row
 
 
 def _decoded(content: bytes, first: int = 1) -> str:
@@ -189,23 +219,23 @@ def _decoded(content: bytes, first: int = 1) -> str:
     return text
 
 
-def _parquet(file: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet(file: Path, fields: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     # It takes half a second to import.
     from pyarrow.parquet import ParquetFile
 
     with ParquetFile(file) as content:
         names = content.schema_arrow.names
-        if field not in names:
+        if not (columns := [name for name in fields if name in names]):
             yield "", dict.fromkeys(names)
             return
-        batches = content.iter_batches(batch_size=1000, columns=[field])
+        # A row may be as long as a book.
+        batches = content.iter_batches(batch_size=100, columns=columns)
         rows = (row for batch in batches for row in batch.to_pylist())
         for number, row in enumerate(rows, start=1):
             yield f"row {number}", row
 
 
-_READERS = {".txt": _txt, ".jsonl": _jsonl, ".parquet": _parquet}
-_KINDS = ", ".join(_READERS)
+_READERS = {".txt": _txt, ".jsonl": _jsonl, ".json": _jsonl, ".parquet": _parquet}
 
 
 def _kind(file: Path) -> str:

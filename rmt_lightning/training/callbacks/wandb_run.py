@@ -193,8 +193,8 @@ class WandbRun(WandbLogger):
         # The longest input last: the summary keeps it.
         for row in sorted(evaluation, key=lambda row: row.get("segments", 0)):
             self._step += 1
-            run.log({f"test/{name}": value for name, value in row.items() if value != ""}, step=self._step)
-            if row.get("tokens", "") != "":
+            run.log({f"test/{name}": value for name, value in row.items() if value is not None}, step=self._step)
+            if row.get("tokens") is not None:
                 run.summary[f"test/accuracy_tokens_{row['tokens']}"] = row["accuracy"]
             elif "segments" in row:
                 run.summary[f"test/accuracy_segments_{row['segments']}"] = row["accuracy"]
