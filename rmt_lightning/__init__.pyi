@@ -53,6 +53,7 @@ from .tasks.pairs import KeyValue as KeyValue
 from .tasks.pairs import Remember as Remember
 from .tasks.pairs import Rewrite as Rewrite
 from .tasks.placement import Placement as Placement
+from .tasks.questions import QA as QA
 from .training.answering import FactClassifier as FactClassifier
 from .training.callbacks.wandb_run import WandbRun as WandbRun
 from .training.generation import FactGenerator as FactGenerator

@@ -125,6 +125,9 @@ TABLE = [
     # files
     ("task=babi", r"task.path: is missing; give task.path=…"),
     ("task=babi task.path=absent.txt", r"task.path=absent.txt: cannot be read as a bAbI file"),
+    ("task=qa", r"task.path: is missing; give task.path=…"),
+    ("task=qa task.path=absent.jsonl", r"task.path=absent.jsonl: no .json, .jsonl, .parquet file there; give a file"),
+    ("task=qa task.path=rows.jsonl", r"task.path=rows.jsonl: line 2 has no answer; it has facts, question"),
     ("task=babilong", r"task.folder: is missing; give task.folder=…"),
     ("task=babilong task.folder=. task.name=1", f"""task.name=1: {NO_TEXT} 'task.name="1"'"""),
     ("task=babilong task.folder=.", "task.name=qa1: task.folder=. has no train file of it; give the folder of"),
@@ -247,6 +250,9 @@ def here(
     (checkpoints / "truncated.ckpt").write_bytes((checkpoints / "last.ckpt").read_bytes()[:-1000])
     (checkpoints / "text.ckpt").write_text("not a checkpoint")
     (tmp_path / "empty.txt").touch()
+    rows = [{"facts": ["Ada is in."], "question": "Where is Ada?", "answer": "in"}]
+    rows.append({"facts": ["Bo left."], "question": "Where is Bo?"})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 10)
     (tmp_path / "short.txt").write_text("One sentence. Another one. A third one.")
     (tmp_path / "notes").mkdir()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import re
 import shlex
 import subprocess
@@ -11,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, SMALL, Run
+from hydra.core.global_hydra import GlobalHydra
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
@@ -30,8 +33,8 @@ def test_the_python_example(environment: dict[str, str], tmp_path: Path) -> None
     assert result.stdout == "torch.Size([2, 64]) torch.Size([2, 10, 64])\n"
 
 
-# These need a run, or are no Hydra commands.
-ELSEWHERE = ("resume=", "2026", "dashboard")
+# These need a run, are no Hydra commands, or stand in the tutorial, which is run as a whole.
+ELSEWHERE = ("resume=", "2026", "dashboard", "my.jsonl", "checkpoint=mine", "model=keys")
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if not any(word in command for word in ELSEWHERE)])
@@ -41,6 +44,36 @@ def test_commands(command: str, environment: dict[str, str], tmp_path: Path) -> 
     program = [sys.executable, *words[1:3], *settings, "--cfg", "job"]
     result = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_tutorial(
+    command: Run, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From rows like those of the README to a model that is asked."""
+    (example,) = [block.splitlines() for kind, block in BLOCKS if kind == "json"]
+    like = [example[number % 2] for number in range(24)]
+    rows = [line.replace("late", f"{number} past") for number, line in enumerate(like)]
+    (tmp_path / "my.jsonl").write_text("\n".join(rows))
+    (tmp_path / "letter.txt").write_text("Ada has the red key. It is late. " * 10)
+    train, *others = [shlex.split(line)[2:] for line in COMMANDS if any(word in line for word in ELSEWHERE[3:])]
+    small = [word for word in SMALL if word.partition("=")[0] not in {"test.segments", "curriculum.max_segments"}]
+    result = command(*train, *small, "test.segments=[1]")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "task=qa: 20 questions for training; 2 for validation, a tenth of task.path; 2 for test" in result.stdout
+    told = [json.loads(line) for line in (tmp_path / "mine" / "predictions.jsonl").read_text().splitlines()]
+    assert len(told) == 2 and {row["target"] for row in told} <= {"Ada", "Bo"}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RMT_LIGHTNING_CACHE", str(cache))
+    said = []
+    for module, *settings in others:
+        quick = ["tokens=[0,1k]", "follow=0", "device=cpu"] if module.endswith("evaluate") else []
+        given = [word for word in settings if not (quick and word.startswith("tokens="))]
+        monkeypatch.setattr(sys, "argv", [module, *given, *quick])
+        importlib.import_module(module).run()
+        GlobalHydra.instance().clear()
+        said.append(capsys.readouterr().out)
+    assert "Test on unseen text, 2 samples each" in said[0]
+    assert re.search(r"Who has the red key\? → (Ada|Bo) \(\d+\.\d%\)", said[2])
 
 
 def test_make_targets(tmp_path: Path) -> None:

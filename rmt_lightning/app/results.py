@@ -123,7 +123,8 @@ def length_table(found: Mapping[Key, LengthResult], asked: Sequence[Key], model:
     limit = model.max_segments
     short = [like for like in asked if like not in found and (limit is None or like.num_segments <= limit)]
     partial = any(result.fits is not None and result.fits < 1 for result in lengths) or bool(short)
-    headings = ("segments", "tokens", "accuracy", "95% interval", "questions", *["fits"] * partial)
+    written = ("exact", "F1") if any(result.exact is not None for result in lengths) else ()
+    headings = ("segments", "tokens", "accuracy", "95% interval", *written, "questions", *["fits"] * partial)
     table = Table(*headings, title=title, title_justify="left")
     for like in asked:
         size = (str(like.num_segments), f"{like.num_segments * model.text_length:,}")
@@ -133,11 +134,12 @@ def length_table(found: Mapping[Key, LengthResult], asked: Sequence[Key], model:
             low, high = result.interval
             questions = "–" if result.questions is None else f"{result.questions:,}"
             fits = "–" if result.fits is None else f"{result.fits:.1%}"
-            told = (f"{result.accuracy:.4f}", f"{low:.3f} – {high:.3f}", questions, fits)
+            shares = ("–" if share is None else f"{share:.3f}" for share in (result.exact, result.f1))
+            told = (f"{result.accuracy:.4f}", f"{low:.3f} – {high:.3f}", *list(shares)[: len(written)], questions, fits)
         elif like in short:
-            told = ("too short", "no question fits", "0", "0.0%")
+            told = ("too short", "no question fits", *["–"] * len(written), "0", "0.0%")
         else:
-            told = ("too long for positions", f"{limit} segments fit", "–", "–")
+            told = ("too long for positions", f"{limit} segments fit", *["–"] * len(written), "–", "–")
         table.add_row(*(*size, *told)[: len(headings)])
     return table
 
@@ -190,7 +192,7 @@ def leaderboard_table(cells: Sequence[Mapping[str, Any]]) -> Table:
     """The same for the screen, a row for each length."""
     rows = leaderboard("", cells)
     tasks = (row["task"] for row in rows)
-    table = Table("length", *tasks, title="Accuracy (%) on a published set", title_justify="left")
+    table = Table("length", *tasks, title="Accuracy (%)", title_justify="left")
     for length in list(rows[0])[2:]:
         table.add_row(length, *("–" if row[length] is None else f"{row[length]:.1f}" for row in rows))
     return table

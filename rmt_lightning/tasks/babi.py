@@ -38,6 +38,7 @@ class Babi(Questions):
     """
 
     name = "babi"
+    STORIES = "bAbI stories"
 
     def __init__(
         self,
@@ -76,6 +77,7 @@ class Babilong(Questions):
     """
 
     name = "babilong"
+    STORIES = "bAbI stories"
 
     def __init__(self, folder: str, name: str = "qa1") -> None:
         there = _tasks_in(folder)
