@@ -160,6 +160,15 @@ def test_lengths_in_tokens(
     assert [ids.tolist() for ids in again.segments] == [ids.tolist() for ids in placement.sample("test", like).segments]
 
 
+def test_no_more_is_made_than_is_read(
+    babi: Path, corpora: dict[Split, Corpus], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    placement = Placement(Babilong(str(babi)), corpora, tokenizer, text_length=30, seed=3)
+    sample = placement.sample("test", Key(0, 0, tokens=10**9))
+    sizes = [len(ids) for _, ids in zip(range(3), sample.segments, strict=False)]
+    assert sizes[0] <= 30 and sizes[1:] == [30, 30] and sample.num_segments * 30 >= 10**9
+
+
 def test_facts_stand_anywhere_in_so_many_tokens(
     corpora: dict[Split, Corpus], tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -382,8 +391,8 @@ def test_a_set_whose_names_tell_nothing(tmp_path: Path) -> None:
         ("qa1.jsonl", '{"input": "\\ud83d", "question": "B?", "target": "c"}', {}, "line 1: input is '\\ud83d', no"),
         ("qa1.jsonl", "{", {}, "set=HERE: HERE/qa1.jsonl is not .jsonl text (line 1: Expecting"),
         ("qa1_1k.jsonl", "{}", {"tasks": ["qa2"]}, "tasks=qa2: set=HERE has no qa2; it has qa1"),
-        ("qa1_1k.jsonl", "{}", {"tokens": ["2k"]}, "tokens=2000: set=HERE has no 2000; it has 1k"),
-        ("qa1.jsonl", "{}", {"tokens": [0]}, "tokens=0: set=HERE has no 0; its files name none"),
+        ("qa1_1k.jsonl", "{}", {"tokens": ["2k"]}, "tokens=2k: set=HERE has no 2k; it has 1k"),
+        ("qa1.jsonl", "{}", {"tokens": [0]}, "tokens=0k: set=HERE has no 0k; its files name none"),
         ("notes.txt", "{}", {}, "set=HERE: no .json, .jsonl, .parquet file there; give a file, a folder or a pattern"),
     ],
 )  # fmt: skip
@@ -469,6 +478,7 @@ def test_the_published_layout(
         ),
         ("set=set task=detect", "task: is nothing for set=set"),
         ("set=set stages=true", "stages: is nothing for set=set"),
+        ("set=set tasks=[]", "tasks=[]: names no task; give some, such as [qa1,qa2], or leave it out"),
         ("tasks=[qa1]", "tasks=['qa1']: are those of a published set; give set=…, or leave it out"),
         ("set=no/such", "set=no/such: no such folder, and the Hugging Face Hub cannot be asked"),
         ("set=nowhere", "set=nowhere: no .json, .jsonl, .parquet file there"),

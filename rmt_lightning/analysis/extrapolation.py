@@ -65,7 +65,7 @@ def lengths(key: str, segments: Sequence[int], tokens: Sequence[int | str]) -> l
     return list(dict.fromkeys([*(Key(n, 0) for n in segments), *(Key(0, 0, tokens=count) for count in counts)]))
 
 
-def kept(found: Iterable[Reply], rows: list[dict[str, Any]]) -> Iterator[Reply]:
+def noted(found: Iterable[Reply], rows: list[dict[str, Any]]) -> Iterator[Reply]:
     """The same replies, of each length the first ones of which become rows of predictions.jsonl."""
     for number, reply in enumerate(found):
         if number < _KEPT:
@@ -204,6 +204,10 @@ def fed(
         on_segment()
 
 
+class TooLong(UserError):
+    """A text has more segments than a model can read."""
+
+
 @torch.inference_mode()
 def answers_to(
     module: Answering,
@@ -222,11 +226,18 @@ def answers_to(
         batch_size: B.
         device: where segments are wanted.
         on_segment: called after each segment of each batch.
+
+    Raises:
+        TooLong: if the model cannot read a text to its end.
     """
     rows = iter(rows)
     assert model.tokenizer is not None
     while batch := list(islice(rows, batch_size)):
         read = [_cut(model.tokenizer, row, model.text_length) for row in batch]
+        if model.max_segments is not None and max(map(len, read)) > model.max_segments:
+            raise TooLong(
+                f"longer than the {model.max_segments} segments of {model.text_length} tokens that can be read"
+            )
         said = module.say(fed([(len(pieces), iter(pieces)) for pieces in read], device, on_segment))
         for row, pieces, answer in zip(batch, read, said, strict=True):
             yield row, sum(map(len, pieces)), answer

@@ -19,10 +19,11 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from rmt_lightning.analysis.extrapolation import (
     LengthResult,
+    TooLong,
     answers_to,
-    kept,
     lengths,
     name_of,
+    noted,
     overlap,
     replies,
     score_length,
@@ -37,8 +38,7 @@ from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import write_atomically, write_csv, write_jsonl
 from rmt_lightning.core.quoting import shown
 from rmt_lightning.core.run_folder import CHECKPOINTS, EVALUATION, PREDICTIONS, PROBES, alone_in, findings
-from rmt_lightning.core.statistics import Proportion
-from rmt_lightning.core.statistics import kept as share_kept
+from rmt_lightning.core.statistics import Proportion, kept
 from rmt_lightning.reporting import figures
 from rmt_lightning.tasks.corpus import text_digest
 from rmt_lightning.tasks.facts import Finite, Task
@@ -180,10 +180,17 @@ def evaluate_set(config: DictConfig, run_config: DictConfig, run: Path, checkpoi
         digests = hashlib.sha256(b"".join(published.files(cell).digests())).hexdigest()
         # Another evaluation may have come to it first, of files that have not changed since.
         if found.read().cells.get(str(cell), {}).get("files") != digests:
-            row, predictions = _ask_cell(module, published, cell, config, device)
+            try:
+                row, predictions = _ask_cell(module, published, cell, config, device)
+            except TooLong as error:
+                log.warning("%s: left out, for some of its texts are %s", cell, error)
+                continue
             found.predict(str(cell), predictions)
             found.add("cells", str(cell), row | {"files": digests})
-    get_console().print(leaderboard_table([found.cells[str(cell)] for cell in published.cells]))
+    rows = [found.cells[str(cell)] for cell in published.cells if str(cell) in found.cells]
+    if not rows:
+        raise UserError(f"{published.setting}: all of its texts are too long for this model; give tokens=… of fewer")
+    get_console().print(leaderboard_table(rows))
     tell_folder(folder, ", ".join(name for name in _FILES if (folder / name).exists()))
     return found
 
@@ -370,7 +377,7 @@ def _test(
         total = -(-samples // batch_size) * num_segments
         predictions: list[dict[str, Any]] = []
         with _bar(name_of(like), total, batch_size) as advance:
-            found = kept(replies(module, placement, like, samples, batch_size, device, advance), predictions)
+            found = noted(replies(module, placement, like, samples, batch_size, device, advance), predictions)
             result = score_length(found, placement, like, module.WRITES)
         return result, predictions, time.perf_counter() - began
 
@@ -502,7 +509,7 @@ def _rate_in_words(row: dict[str, Any] | None) -> str:
         f"Memory lost per segment: {row['rate']:.2g}, 95% interval {row['rate_low']:.2g} – {row['rate_high']:.2g} "
         f"({row['lost']} memories lost in {row['exposure']:,} segments; {row['streams']} were followed"
         + (f", {row['questions']} different questions)" if row["questions"] is not None else ")")
-        + f". At the upper end {share_kept(row['rate_high'], _LONG):.1%} of them are left after {_LONG:,} segments"
+        + f". At the upper end {kept(row['rate_high'], _LONG):.1%} of them are left after {_LONG:,} segments"
     )
 
 

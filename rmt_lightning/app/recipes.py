@@ -19,7 +19,7 @@ from rich import get_console
 from rich.progress import track
 from rich.table import Table
 
-from rmt_lightning.analysis.extrapolation import LengthResult, LengthTest, in_words, kept, replies, score_length
+from rmt_lightning.analysis.extrapolation import LengthResult, LengthTest, in_words, noted, replies, score_length
 from rmt_lightning.analysis.perplexity import DocumentTest, evaluate_documents, total
 from rmt_lightning.app.build import build_answering, build_foundation, construct, testable
 from rmt_lightning.app.results import draw_attention, length_table, tell_limit
@@ -155,7 +155,7 @@ class FactRecipe(Recipe):
         predictions: list[dict[str, Any]] = []
         with trainer.precision_plugin.forward_context():
             for like in shown:
-                told = kept(replies(self.module, placement, like, samples, batch_size, device), predictions)
+                told = noted(replies(self.module, placement, like, samples, batch_size, device), predictions)
                 found[like] = score_length(told, placement, like, self.module.WRITES)
         lengths = [*found.values()]
         console.print(length_table(found, self.lengths.lengths, self.model))

@@ -121,7 +121,8 @@ def length_table(found: Mapping[Key, LengthResult], asked: Sequence[Key], model:
     title = f"Test on unseen text, {samples}"
     # Nearly always all questions fit, and screens are narrow.
     limit = model.max_segments
-    short = [like for like in asked if like not in found and (limit is None or like.num_segments <= limit)]
+    sizes = {like: like.num_segments or (like.tokens or 0) / model.text_length for like in asked}
+    short = [like for like in asked if like not in found and (limit is None or sizes[like] <= limit)]
     partial = any(result.fits is not None and result.fits < 1 for result in lengths) or bool(short)
     written = ("exact", "F1") if any(result.exact is not None for result in lengths) else ()
     headings = ("segments", "tokens", "accuracy", "95% interval", *written, "questions", *["fits"] * partial)

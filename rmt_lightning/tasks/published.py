@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.hub import out_of_reach
-from rmt_lightning.core.tokens import token_count
+from rmt_lightning.core.tokens import in_short, token_count
 from rmt_lightning.tasks.text_files import NO_TEXT, ROWS, TextFiles
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class Cell(NamedTuple):
     def order(self) -> tuple[int, int, str]:
         """By length, then by the number of the task."""
         number = re.fullmatch(r"qa(\d+)", self.task)
-        return token_count("", self.length) if self.length else -1, int(number[1]) if number else 0, self.task
+        return token_count("set", self.length) if self.length else -1, int(number[1]) if number else 0, self.task
 
 
 class PublishedSet:
@@ -94,22 +94,24 @@ class PublishedSet:
     def __init__(self, given: str, tasks: Sequence[str] | None = None, tokens: Sequence[int | str] = ()) -> None:
         self.given = given
         self.setting = f"set={given}"
+        if tasks is not None and not tasks:
+            raise UserError("tasks=[]: names no task; give some, such as [qa1,qa2], or leave it out")
         there: dict[Cell, list[Callable[[], Path]]] = {}
         for cell, file in self._files():
             there.setdefault(cell, []).append(file)
-        wanted = [token_count("tokens", one) for one in tokens]
-        lengths = {cell: token_count("", cell.length) for cell in there if cell.length}
+        cells = sorted(there, key=lambda cell: cell.order)
+        wanted = [in_short(token_count("tokens", one)) for one in tokens]
         for key, asked, known in (
-            ("tasks", tasks or (), {cell.task: cell.task for cell in sorted(there, key=lambda cell: cell.order)}),
-            ("tokens", wanted, {lengths[cell]: cell.length for cell in sorted(lengths, key=lambda cell: cell.order)}),
+            ("tasks", tasks or (), dict.fromkeys(cell.task for cell in cells)),
+            ("tokens", wanted, dict.fromkeys(cell.length for cell in cells if cell.length)),
         ):
             if absent := [one for one in asked if one not in known]:
-                told = f"it has {', '.join(known.values())}" if known else "its files name none"
-                raise UserError(f"{key}={','.join(map(str, asked))}: {self.setting} has no {absent[0]}; {told}")
+                told = f"it has {', '.join(known)}" if known else "its files name none"
+                raise UserError(f"{key}={','.join(asked)}: {self.setting} has no {absent[0]}; {told}")
         self._there = {
             cell: there[cell]
-            for cell in sorted(there, key=lambda cell: cell.order)
-            if (not tasks or cell.task in tasks) and (not wanted or lengths.get(cell) in wanted)
+            for cell in cells
+            if (not tasks or cell.task in tasks) and (not wanted or cell.length in wanted)
         }
         self.cells = list(self._there)
         if not self.cells:
@@ -180,5 +182,6 @@ def _cell(path: PurePath) -> Cell:
     """The task and the length that a file's name tells, or a folder's that is named so; the nearest one counts."""
     words = [*path.parts[:-1], *re.split(r"[^0-9A-Za-z]+", path.stem)]
     tasks = [word.lower() for word in words if re.fullmatch(r"(?i)qa[0-9]+", word)]
-    lengths = [word.replace("K", "k") for word in words if re.fullmatch(r"[0-9]{1,6}[kKM]", word)]
-    return Cell(tasks[-1] if tasks else path.stem, lengths[-1] if lengths else "")
+    lengths = [word for word in words if re.fullmatch(r"[0-9]{1,4}[kK]|[0-9]{1,3}M", word)]
+    length = in_short(token_count("set", lengths[-1])) if lengths else ""
+    return Cell(tasks[-1] if tasks else path.stem, length)
