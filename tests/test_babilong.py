@@ -23,11 +23,12 @@ from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.tokens import in_short, token_count
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.rmt import RMTEncoder
+from rmt_lightning.reporting import sweeps
 from rmt_lightning.tasks.babi import Babilong
 from rmt_lightning.tasks.corpus import Corpus
 from rmt_lightning.tasks.facts import Detect, Split
 from rmt_lightning.tasks.placement import Key, Placement, side_by_side
-from rmt_lightning.tasks.published import LABELS, Cell, PublishedSet, is_right
+from rmt_lightning.tasks.published import LABELS, Part, PublishedSet, is_right
 from rmt_lightning.training.answering import FactClassifier
 
 PLACES = ("office", "bathroom", "garden", "bedroom", "kitchen", "hallway")
@@ -66,6 +67,7 @@ def test_train_and_test_file_are_never_mixed(babi: Path) -> None:
     assert task.remarks[1:] == ("of the 12 questions for test, 4 have answers that it never gives",)
     # Nothing of the test teaches a tokenizer.
     assert not any("moon" in sentence or " went to the office" in sentence for sentence in task.sentences())
+    assert Babilong(str(babi), "QA1").questions("test") == test
     # As bAbI comes with a file for validation.
     for part, text in (("train", stories()), ("valid", stories(verb="ran")), ("test", stories(verb="went"))):
         (babi / f"qa2_{part}.txt").write_text(text)
@@ -281,6 +283,12 @@ def test_a_run_tests_lengths_in_tokens_and_so_does_evaluate(
     assert evaluate("samples=8", "follow=0", "tokens=[0]") == folder
 
 
+def test_sweeps_have_a_column_for_each_length() -> None:
+    names = ["accuracy_1000_tokens", "accuracy_16", "accuracy_0_tokens", "accuracy_2"]
+    told = [sweeps.in_words(name) for name in sorted(names, key=sweeps._order)]
+    assert told == ["at 2 segments", "at 16 segments", "at 0k tokens", "at 1k tokens"]
+
+
 def test_overlap_of_words() -> None:
     """The rules of SQuAD: case, punctuation and articles do not count."""
     said = [("The Garden.", "garden"), ("to the red garden", "garden"), ("kitchen", "office"), ("", "office")]
@@ -359,26 +367,26 @@ def test_however_a_set_is_laid_out(layout: str, tmp_path: Path) -> None:
     write_set(tmp_path, layout, ("qa2", "qa10", "qa1"), ("1M", "64k", "0k"))
     (tmp_path / "README.md").write_text("# A set")
     published = PublishedSet(str(tmp_path))
-    assert [str(cell) for cell in published.cells] == [
+    assert [str(part) for part in published.parts] == [
         f"{task} {length}" for length in ("0k", "64k", "1M") for task in ("qa1", "qa2", "qa10")
     ]
-    first, *others = published.rows(Cell("qa2", "0k"))
+    first, *others = published.rows(Part("qa2", "0k"))
     assert tuple(first) == ("Mary went to the garden.", "Where is Mary?", "garden") and len(others) == 2
     some = PublishedSet(str(tmp_path), ["qa10", "qa1"], [0, "1000k"])
-    assert [*map(str, some.cells)] == ["qa1 0k", "qa10 0k", "qa1 1M", "qa10 1M"]
+    assert [*map(str, some.parts)] == ["qa1 0k", "qa10 0k", "qa1 1M", "qa10 1M"]
 
 
 def test_a_set_whose_names_tell_nothing(tmp_path: Path) -> None:
     write_set(tmp_path, "questions.jsonl", ("qa1",), ("0k",))
     for given in (tmp_path, tmp_path / "questions.jsonl", tmp_path / "*.jsonl"):
         published = PublishedSet(str(given))
-        assert published.cells == [("questions", "")] and str(published.cells[0]) == "questions"
-    targets = {row.target for row in published.rows(published.cells[0])}
-    assert published.labels(published.cells[0], targets) == ("garden", "kitchen", "office")
+        assert published.parts == [("questions", "")] and str(published.parts[0]) == "questions"
+    targets = {row.target for row in published.rows(published.parts[0])}
+    assert published.labels(published.parts[0], targets) == ("garden", "kitchen", "office")
     # Labels of a task count, unless its answers are others.
-    assert published.labels(Cell("qa1", "0k"), targets) == LABELS["qa1"]
-    assert published.labels(Cell("qa1", "0k"), {"moon", "sun"}) == ("moon", "sun")
-    assert published.labels(Cell("qa8", "0k"), {"apple,milk"}) == LABELS["qa8"]
+    assert published.labels(Part("qa1", "0k"), targets) == LABELS["qa1"]
+    assert published.labels(Part("qa1", "0k"), {"moon", "sun"}) == ("moon", "sun")
+    assert published.labels(Part("qa8", "0k"), {"apple,milk"}) == LABELS["qa8"]
 
 
 @pytest.mark.parametrize(
@@ -400,11 +408,11 @@ def test_what_is_no_set(tmp_path: Path, name: str, content: str, options: dict[s
     (tmp_path / name).write_text(content)
     if message == "no question":
         published = PublishedSet(str(tmp_path))
-        assert list(published.rows(published.cells[0])) == []
+        assert list(published.rows(published.parts[0])) == []
         return
     with pytest.raises(UserError) as refused:
         published = PublishedSet(str(tmp_path), **options)
-        list(published.rows(published.cells[0]))
+        list(published.rows(published.parts[0]))
     assert message.replace("HERE", str(tmp_path)) in str(refused.value)
 
 
@@ -428,8 +436,8 @@ def test_a_set_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     published = PublishedSet("RMT-team/babilong", ["qa2"], ["1k"])
-    assert published.cells == [("qa2", "1k")] and fetched == []
-    assert len(list(published.rows(published.cells[0]))) == 3 and set(fetched) == {"data/qa2/1k.json"}
+    assert published.parts == [("qa2", "1k")] and fetched == []
+    assert len(list(published.rows(published.parts[0]))) == 3 and set(fetched) == {"data/qa2/1k.json"}
     with pytest.raises(
         UserError, match=r"^set=RMT-team/other: cannot be read from the Hugging Face Hub \(AssertionErr"
     ):
@@ -462,7 +470,7 @@ def test_the_published_layout(
     assert [row["length"] for row in predictions] == [name for name in ("qa1 0k", "qa5 0k", "qa1 1k") for _ in range(3)]
     assert all(row["right"] == (row["answer"] == row["target"]) for row in predictions)
     # What has been asked is not asked again, but where files have changed.
-    monkeypatch.setattr("rmt_lightning.app.evaluation._ask_cell", None)
+    monkeypatch.setattr("rmt_lightning.app.evaluation._ask_part", None)
     assert evaluate("set=set", "tasks=[qa1]") == folder
     (tmp_path / "set/data/qa1/0k.json").write_text("[]")
     with pytest.raises(TypeError):

@@ -21,6 +21,7 @@ from rmt_lightning.analysis.extrapolation import (
     LengthResult,
     TooLong,
     answers_to,
+    in_words,
     lengths,
     name_of,
     noted,
@@ -44,7 +45,7 @@ from rmt_lightning.tasks.corpus import text_digest
 from rmt_lightning.tasks.facts import Finite, Task
 from rmt_lightning.tasks.placement import Key, Placement
 from rmt_lightning.tasks.probes import probes
-from rmt_lightning.tasks.published import Cell, PublishedSet, Row, is_right
+from rmt_lightning.tasks.published import Part, PublishedSet, Row, is_right
 from rmt_lightning.training.answering import FactClassifier, FactModule
 from rmt_lightning.training.callbacks.hardware import host_memory, make_fast
 from rmt_lightning.training.retention import early, follow
@@ -64,7 +65,7 @@ _SEGMENTS = [2**power for power in range(13)]
 # The lengths of probes, in segments, unless they are given: a hundredth of what the default lengths take.
 _PROBED = (1, 8)
 # What earlier versions did not tell of a length.
-_UNKNOWN = {"fits": None, "tokens": None}
+_UNKNOWN = ("questions", "fits", "tokens")
 # Segments of the longest inputs of RMT-2023, figure 1, by which a rate of loss is told.
 _LONG = 4096
 
@@ -162,7 +163,7 @@ def evaluate(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: 
 
 
 def evaluate_set(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: Path) -> _Found:
-    """Ask the questions of a published set, cell by cell, that have not been asked; print and return what was found.
+    """Ask the questions of a published set, part by part, that have not been asked; print and return what was found.
 
     Raises:
         UserError: if the set or the checkpoint cannot be read, or its texts are too long for the model.
@@ -176,18 +177,18 @@ def evaluate_set(config: DictConfig, run_config: DictConfig, run: Path, checkpoi
     name = Path(config.set).name
     folder = findings(config.output or run, "evaluations", f"{checkpoint.stem}-{name}", settings | {"device": hardware})
     found = _Found(folder, settings | {"device": hardware, "model_name": run.name})
-    for cell in published.cells:
-        digests = hashlib.sha256(b"".join(published.files(cell).digests())).hexdigest()
+    for part in published.parts:
+        digests = hashlib.sha256(b"".join(published.files(part).digests())).hexdigest()
         # Another evaluation may have come to it first, of files that have not changed since.
-        if found.read().cells.get(str(cell), {}).get("files") != digests:
+        if found.read().parts.get(str(part), {}).get("files") != digests:
             try:
-                row, predictions = _ask_cell(module, published, cell, config, device)
+                row, predictions = _ask_part(module, published, part, config, device)
             except TooLong as error:
-                log.warning("%s: left out, for some of its texts are %s", cell, error)
+                log.warning("%s: left out, for some of its texts are %s", part, error)
                 continue
-            found.predict(str(cell), predictions)
-            found.add("cells", str(cell), row | {"files": digests})
-    rows = [found.cells[str(cell)] for cell in published.cells if str(cell) in found.cells]
+            found.predict(str(part), predictions)
+            found.add("parts", str(part), row | {"files": digests})
+    rows = [found.parts[str(part)] for part in published.parts if str(part) in found.parts]
     if not rows:
         raise UserError(f"{published.setting}: all of its texts are too long for this model; give tokens=… of fewer")
     get_console().print(leaderboard_table(rows))
@@ -195,24 +196,24 @@ def evaluate_set(config: DictConfig, run_config: DictConfig, run: Path, checkpoi
     return found
 
 
-def _ask_cell(
-    module: FactModule, published: PublishedSet, cell: Cell, config: DictConfig, device: torch.device
+def _ask_part(
+    module: FactModule, published: PublishedSet, part: Part, config: DictConfig, device: torch.device
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Ask the questions of a cell, and put what was found into a row, and the answers into others."""
-    targets = [row.target for row in published.rows(cell)]
+    """Ask the questions of a part, and put what was found into a row, and the answers into others."""
+    targets = [row.target for row in published.rows(part)]
     if not targets:
-        raise UserError(f"{published.setting}: {cell} holds no question; leave it out with tasks=…")
-    labels = published.labels(cell, set(targets))
+        raise UserError(f"{published.setting}: {part} holds no question; leave it out with tasks=…")
+    labels = published.labels(part, set(targets))
     targets = targets[: config.samples]
     if not module.WRITES and (strange := sum(target not in module.answers for target in targets)):
         known = ", ".join(module.answers)
-        log.info("%s: %d of %d are none of the answers of the model (%s): wrong", cell, strange, len(targets), known)
+        log.info("%s: %d of %d are none of the answers of the model (%s): wrong", part, strange, len(targets), known)
     length, began = module.model.text_length, time.perf_counter()
 
     def ask(batch_size: int) -> list[tuple[Row, int, str | None]]:
-        rows = islice(published.rows(cell), len(targets))
+        rows = islice(published.rows(part), len(targets))
         replies: list[tuple[Row, int, str | None]] = []
-        with _bar(str(cell), len(targets), 1) as advance:
+        with _bar(str(part), len(targets), 1) as advance:
             for row, tokens, said in answers_to(module, module.model, rows, batch_size, device):
                 # Texts may be long, and two that are alike are one question.
                 replies.append((row._replace(input=hashlib.sha256(row.input.encode()).hexdigest()), tokens, said))
@@ -222,7 +223,7 @@ def _ask_cell(
     replies, batch_size = _side_by_side(ask, len(targets), config, device)
     predictions: list[dict[str, Any]] = [
         {
-            "length": str(cell), "question": row.question, "target": row.target, "answer": said,
+            "length": str(part), "question": row.question, "target": row.target, "answer": said,
             "right": is_right(row.target, said or "", row.question, labels), "distance": None,
             "segments": -(-tokens // length), "tokens": tokens,
         }
@@ -230,7 +231,7 @@ def _ask_cell(
     ]  # fmt: skip
     right, questions = [row["right"] for row in predictions], len({row for row, _, _ in replies})
     exact, f1 = overlap([(said or "", row.target) for row, _, said in replies])
-    found: dict[str, Any] = {"task": cell.task, "length": cell.length}
+    found: dict[str, Any] = {"task": part.task, "length": part.length}
     found |= Proportion(sum(right), len(right), questions=questions, finite=True).row()
     found |= {"exact_match": exact, "f1": f1, "segments": max(row["segments"] for row in predictions)}
     found |= {"text_tokens": round(sum(row["tokens"] for row in predictions) / len(right)), "batch_size": batch_size}
@@ -250,7 +251,7 @@ class _Found:
         lengths: a row for each number of segments, in their order, then for each "<number> tokens".
         retention: a row for each way in which memories were followed: "<segments> every <segments> of <memories>".
         probes: a row for each "<segments> <probe>", in the order of lengths.
-        cells: a row for each "<task> <length>" of a published set.
+        parts: a row for each "<task> <length>" of a published set.
 
     Raises:
         UserError: if the folder cannot be written to, or what stands there is damaged.
@@ -262,13 +263,13 @@ class _Found:
         self.lengths: dict[str, dict[str, Any]] = {}
         self.retention: dict[str, dict[str, Any]] = {}
         self.probes: dict[str, dict[str, Any]] = {}
-        self.cells: dict[str, dict[str, Any]] = {}
+        self.parts: dict[str, dict[str, Any]] = {}
         # An evaluation that was killed may have left the file without its tables.
         with alone_in(folder):
-            if self.read().lengths or self.retention or self.probes or self.cells:
+            if self.read().lengths or self.retention or self.probes or self.parts:
                 self._write()
 
-    def add(self, kind: Literal["lengths", "retention", "probes", "cells"], key: str, row: dict[str, Any]) -> None:
+    def add(self, kind: Literal["lengths", "retention", "probes", "parts"], key: str, row: dict[str, Any]) -> None:
         """Add a row to what others may have found in the meantime."""
         with alone_in(self.path.parent):
             getattr(self.read(), kind)[key] = row
@@ -282,7 +283,7 @@ class _Found:
                 lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
                 others = [row for row in map(json.loads, lines) if row["length"] != length]
             except (ValueError, TypeError, KeyError):
-                raise UserError(f"{shown(path)}: is damaged; remove it, and go on without what stood there") from None
+                raise UserError(f"{shown(path)}: is damaged; remove it, and go on without its answers") from None
             write_jsonl(path, [*others, *rows])
 
     def read(self) -> _Found:
@@ -294,9 +295,10 @@ class _Found:
                 key if " of " in key else f"{key} of {row['streams']}": unknown | row
                 for key, row in found.get("retention", {}).items()
             }
-            self.lengths = {key: unknown | _UNKNOWN | row for key, row in found.get("lengths", {}).items()}
+            rows = found.get("lengths", {}).items()
+            self.lengths = {key: row | {k: None for k in _UNKNOWN if k not in row} for key, row in rows}
             self.probes = {key: dict(row) for key, row in found.get("probes", {}).items()}
-            self.cells = {key: dict(row) for key, row in found.get("cells", {}).items()}
+            self.parts = {key: dict(row) for key, row in found.get("parts", {}).items()}
         except (ValueError, AttributeError, TypeError, KeyError):
             raise UserError(f"{shown(self.path)}: is damaged; remove it, and it is found out again") from None
         return self
@@ -317,9 +319,9 @@ class _Found:
         order = {key: ("tokens" in key, int(key.split()[0])) for key in self.lengths}
         self.lengths = {key: self.lengths[key] for key in sorted(self.lengths, key=order.__getitem__)}
         self.probes = dict(sorted(self.probes.items(), key=lambda item: int(item[0].split()[0])))
-        cells = {Cell(row["task"], row["length"]): key for key, row in self.cells.items()}
-        self.cells = {cells[cell]: self.cells[cells[cell]] for cell in sorted(cells, key=lambda cell: cell.order)}
-        found = {"lengths": self.lengths, "retention": self.retention, "probes": self.probes, "cells": self.cells}
+        parts = {Part(row["task"], row["length"]): key for key, row in self.parts.items()}
+        self.parts = {parts[part]: self.parts[parts[part]] for part in sorted(parts, key=lambda part: part.order)}
+        found = {"lengths": self.lengths, "retention": self.retention, "probes": self.probes, "parts": self.parts}
         content = {"settings": self.settings, **found}
         write_atomically(self.path, json.dumps(content, indent=2).encode())
         asked = [
@@ -347,8 +349,8 @@ class _Found:
         ]
         write_csv(folder / "distances.csv", distances)
         write_csv(folder / PROBES, [*self.probes.values()])
-        write_csv(folder / _SET, [{k: v for k, v in row.items() if k != "files"} for row in self.cells.values()])
-        write_csv(folder / _LEADERBOARD, leaderboard(self.settings.get("model_name", ""), [*self.cells.values()]))
+        write_csv(folder / _SET, [{k: v for k, v in row.items() if k != "files"} for row in self.parts.values()])
+        write_csv(folder / _LEADERBOARD, leaderboard(self.settings.get("model_name", ""), [*self.parts.values()]))
 
 
 def asked_segments(config: DictConfig) -> list[int]:
@@ -376,7 +378,7 @@ def _test(
         began = time.perf_counter()
         total = -(-samples // batch_size) * num_segments
         predictions: list[dict[str, Any]] = []
-        with _bar(name_of(like), total, batch_size) as advance:
+        with _bar(in_words([like]), total, batch_size) as advance:
             found = noted(replies(module, placement, like, samples, batch_size, device, advance), predictions)
             result = score_length(found, placement, like, module.WRITES)
         return result, predictions, time.perf_counter() - began

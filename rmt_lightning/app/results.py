@@ -22,7 +22,7 @@ from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.reporting import figures
 from rmt_lightning.tasks.facts import Split
 from rmt_lightning.tasks.placement import Key, Placement, Sample
-from rmt_lightning.tasks.published import Cell
+from rmt_lightning.tasks.published import Part
 from rmt_lightning.training.answering import FactModule
 from rmt_lightning.training.phases.phase import Phase
 
@@ -163,18 +163,18 @@ def probe_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def leaderboard(model: str, cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def leaderboard(model: str, parts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Accuracy in percent as BABILong publishes it (booydar/babilong, collect_results.py): a column for each length.
 
     Args:
         model: its name.
-        cells: rows as in set.csv.
+        parts: rows as in set.csv.
 
     Returns:
         A row for each task, and one for their mean, where none is missing.
     """
-    found = {(cell["task"], cell["length"] or _ANY): 100 * cell["accuracy"] for cell in cells}
-    tasks = sorted({task for task, _ in found}, key=lambda task: Cell(task, "").order)
+    found = {(part["task"], part["length"] or _ANY): 100 * part["accuracy"] for part in parts}
+    tasks = sorted({task for task, _ in found}, key=lambda task: Part(task, "").order)
     lengths = dict.fromkeys(length for _, length in found)
     means = {"avg": tasks} | ({"avg qa1-5": _FIRST} if len(tasks) > len(_FIRST) and {*_FIRST} <= {*tasks} else {})
     rows = [{"task": task} | {length: found.get((task, length)) for length in lengths} for task in tasks]
@@ -189,9 +189,9 @@ def _mean(values: list[float | None]) -> float | None:
     return sum(known) / len(known) if len(known) == len(values) else None
 
 
-def leaderboard_table(cells: Sequence[Mapping[str, Any]]) -> Table:
+def leaderboard_table(parts: Sequence[Mapping[str, Any]]) -> Table:
     """The same for the screen, a row for each length."""
-    rows = leaderboard("", cells)
+    rows = leaderboard("", parts)
     tasks = (row["task"] for row in rows)
     table = Table("length", *tasks, title="Accuracy (%)", title_justify="left")
     for length in list(rows[0])[2:]:

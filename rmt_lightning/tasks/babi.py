@@ -81,7 +81,7 @@ class Babilong(Questions):
 
     def __init__(self, folder: str, name: str = "qa1") -> None:
         there = _tasks_in(folder)
-        files = there.get(name, {})
+        files = there.get(name.lower(), {})
         if missing := [kind for kind in ("train", "test") if kind not in files]:
             whole = [task for task in sorted(there, key=_number) if {"train", "test"} <= there[task].keys()]
             hint = f"; task=babi task.path={files['train']} holds a part of it back" if "train" in files else ""

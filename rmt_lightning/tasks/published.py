@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -57,7 +58,7 @@ class Row(NamedTuple):
     target: str
 
 
-class Cell(NamedTuple):
+class Part(NamedTuple):
     """What a published set calls by one name: a task at a length, such as qa1 at 64k; without a length, it is empty."""
 
     task: str
@@ -85,7 +86,7 @@ class PublishedSet:
         tokens: which of its lengths; none: all.
 
     Attributes:
-        cells: all of them, shorter ones first.
+        parts: all of them, shorter ones first.
 
     Raises:
         UserError: if there is no such set, or not what is asked for.
@@ -96,40 +97,41 @@ class PublishedSet:
         self.setting = f"set={given}"
         if tasks is not None and not tasks:
             raise UserError("tasks=[]: names no task; give some, such as [qa1,qa2], or leave it out")
-        there: dict[Cell, list[Callable[[], Path]]] = {}
-        for cell, file in self._files():
-            there.setdefault(cell, []).append(file)
-        cells = sorted(there, key=lambda cell: cell.order)
+        tasks = [re.sub(r"QA(?=[0-9]+$)", "qa", task) for task in tasks or ()]
+        there: dict[Part, list[Callable[[], Path]]] = {}
+        for part, file in self._files():
+            there.setdefault(part, []).append(file)
+        parts = sorted(there, key=lambda part: part.order)
         wanted = [in_short(token_count("tokens", one)) for one in tokens]
         for key, asked, known in (
-            ("tasks", tasks or (), dict.fromkeys(cell.task for cell in cells)),
-            ("tokens", wanted, dict.fromkeys(cell.length for cell in cells if cell.length)),
+            ("tasks", tasks, dict.fromkeys(part.task for part in parts)),
+            ("tokens", wanted, dict.fromkeys(part.length for part in parts if part.length)),
         ):
             if absent := [one for one in asked if one not in known]:
                 told = f"it has {', '.join(known)}" if known else "its files name none"
                 raise UserError(f"{key}={','.join(asked)}: {self.setting} has no {absent[0]}; {told}")
         self._there = {
-            cell: there[cell]
-            for cell in cells
-            if (not tasks or cell.task in tasks) and (not wanted or cell.length in wanted)
+            part: there[part]
+            for part in parts
+            if (not tasks or part.task in tasks) and (not wanted or part.length in wanted)
         }
-        self.cells = list(self._there)
-        if not self.cells:
+        self.parts = list(self._there)
+        if not self.parts:
             raise UserError(
                 f"{self.setting}: has none of these tasks at one of these lengths; leave out tasks or tokens"
             )
 
-    def files(self, cell: Cell) -> TextFiles:
-        """The files of a cell, which are fetched first if they stand on the Hub."""
-        return TextFiles("set", self.given, ROWS, [file() for file in self._there[cell]])
+    def files(self, part: Part) -> TextFiles:
+        """The files of a part, which are fetched first if they stand on the Hub."""
+        return TextFiles("set", self.given, ROWS, [file() for file in self._there[part]])
 
-    def rows(self, cell: Cell) -> Iterator[Row]:
-        """The questions of a cell, as they are read.
+    def rows(self, part: Part) -> Iterator[Row]:
+        """The questions of a part, as they are read.
 
         Raises:
             UserError: naming file and place, if something is none.
         """
-        for at, row in self.files(cell).rows(Row._fields):
+        for at, row in self.files(part).rows(Row._fields):
             for name in Row._fields:
                 if not isinstance(text := row.get(name), str) or not text.strip() or NO_TEXT.search(text):
                     what = f"is {text!r:.40}, no text" if name in row else f"is missing; it has {', '.join(row)}"
@@ -137,19 +139,17 @@ class PublishedSet:
             yield Row(row["input"], row["question"].strip(), row["target"].strip())
 
     @staticmethod
-    def labels(cell: Cell, targets: Iterable[str]) -> tuple[str, ...]:
+    def labels(part: Part, targets: Iterable[str]) -> tuple[str, ...]:
         """What answers are looked for: the labels of BABILong, or the targets, where these are others."""
-        parts = {target: target.split(",") if len(target) > 3 else [target] for target in targets}
-        known = LABELS.get(cell.task, ())
-        lower = {label.lower() for label in known}
-        asked = {part for some in parts.values() for part in some}
-        return known if all(part.lower() in lower for part in asked) else tuple(sorted(asked))
+        lists = (target.split(",") if len(target) > 3 else [target] for target in targets)
+        asked, known = {*chain.from_iterable(lists)}, LABELS.get(part.task, ())
+        return known if {*map(str.lower, asked)} <= {*map(str.lower, known)} else tuple(sorted(asked))
 
-    def _files(self) -> Iterator[tuple[Cell, Callable[[], Path]]]:
+    def _files(self) -> Iterator[tuple[Part, Callable[[], Path]]]:
         place = os.path.expanduser(self.given)
         if os.path.exists(place) or not re.fullmatch(r"[\w.-]+/[\w.-]+", self.given):
             for file in TextFiles("set", self.given, ROWS, mixed=True).files:
-                yield _cell(PurePath(os.path.abspath(file))), partial(Path, file)
+                yield _part(PurePath(os.path.abspath(file))), partial(Path, file)
             return
         if trouble := out_of_reach(self.setting):
             raise UserError(
@@ -159,7 +159,7 @@ class PublishedSet:
         names = [name for name in self._of_hub("list_repo_files") if PurePath(name).suffix.lower() in ROWS]
         if not names:
             raise UserError(f"{self.setting}: has no {', '.join(ROWS)} file on the Hugging Face Hub; give another")
-        yield from ((_cell(PurePath(name)), partial(self._fetched, name)) for name in names)
+        yield from ((_part(PurePath(name)), partial(self._fetched, name)) for name in names)
 
     def _fetched(self, name: str) -> Path:
         log.info("%s: fetching %s", self.setting, name)
@@ -178,10 +178,10 @@ class PublishedSet:
             ) from None
 
 
-def _cell(path: PurePath) -> Cell:
+def _part(path: PurePath) -> Part:
     """The task and the length that a file's name tells, or a folder's that is named so; the nearest one counts."""
     words = [*path.parts[:-1], *re.split(r"[^0-9A-Za-z]+", path.stem)]
     tasks = [word.lower() for word in words if re.fullmatch(r"(?i)qa[0-9]+", word)]
     lengths = [word for word in words if re.fullmatch(r"[0-9]{1,4}[kK]|[0-9]{1,3}M", word)]
     length = in_short(token_count("set", lengths[-1])) if lengths else ""
-    return Cell(tasks[-1] if tasks else path.stem, length)
+    return Part(tasks[-1] if tasks else path.stem, length)
