@@ -313,7 +313,9 @@ def test_saved_and_restored(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) 
 
 def test_scores_of_large_models_are_plain_but_for_rounding(tokenizer: PreTrainedTokenizerBase) -> None:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL | {"hidden_size": 128}, **HEADS, tie_word_embeddings=False))
+    model = AutoModelForCausalLM.from_config(
+        LlamaConfig(**SMALL | {"hidden_size": 128}, **HEADS, tie_word_embeddings=False)
+    )
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(20)

@@ -40,7 +40,7 @@ ELSEWHERE = ("resume=", "2026", "dashboard", "my.jsonl", "checkpoint=mine", "mod
 @pytest.mark.parametrize("command", [command for command in COMMANDS if not any(word in command for word in ELSEWHERE)])
 def test_commands(command: str, environment: dict[str, str], tmp_path: Path) -> None:
     words = [word for word in shlex.split(command) if word != "--multirun"]
-    settings = [word.split(",")[0] for word in words[3:]]
+    settings = [word if word.endswith("]") else word.split(",")[0] for word in words[3:]]
     program = [sys.executable, *words[1:3], *settings, "--cfg", "job"]
     result = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr

@@ -215,7 +215,7 @@ def open_answering(config: DictConfig, run: Path, checkpoint: Path) -> tuple[Fac
         UserError: if the checkpoint is damaged or of a language model.
     """
     saved = _answers_in(checkpoint)
-    backbone = Restored(run / TOKENIZER, run / BACKBONE)
+    backbone = Restored(run)
     model = _model(config.model, backbone, backbone.tokenizer([]))
     module: FactModule = construct(config.answer, model=model, answers=saved["answers"], phases=None, metrics=None)
     check_fits(module, saved["state_dict"], checkpoint)
