@@ -477,6 +477,21 @@ def test_the_published_layout(
         evaluate("set=set")
 
 
+@pytest.mark.fault("texts of a set are longer than a model can read", "they are left out, and said")
+def test_texts_too_long_for_a_model(
+    evaluate: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rmt_lightning.models.segment_model.SegmentModel.max_segments", 5)
+    write_set(tmp_path / "set", "{task}_{length}.jsonl", ("qa1",), ("0k", "1k"))
+    folder = evaluate("set=set")
+    told = " ".join(capsys.readouterr().out.split())
+    assert "qa1 1k: left out, for some of its texts are longer than 5 segments of 35 tokens" in told
+    assert [row["length"] for row in rows(folder / "set.csv")] == ["0k"]
+    with pytest.raises(SystemExit):
+        evaluate("set=set", "tokens=[1k]")
+    assert "error: set=set: all of its texts are too long for this model; give" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("typed", "message"),
     [

@@ -311,10 +311,13 @@ def test_tensorboard(train: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
-def test_real_babi_among_real_stories(shared_data: Path, train: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "task", ["babi task.path=BABI/qa2_two-supporting-facts_train.txt", "babilong task.name=qa2 task.folder=BABI"]
+)
+def test_real_babi_among_real_stories(task: str, shared_data: Path, train: Run, tmp_path: Path) -> None:
+    words = f"task={task} test.tokens=[0,1k]".replace("BABI", str(shared_data / "babi/en-10k")).split()
     result = train(
-        *(setting for setting in SMALL if not setting.startswith("noise.")),
-        "task=babi", f"task.path={shared_data / 'babi/en-10k/qa2_two-supporting-facts_train.txt'}",
+        *(setting for setting in SMALL if not setting.startswith("noise.")), *words,
         "noise=files", f"noise.path={shared_data / 'squality/dev.jsonl'}", "noise.field=document",
         "backbone.vocabulary_size=1500", "data.segment_length=96", "hydra.run.dir=run", small=False,
     )  # fmt: skip

@@ -235,9 +235,7 @@ def answers_to(
     while batch := list(islice(rows, batch_size)):
         read = [_cut(model.tokenizer, row, model.text_length) for row in batch]
         if model.max_segments is not None and max(map(len, read)) > model.max_segments:
-            raise TooLong(
-                f"longer than the {model.max_segments} segments of {model.text_length} tokens that can be read"
-            )
+            raise TooLong(f"longer than {model.max_segments} segments of {model.text_length} tokens")
         said = module.say(fed([(len(pieces), iter(pieces)) for pieces in read], device, on_segment))
         for row, pieces, answer in zip(batch, read, said, strict=True):
             yield row, sum(map(len, pieces)), answer
