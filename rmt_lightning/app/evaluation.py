@@ -206,8 +206,9 @@ def _ask_part(
     labels = published.labels(part, set(targets))
     targets = targets[: config.samples]
     if not module.WRITES and (strange := sum(target not in module.answers for target in targets)):
-        known = ", ".join(module.answers)
-        log.info("%s: %d of %d are none of the answers of the model (%s): wrong", part, strange, len(targets), known)
+        log.info(
+            "%s: %d of %d targets are none of the model's answers, and count as wrong", part, strange, len(targets)
+        )
     length, began = module.model.text_length, time.perf_counter()
 
     def ask(batch_size: int) -> list[tuple[Row, int, str | None]]:

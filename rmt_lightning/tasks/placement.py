@@ -195,10 +195,8 @@ class Placement:
         if not key.facts:
             noise = self._noise(Reader(self.corpora[split], rng), rng, split, key)
             return Sample(None, (), 0, key.num_segments, key.num_segments * self.text_length, noise)
-        example = self._draw(rng, split, key)
+        example, room = self._draw(rng, split, key)
         facts, question = [self._ids(fact) for fact in example.facts], self._ids(example.question)
-        room = self._room(example, key)
-        assert room is not None, "examples are drawn that have room"
         homes = self._choose_segments(rng, facts, room, key)
         pieces = self._fill(Reader(self.corpora[split], rng), rng, split, key, facts, homes, question, room)
         distance = room.num_segments - 1 - min(homes[fact] for fact in example.support)
@@ -206,25 +204,28 @@ class Placement:
 
     def example(self, split: Split, key: Key) -> Example:
         """What the sample of this name tells and asks."""
-        return self._draw(self._random(split, key), split, key)
+        return self._draw(self._random(split, key), split, key)[0]
 
     def _random(self, split: Split, key: Key) -> np.random.Generator:
         # The key of the generator names the stream, its counter's upper half the sample, its lower half counts.
         counter = [0, key.tokens or 0, key.num_segments, key.number]
         return np.random.Generator(np.random.Philox(key=[self.seed, SPLITS.index(split)], counter=counter))
 
-    def _draw(self, rng: np.random.Generator, split: Split, key: Key) -> Example:
-        """An example that the sample has room for; of a finite set that is not trained on, the next one."""
+    def _draw(self, rng: np.random.Generator, split: Split, key: Key) -> tuple[Example, Room]:
+        """An example and the room that the sample has for it; of a finite set that is not trained on, the next one."""
+        task = self.task if key.easier is None else self.easier[key.easier]
+        drawn = (task.draw(rng, split) for _ in range(_ATTEMPTS))
         if self.finite and split != "train":
             fitting = self._fitting(split, key)
-            return fitting[key.number % len(fitting)]
-        task = self.task if key.easier is None else self.easier[key.easier]
-        for _ in range(_ATTEMPTS):
-            example = task.draw(rng, split)
-            if self._room(example, key) is not None:
-                return example
+            drawn = (fitting[number] for number in [key.number % len(fitting)])
+        for example in drawn:
+            if (room := self._room(example, key)) is not None:
+                return example, room
         fitting = self._fitting(split, key)
-        return fitting[int(rng.integers(len(fitting)))]
+        example = fitting[int(rng.integers(len(fitting)))]
+        room = self._room(example, key)
+        assert room is not None, "it fits"
+        return example, room
 
     def facts(self, easier: int | None = None) -> int:
         """How many facts an example has, of one of the easier forms or of the task itself, that has always as many."""
@@ -410,7 +411,7 @@ class Placement:
         last = -(-total // length) - 1
         left = defaultdict(lambda: length, {last: length - asked})
         left[0] -= (last + 1) * length - total
-        return Room(last + 1, total, left) if left[0] >= 0 and _latest(sizes, left, last) else None
+        return Room(last + 1, total, left) if _latest(sizes, left, last) is not None else None
 
     def _choose_segments(self, rng: np.random.Generator, facts: list[np.ndarray], room: Room, key: Key) -> list[int]:
         """The segment of each fact, in order, if they fit.
