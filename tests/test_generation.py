@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.models.generation import Stream, generate, read
+from rmt_lightning.models.likelihood import likelihood
 from rmt_lightning.models.rmt import RMTDecoder
 from rmt_lightning.models.tiny import TinyGPT
 
@@ -47,6 +48,26 @@ def test_greedy_over_borders(model: RMTDecoder, length: int) -> None:
     written = generate(model, ids, 2 * S + 2).input_ids[0].tolist()
     assert written == written_by_hand(model, ids[0].tolist(), 2 * S + 2)
     assert len(set(written)) > 3, "the text is too dull to tell anything"
+
+
+def test_how_likely_a_text_is(model: RMTDecoder) -> None:
+    """Of texts of unequal length side by side: what stands after some token, each token given all before it."""
+    texts, starts = [prompt(length)[0].tolist() for length in (2, S, 2 * S + 3)], [1, S - 2, S]
+    texts[1][-2:] = written_by_hand(model, texts[1][:-2], 2)
+    ids = torch.zeros(3, 2 * S + 3, dtype=torch.long)
+    for row, text in zip(ids, texts, strict=True):
+        row[: len(text)] = torch.tensor(text)
+    mask = torch.arange(ids.shape[1]) < torch.tensor([[len(text)] for text in texts])
+    found = likelihood(model, ids, torch.tensor(starts), mask.long())
+    gpt = model.decoder.model
+    for number, (text, start) in enumerate(zip(texts, starts, strict=True)):
+        expected = 0.0
+        for place in range(start, len(text)):
+            with torch.no_grad():
+                hidden, _memory = read_causal_text(gpt, text[:place], model.memory, S)
+                expected += float(gpt.lm_head(hidden[-1]).log_softmax(dim=0)[text[place]])
+        assert float(found.log[number]) == pytest.approx(expected, rel=1e-5)
+    assert found.greedy.tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.5, "top_k": 50, "top_p": 0.9}])

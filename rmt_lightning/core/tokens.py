@@ -45,6 +45,23 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, sentences: list[str]) -> list[
     return [ids for ids, _ in encode(tokenizer, [f" {sentence}" for sentence in sentences])]
 
 
+def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that documents begin with.
+
+    Raises:
+        UserError: if the tokenizer has none.
+    """
+    # Models that have seen nothing but an end between documents, as Qwen's have, have seen them begin after it.
+    tokens = (tokenizer.bos_token_id, tokenizer.cls_token_id, tokenizer.eos_token_id, tokenizer.sep_token_id)
+    start = next((token for token in tokens if token is not None), None)
+    if start is None:
+        raise UserError(
+            "backbone: its tokenizer has no token that begins or ends a text (bos, cls, eos, sep), to begin a document "
+            "with; choose another"
+        )
+    return int(start)
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
     """The tokens of texts that stand in running text, and where each of them begins and ends in its text.
 

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.tokens import start_token
 from rmt_lightning.tasks.corpus import Corpus
 from rmt_lightning.tasks.datamodule import Keys, ShortEpochs, TrainingKeys, ValidationKeys
 from rmt_lightning.tasks.facts import Split
@@ -91,16 +91,8 @@ class RunningText:
     """
 
     def __init__(self, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, text_length: int, seed: int) -> None:
-        # Models that have seen nothing but an end between documents, as Qwen's have, have seen them begin after it.
-        tokens = (tokenizer.bos_token_id, tokenizer.cls_token_id, tokenizer.eos_token_id, tokenizer.sep_token_id)
-        start = next((token for token in tokens if token is not None), None)
-        if start is None:
-            raise UserError(
-                "backbone: its tokenizer has no token that begins or ends a text (bos, cls, eos, sep), to begin a "
-                "document with; choose another"
-            )
         self.corpus = corpus
-        self.start_token = int(start)
+        self.start_token = start_token(tokenizer)
         self.text_length = text_length
         self.seed = seed
         self.borders = corpus.sentence_starts[corpus.document_starts]  # (documents + 1,) positions in the tokens
