@@ -71,6 +71,13 @@ def test_keys_and_values_share_no_symbol_in_mqar() -> None:
     assert keys == {*spelled(21)[:10]} and values <= {*spelled(21)[10:]}
 
 
+@pytest.mark.parametrize(
+    ("pairs", "values", "accuracy", "held"), [(8, 16, 1, 8), (8, 16, 1 / 16, 0), (50, 2, 0.75, 25)]
+)
+def test_of_what_is_not_held_some_is_guessed(pairs: int, values: int, accuracy: float, held: float) -> None:
+    assert KeyValue(pairs=pairs, values=values).capacity(accuracy) == pytest.approx(held)
+
+
 def test_the_easier_forms_have_fewer_pairs() -> None:
     assert [[form.pairs for form in Rewrite(pairs).easier] for pairs in (1, 4, 5)] == [[], [1, 2], [1, 2, 4]]
     (form, *_) = Remember(symbols=20, key_size=1, values=9).easier
@@ -132,6 +139,12 @@ def test_pairs_grow(train: Run, tmp_path: Path) -> None:
     small += ["curriculum.steps=3", "task=remember", "task.pairs=3", "data.segment_length=33", "hydra.run.dir=run"]
     result = train(*small, small=False)
     assert result.returncode == 0, result.stderr
+    (*_, tested) = csv.DictReader((tmp_path / "run/evaluation.csv").open())
+    assert float(tested["capacity"]) == pytest.approx(3 * (16 * float(tested["accuracy"]) - 1) / 15)
+    assert tested["pairs"] == "3" and "pairs held" in result.stdout
+    logged = [row for row in csv.DictReader((tmp_path / "run/metrics/version_0/metrics.csv").open()) if row["val/capacity"]]
+    for row, pairs in zip(logged, (1, 2, 3), strict=True):
+        assert float(row["val/capacity"]) == pytest.approx(pairs * (16 * float(row["val/accuracy"]) - 1) / 15)
     rows = list(csv.DictReader((tmp_path / "run/stages.csv").open()))
     assert [(row["stage"], row["steps"], row["fits"]) for row in rows] == [(str(n), "3", "1.0") for n in (1, 2, 3)]
     told = result.stdout + result.stderr

@@ -20,7 +20,7 @@ from rmt_lightning.core.statistics import Proportion
 from rmt_lightning.core.tokens import CHARACTERS, encode, in_short, token_count, token_ids, whole_words
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.segment_model import SegmentModel
-from rmt_lightning.tasks.facts import Example
+from rmt_lightning.tasks.facts import Counted, Example
 from rmt_lightning.tasks.placement import Key, Placement, side_by_side
 from rmt_lightning.tasks.published import Row
 
@@ -98,6 +98,8 @@ class LengthResult(Proportion):
         text_tokens: how long they are on average, with the question. None if that is not known.
         exact: of answers that were written, the share that are right but for case, punctuation and articles; f1 the
             mean share of words in common (Rajpurkar et al. 2016). None of answers that were chosen.
+        pairs: how many pairs each sample tells. None of tasks whose facts are no pairs.
+        capacity: how many of them are held (see `Counted`).
     """
 
     segments: int
@@ -107,6 +109,8 @@ class LengthResult(Proportion):
     text_tokens: int | None = None
     exact: float | None = None
     f1: float | None = None
+    pairs: int | None = None
+    capacity: float | None = None
 
     @property
     def length(self) -> dict[str, Any]:
@@ -115,7 +119,8 @@ class LengthResult(Proportion):
 
     def row(self) -> dict[str, Any]:
         written = {} if self.exact is None else {"exact_match": self.exact, "f1": self.f1}
-        return super().row() | {"fits": self.fits} | written
+        held = {} if self.pairs is None else {"pairs": self.pairs, "capacity": self.capacity}
+        return super().row() | {"fits": self.fits} | written | held
 
 
 class Answering(Protocol):
@@ -277,9 +282,12 @@ def score_length(found: Iterable[Reply], placement: Placement, like: Key, writte
     whole = proportion([*chain.from_iterable(seen.values())], set().union(*told.values()))
     segments, tokens = zip(*sizes, strict=True)
     exact, f1 = overlap(said) if written else (None, None)
+    task, accuracy = placement.task, whole["right"] / whole["samples"]
+    held = (task.pairs, task.capacity(accuracy)) if isinstance(task, Counted) else (None, None)
     return LengthResult(
         **whole, segments=max(segments), distances=by_distance, fits=placement.fits("test", like),
         tokens=like.tokens, text_tokens=round(sum(tokens) / len(tokens)), exact=exact, f1=f1,
+        pairs=held[0], capacity=held[1],
     )  # fmt: skip
 
 

@@ -311,6 +311,7 @@ class _Found:
             Key(row["segments"] if row["tokens"] is None else 0, 0, tokens=row["tokens"]): LengthResult(
                 **{key: row[key] for key in counts},
                 finite=row.get("finite", False), exact=row.get("exact_match"), f1=row.get("f1"),
+                pairs=row.get("pairs"), capacity=row.get("capacity"),
             )
             for row in self.lengths.values()
         }  # fmt: skip

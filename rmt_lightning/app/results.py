@@ -124,7 +124,8 @@ def length_table(found: Mapping[Key, LengthResult], asked: Sequence[Key], model:
     sizes = {like: like.num_segments or (like.tokens or 0) / model.text_length for like in asked}
     short = [like for like in asked if like not in found and (limit is None or sizes[like] <= limit)]
     partial = any(result.fits is not None and result.fits < 1 for result in lengths) or bool(short)
-    written = ("exact", "F1") if any(result.exact is not None for result in lengths) else ()
+    written: tuple[str, ...] = ("exact", "F1") if any(result.exact is not None for result in lengths) else ()
+    written += ("pairs held",) if any(result.capacity is not None for result in lengths) else ()
     headings = ("segments", "tokens", "accuracy", "95% interval", *written, "questions", *["fits"] * partial)
     table = Table(*headings, title=title, title_justify="left")
     for like in asked:
@@ -135,8 +136,9 @@ def length_table(found: Mapping[Key, LengthResult], asked: Sequence[Key], model:
             low, high = result.interval
             questions = "–" if result.questions is None else f"{result.questions:,}"
             fits = "–" if result.fits is None else f"{result.fits:.1%}"
-            shares = ("–" if share is None else f"{share:.3f}" for share in (result.exact, result.f1))
-            told = (f"{result.accuracy:.4f}", f"{low:.3f} – {high:.3f}", *list(shares)[: len(written)], questions, fits)
+            more = {"exact": result.exact, "F1": result.f1, "pairs held": result.capacity}
+            shown_more = ("–" if more[name] is None else f"{more[name]:.3f}" for name in written)
+            told = (f"{result.accuracy:.4f}", f"{low:.3f} – {high:.3f}", *shown_more, questions, fits)
         elif like in short:
             told = ("too short", "no question fits", *["–"] * len(written), "0", "0.0%")
         else:

@@ -299,10 +299,13 @@ def _jobs(config: DictConfig) -> Iterator[DictConfig]:
 def _swept(words: Sequence[str], sweeper: DictConfig) -> dict[str, str]:
     """The settings that are swept, with all of their values as they were typed."""
     space = {**(sweeper.get("params") or {}), **(sweeper.get("search_space") or {})}
-    parsed = OverridesParser.create().parse_overrides(list(words))
-    typed = [word.get_key_element().lstrip("+") for word in parsed if word.is_sweep_override()]
-    given = _given(words)
-    return {key: str(given.get(key, space.get(key))) for key in dict.fromkeys([*space, *typed])}
+    parser, given = OverridesParser.create(), _given(words)
+    typed = [
+        word.get_key_element().lstrip("+") for word in parser.parse_overrides(list(words)) if word.is_sweep_override()
+    ]
+    # A preset may also say what all jobs have in common.
+    varied = [key for key in space if key in given or parser.parse_override(f"{key}={space[key]}").is_sweep_override()]
+    return {key: str(given.get(key, space.get(key))) for key in dict.fromkeys([*varied, *typed])}
 
 
 def _given(words: Iterable[str]) -> dict[str, str]:

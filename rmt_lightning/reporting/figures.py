@@ -203,6 +203,9 @@ def sweep(sweep: Sweep) -> Figure:
     if sweep.form == "map":
         _sweep_map(axes[0], sweep)
         return figure
+    if sweep.form == "capacity":
+        _sweep_capacity(axes[0], sweep)
+        return figure
     if sweep.form == "curves":
         _sweep_curves(axes[0], sweep)
     else:
@@ -238,6 +241,35 @@ def _sweep_curves(axes: Axes, sweep: Sweep) -> None:
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
 
 
+def _sweep_capacity(axes: Axes, sweep: Sweep) -> None:
+    """How many pairs are held, of how many that were told: means over seeds with 95% intervals, a dot for each seed."""
+    from rmt_lightning.reporting.sweeps import CAPACITY, PAIRS  # brings pandas
+
+    (other,) = (axis for axis in sweep.axes if axis != PAIRS)
+    told = sorted(sweep.tried(PAIRS))
+    axes.plot(told, told, ":", color="0.6", label="all")
+    for number, value in enumerate(sweep.tried(other)):
+        means = sorted(
+            (group.values[PAIRS], found.value, found.half or 0)
+            for group in sweep.groups
+            if group.values[other] == value and (found := group.scores.get(CAPACITY))
+        )
+        if not means:
+            continue
+        pairs, held, half = zip(*means, strict=True)
+        style: Any = {"color": f"C{number % 10}", "marker": _MARKERS[number % len(_MARKERS)], "markersize": 5}
+        axes.errorbar(pairs, held, yerr=half, capsize=3, label=str(value), **style)
+        dots = [job for job in sweep.jobs if job.values.get(other) == value and CAPACITY in job.scores]
+        axes.plot(
+            [job.values[PAIRS] for job in dots], [job.scores[CAPACITY] for job in dots], ls="", alpha=0.4, **style
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(told, [str(count) for count in told])
+    axes.set(xlabel="pairs told", ylabel="pairs held")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(title=other, frameon=False, fontsize=8)
+
+
 def _sweep_map(axes: Axes, sweep: Sweep) -> None:
     """Means over seeds of the measure that counts, in a cell for each pair of values."""
     from rmt_lightning.reporting.sweeps import in_words, with_interval  # brings pandas
@@ -262,6 +294,7 @@ def _sweep_map(axes: Axes, sweep: Sweep) -> None:
     axes.figure.colorbar(image, label=f"test accuracy {in_words(name)}" if sweep.of_accuracy else name)
 
 
+_MARKERS = "osD^vP"
 _ON_CELL = {"boxstyle": "round", "facecolor": "white", "edgecolor": "none", "alpha": 0.7}
 
 

@@ -181,8 +181,13 @@ class Sweep:
         return bool(self.values and self.measures)
 
     @property
-    def form(self) -> Literal["curves", "map", "slices"]:
-        """How it is drawn: curves along one axis, a heat map over two, or points along each of any number."""
+    def form(self) -> Literal["curves", "map", "slices", "capacity"]:
+        """How it is drawn: curves along one axis, a heat map over two, or points along each of any number.
+
+        Where one of two axes is of pairs, how many are held, a curve for each value of the other.
+        """
+        if len(self.axes) == 2 and PAIRS in self.axes and CAPACITY in self.measures:
+            return "capacity"
         sizes = [len(self.tried(axis)) for axis in self.axes]
         if len(sizes) == 1 and sizes[0] <= 12:
             return "curves"
@@ -225,6 +230,9 @@ class Sweep:
 ACCURACY_AT = "accuracy_"
 _TOKENS = "_tokens"
 PERPLEXITY = "perplexity"
+# At the longest test.
+CAPACITY = "capacity"
+PAIRS = "task.pairs"
 
 
 def _order(name: str) -> tuple[bool, int, str]:
@@ -240,6 +248,8 @@ def _known(jobs: Iterable[Job], name: str) -> list[float]:
 def in_words(name: str) -> str:
     """A measure in words."""
     length = name.removeprefix(ACCURACY_AT)
+    if name == CAPACITY:
+        return "pairs held"
     if length.endswith(_TOKENS):
         return f"at {in_short(int(length.removesuffix(_TOKENS)))} tokens"
     return name.replace("_", " ") if length == name else f"at {length} segment{'s' * (length != '1')}"
@@ -299,7 +309,9 @@ def _scores(run: Run) -> dict[str, float]:
     if run.text_score:
         return {"bits_per_byte": run.text_score["bits_per_byte"], PERPLEXITY: run.text_score["perplexity"]}
     tests = [evaluation for evaluation in run.evaluations if evaluation.label == AT_THE_END]
-    return {f"{ACCURACY_AT}{_length(row)}": row["accuracy"] for test in tests for row in test.rows}
+    rows = [row for test in tests for row in test.rows]
+    held = {CAPACITY: rows[-1][CAPACITY]} if rows and CAPACITY in rows[-1] else {}
+    return held | {f"{ACCURACY_AT}{_length(row)}": row["accuracy"] for row in rows}
 
 
 def _length(row: dict[str, float]) -> str:

@@ -85,6 +85,20 @@ class Finite(Protocol):
         """All questions of a split."""
 
 
+@runtime_checkable
+class Counted(Protocol):
+    """What a task offers besides whose facts are so many pairs, any of which may be asked for.
+
+    Attributes:
+        pairs: n.
+    """
+
+    pairs: int
+
+    def capacity(self, accuracy: float) -> float:
+        """How many of the pairs are held by a memory that answers so often."""
+
+
 def held_out(*choices: int) -> bool:
     """Whether a combination of choices is kept for validation and test: one in five, spread over all choices."""
     return sum(choices) % 5 == 0

@@ -79,6 +79,13 @@ class KeyValue:
         """How many different keys a sample has."""
         return self.pairs
 
+    def capacity(self, accuracy: float) -> float:
+        """n (v α - 1) / (v - 1) pairs are held, for of the others a v-th is guessed (arXiv 2407.04841, section 4).
+
+        A little less than 0 where guesses were unlucky, so that means over seeds are right.
+        """
+        return self.pairs * (self.values * accuracy - 1) / (self.values - 1)
+
     @property
     def easier(self) -> tuple[KeyValue, ...]:
         """What to begin with (see `SegmentCurriculum`): one pair, then twice as many each time."""

@@ -213,7 +213,7 @@ class Placement:
 
     def _draw(self, rng: np.random.Generator, split: Split, key: Key) -> tuple[Example, Room]:
         """An example and the room that the sample has for it; of a finite set that is not trained on, the next one."""
-        task = self.task if key.easier is None else self.easier[key.easier]
+        task = self.form(key.easier)
         drawn = (task.draw(rng, split) for _ in range(_ATTEMPTS))
         if self.finite and split != "train":
             fitting = self._fitting(split, key)
@@ -229,7 +229,7 @@ class Placement:
 
     def facts(self, easier: int | None = None) -> int:
         """How many facts an example has, of one of the easier forms or of the task itself, that has always as many."""
-        return len((self.task if easier is None else self.easier[easier]).draw(np.random.default_rng(0), "train").facts)
+        return len(self.form(easier).draw(np.random.default_rng(0), "train").facts)
 
     def spread(self, num_segments: int, easier: int | None = None) -> int:
         """So many segments, but where facts stand apart, no more than there are facts."""
@@ -299,7 +299,7 @@ class Placement:
         """All examples of a split, shuffled, or many where there is no end of them."""
         name = (split, easier, text_length)
         if name not in self._examples:
-            task = self.task if easier is None else self.easier[easier]
+            task = self.form(easier)
             if isinstance(task, Finite):
                 rng = np.random.Generator(np.random.Philox(key=[self.seed, 2**34 + SPLITS.index(split)]))
                 questions = task.questions(split)
@@ -310,6 +310,10 @@ class Placement:
             segments = np.array([self._segments_needed(example, text_length) for example in examples])
             self._examples[name] = Examples(examples, segments, np.array([self._size(example) for example in examples]))
         return self._examples[name]
+
+    def form(self, easier: int | None = None) -> Task:
+        """One of the easier forms, or the task itself."""
+        return self.task if easier is None else self.easier[easier]
 
     @property
     def easier(self) -> tuple[Task, ...]:

@@ -125,7 +125,8 @@ class SegmentModule(L.LightningModule):
         torch.manual_seed(self.phases.number(self.global_rank))
 
     def on_validation_epoch_end(self) -> None:
-        self.log_dict(self.metrics.compute())
+        found = self.metrics.compute()
+        self.log_dict(found | self.phases.current.derived(found))
         self.metrics.reset()
 
     def checked(self, loss: Tensor) -> Tensor:

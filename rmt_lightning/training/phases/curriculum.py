@@ -18,7 +18,7 @@ from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.run_folder import STAGES
 from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.tasks.datamodule import FactBatch, FactDataModule
-from rmt_lightning.tasks.pairs import KeyValue
+from rmt_lightning.tasks.facts import Counted
 from rmt_lightning.tasks.placement import Key, Placement
 from rmt_lightning.training.optimization import WarmupDecay, at_stage
 from rmt_lightning.training.phases.lessons import draw_form, form_of, lessons_of
@@ -116,7 +116,7 @@ class SegmentCurriculum(Phase):
     def prepare(self, module: L.LightningModule, data: FactDataModule, before: Phase | None) -> None:
         self.placement = data.placement
         self.validation_samples = data.validation_samples
-        if self.grow == "pairs" and not isinstance(data.placement.task, KeyValue):
+        if self.grow == "pairs" and not isinstance(data.placement.task, Counted):
             raise UserError(
                 f"curriculum.grow=pairs: task={data.placement.task.name} has no pairs; choose task=key_value, "
                 "remember, rewrite or mqar, or leave it out"
@@ -259,6 +259,10 @@ class SegmentCurriculum(Phase):
         lesson = float(self.lesson or 0) if self._within_lessons else 0.0
         pairs = {"pairs": float(self.pairs)} if self.grow == "pairs" else {}
         return {"stage": float(self.stage)} | pairs | ({"lesson": lesson} if self.lessons else {})
+
+    def derived(self, metrics: Mapping[str, Tensor]) -> dict[str, float]:
+        task = self.placement.form(self.asked(self.stage).easier)
+        return {"val/capacity": task.capacity(float(metrics["val/accuracy"]))} if isinstance(task, Counted) else {}
 
     def validate(self, step: int, metrics: Mapping[str, Tensor], total: Callable[[Tensor], Tensor]) -> Verdict:
         self._count_time()

@@ -166,6 +166,10 @@ class Phase(ABC):
         """What is logged of it with each validation."""
         return {}
 
+    def derived(self, metrics: Mapping[str, Tensor]) -> dict[str, float]:
+        """What is logged beside the metrics of a validation, and follows from them."""
+        return {}
+
     @abstractmethod
     def progress(self, step: int, metrics: Mapping[str, Tensor]) -> Progress:
         """How far it has come, for a person who watches."""
