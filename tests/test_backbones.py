@@ -411,6 +411,22 @@ def test_a_damaged_run_is_refused(
         saved.encoder(saved.tokenizer([]))
 
 
+@pytest.mark.fault("a config.json tells of fewer layers than there are weights for", "said; heads are none")
+def test_layers_without_a_place(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    BertForMaskedLM(CONFIGS["bert"][0]).save_pretrained(tmp_path)
+    Pretrained(str(tmp_path)).encoder(tokenizer)
+    assert not caplog.messages
+    _config(tmp_path, num_hidden_layers=1)
+    Pretrained(str(tmp_path)).encoder(tokenizer)
+    (told,) = caplog.messages
+    assert (
+        f"{tmp_path}: 16 of its weights, such as bert.encoder.layer.1.attention.output.LayerNorm.bias, have no" in told
+    )
+
+
 def test_heads_may_be_missing(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     """A pooler is not used, and a head that words are read off with is asked for when it is."""
     BertForMaskedLM(CONFIGS["bert"][0]).save_pretrained(tmp_path / "bert")

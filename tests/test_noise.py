@@ -31,6 +31,7 @@ from rmt_lightning.tasks.corpus import Corpus, OnDisk, tokenize
 from rmt_lightning.tasks.facts import PEOPLE, PLACES, Detect, Split
 from rmt_lightning.tasks.language import RunningText
 from rmt_lightning.tasks.noise import SPLITS, Files, Hub, Prose, sentences, spaced
+from rmt_lightning.tasks.placement import Placement
 from rmt_lightning.tasks.text_files import TextFiles
 
 
@@ -294,10 +295,55 @@ def test_one_book_in_two_files_is_one_book(tmp_path: Path) -> None:
     assert not train & (validation | test)
 
 
-def test_documents_that_differ_a_little_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    book = " ".join(f"Of chapter {n} there is a good deal to be said." for n in range(40))
-    Files(str(write(tmp_path, "jsonl", [f"{book} Copy {n}." for n in range(20)])))._documents  # noqa: B018
-    assert "noise: 100% of the sentences of test are trained on too; give other text" in caplog.text
+def of_words(texts: list[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer that knows whole words, and no others."""
+    words = sorted(set(re.findall(r"\w+|[^\w\s]", " ".join(texts))))
+    known = {word: number for number, word in enumerate(["<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(known, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+def test_what_is_known_of_a_text_is_told_by_each_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    book = " ".join(f"Of chapter {n % 10} there is a good deal to be said Анне." for n in range(40))
+    noise = Files(str(write(tmp_path, "jsonl", [f"{book} Copy {n}." for n in range(20)])))
+    tokenizer = of_words(["Of chapter there is a good deal to be said. Copy", *map(str, range(20))])
+    for _ in range(2):
+        caplog.clear()
+        tokenize(noise, tokenizer, tmp_path / "cache")
+        assert "noise: 100% of the sentences of test are trained on too; give other text" in caplog.messages
+        assert "noise: the tokenizer knows 90% of the characters of train only" in caplog.messages
+
+
+class Strange(Detect):
+    """Tells of people in another alphabet."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    def sentences(self) -> Iterator[str]:
+        yield from (f"Where's {name}?" for name in self.names)
+
+
+@pytest.mark.fault("a tokenizer that does not know the words of a task", "refused, or said which look alike")
+def test_words_that_look_alike_to_a_model(tmp_path: Path) -> None:
+    noise = Prose(10)
+    tokenizer = of_words([*Detect().sentences(), "' s", *(s for d in noise.documents("train") for s in d)])
+    corpora = tokenize(noise, tokenizer, tmp_path)
+
+    def told(task: Detect) -> list[str]:
+        placement = Placement(task, corpora, tokenizer, text_length=60, seed=7)
+        placement.check_words()
+        return list(placement.remarks())
+
+    assert not told(Detect())
+    assert told(Strange("Mary", "Sandra", "Иван", "林")) == [
+        "task=detect: 2 of its 5 words are unknown to the tokenizer, and look alike to the model, such as Иван, 林; "
+        "choose a backbone that knows them"
+    ]
+    with pytest.raises(UserError, match=r"^backbone: its tokenizer knows 1 of the 4 words of task=detect; choose a"):
+        told(Strange("Мария", "Иван", "林"))
 
 
 @pytest.mark.fault("a text file changes while it is read", "refused; nothing wrong is kept")

@@ -139,6 +139,7 @@ def build_answering(
     task: Task = instantiate(config.task, _convert_="all")
     base = build_foundation(config, run, trained, task.sentences())
     placement = Placement(task, base.corpora, base.tokenizer, base.model.text_length, config.seed)
+    placement.check_words()
     # Earlier versions had no metrics in their configs, and what is not trained needs none.
     metrics = instantiate(config.metrics, _convert_="all") if phases else None
     module: FactModule = construct(

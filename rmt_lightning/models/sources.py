@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +30,9 @@ from rmt_lightning.models import adapters
 from rmt_lightning.models.backbone import Transformer, told
 from rmt_lightning.models.decoder import Decoder
 from rmt_lightning.models.encoder import Encoder
+
+log = logging.getLogger(__name__)
+_DIGITS = re.compile(r"\d+")
 
 
 class Backbone(Protocol):
@@ -168,6 +173,15 @@ class Pretrained:
                 f"backbone.name={self.name}: its weights do not fit its config.json ({name} has shape "
                 f"{tuple(given)}, not {tuple(needed)}); give a folder whose files belong together"
             )
+        # Of other layers; a head that is of no use here is nothing to speak of.
+        prefix = f"{model.base_model_prefix}."
+        layers = {_DIGITS.sub("#", name.removeprefix(prefix)) for name, _ in model.named_parameters()}
+        others = found["unexpected_keys"]
+        if unused := sorted(name for name in others if _DIGITS.sub("#", name.removeprefix(prefix)) in layers):
+            log.info(
+                "backbone.name=%s: %d of its weights, such as %s, have no place in what its config.json tells of, and "
+                "are left out", self.name, len(unused), unused[0],
+            )  # fmt: skip
         # What is not trained, such as sines of positions, is what it must be without being loaded.
         trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
         return model, {name for name in found["missing_keys"] & trained if "pooler" not in name}

@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 # Where a word begins, in every script (Unicode, annex 29): in those without spaces, each character.
 _WORD = regex.compile(r"(?w)\b(?=\w)")
 _CHECKSUMS = "checksums.json"
+# What people should know of the text, told by each run that reads it.
+_REMARKS = "remarks.json"
 
 
 class OnDisk:
@@ -119,10 +121,10 @@ def tokenize(noise: Noise, tokenizer: PreTrainedTokenizerBase, cache_dir: str | 
         try:
             folder = Path(cache_dir).expanduser() / "noise" / key
             if corpora := _open(folder, size):
-                return corpora
+                return _told(folder, corpora)
             held.enter_context(_locked(folder))
             if corpora := _open(folder, size):
-                return corpora
+                return _told(folder, corpora)
             partial = _emptied(folder)
         except (OSError, RuntimeError) as error:  # RuntimeError: where home is, or how to lock a file there, is unknown
             reason = getattr(error, "strerror", None) or error
@@ -130,13 +132,25 @@ def tokenize(noise: Noise, tokenizer: PreTrainedTokenizerBase, cache_dir: str | 
             folder = _temporary_folder() / key
             partial = _emptied(folder)
         try:
-            for split in SPLITS:
-                _write(split, counted(noise.documents(split), split), tokenizer, partial / split)
+            known = {
+                split: _write(split, counted(noise.documents(split), split), tokenizer, partial / split)
+                for split in SPLITS
+            }
+            remarks = [*getattr(noise, "remarks", ()), *_partly_known(known)]
+            (partial / _REMARKS).write_text(json.dumps(remarks))
             (partial / _CHECKSUMS).write_text(json.dumps(_checksums(partial)))
             os.rename(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    return {split: Corpus.open(folder / split, size) for split in SPLITS}
+    return _told(folder, {split: Corpus.open(folder / split, size) for split in SPLITS})
+
+
+def _told(folder: Path, corpora: dict[Split, Corpus]) -> dict[Split, Corpus]:
+    """Say what people should know of a text that is about to be used. Earlier versions did not keep it."""
+    with suppress(OSError, ValueError):
+        for remark in json.loads((folder / _REMARKS).read_text(encoding="utf-8")):
+            log.info("%s", remark)
+    return corpora
 
 
 def _open(folder: Path, vocabulary_size: int) -> dict[Split, Corpus] | None:
@@ -214,8 +228,8 @@ def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
 
 
-def _write(split: Split, documents: Iterable[list[str]], tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Tokenize the documents of a split into a new folder.
+def _write(split: Split, documents: Iterable[list[str]], tokenizer: PreTrainedTokenizerBase, folder: Path) -> float:
+    """Tokenize the documents of a split into a new folder. Returns which share of the characters is known.
 
     Raises:
         UserError: if there are none, or the tokenizer does not know what is written there.
@@ -251,6 +265,7 @@ def _write(split: Split, documents: Iterable[list[str]], tokenizer: PreTrainedTo
     _save(folder / "sentence_starts.npy", np.cumsum([0, *sentence_lengths], dtype=np.int64))
     _save(folder / "document_starts.npy", np.cumsum([0, *document_lengths], dtype=np.int64))
     _save(folder / "document_bytes.npy", np.array(document_bytes, np.int64))
+    return known / characters
 
 
 def _word_starts(text: str, places: list[tuple[int, int]]) -> np.ndarray:
@@ -269,14 +284,18 @@ def _word_starts(text: str, places: list[tuple[int, int]]) -> np.ndarray:
 
 
 def _check_known(tokenizer: PreTrainedTokenizerBase, split: Split, known: float) -> None:
-    name = f"backbone: its tokenizer ({tokenizer.name_or_path or type(tokenizer).__name__})"
     if known < 0.5:
         raise UserError(
-            f"{name} knows {known:.0%} of the characters of the noise ({split}); choose a backbone that knows its "
-            "language, and see that its tokenizer's files stand beside its weights"
+            f"backbone: its tokenizer ({tokenizer.name_or_path or type(tokenizer).__name__}) knows {known:.0%} of the "
+            f"characters of the noise ({split}); choose a backbone that knows its language, and see that its "
+            "tokenizer's files stand beside its weights"
         )
-    if known < 0.95:
-        log.warning("%s knows %.0f%% of the characters of the noise (%s) only", name, 100 * known, split)
+
+
+def _partly_known(known: Mapping[Split, float]) -> Iterator[str]:
+    for split, share in known.items():
+        if share < 0.95:
+            yield f"noise: the tokenizer knows {share:.0%} of the characters of {split} only"
 
 
 def _save(path: Path, array: np.ndarray) -> None:

@@ -1,7 +1,8 @@
 """Where unrelated text comes from, cut into sentences and split by document.
 
 A noise source is any object with `documents(split)`, which yields documents as lists of sentences, and
-`fingerprint()`, which names their content. To add one, write such a class and one yaml in conf/noise/.
+`fingerprint()`, which names their content. To add one, write such a class and one yaml in conf/noise/. Any may have
+`remarks`, lines that are shown when a run begins, once its documents have been read.
 """
 
 from __future__ import annotations
@@ -134,7 +135,12 @@ class Files:
         field: the column that holds the text of jsonl and parquet rows.
         validation_path: text for validation and test, which share its documents; without it, one document in ten of
             `path` goes to validation and one in ten to test. What stands in both is not trained on.
+
+    Attributes:
+        remarks: what people should know of the documents that have been read.
     """
+
+    remarks: tuple[str, ...] = ()
 
     def __init__(self, path: str, field: str = "text", validation_path: str | None = None) -> None:
         self.field = field
@@ -177,7 +183,7 @@ class Files:
         # What is kept under that name has to be what it names.
         if self._digest() != named:
             raise UserError(f"{self._files.setting}: has changed while it was read; start again")
-        _warn_of_overlap(documents)
+        self.remarks = tuple(_overlaps(documents))
         return documents
 
     def _distinct(self, files: TextFiles, seen: set[bytes]) -> list[str]:
@@ -275,14 +281,14 @@ def distinct(texts: Iterable[str], seen: set[bytes]) -> Iterator[str]:
             yield text
 
 
-def _warn_of_overlap(documents: dict[Split, list[list[str]]]) -> None:
-    """Say so if much of the held-out text is trained on, in documents that differ a little."""
+def _overlaps(documents: dict[Split, list[list[str]]]) -> Iterator[str]:
+    """Where much of the held-out text is trained on, in documents that differ a little."""
     training = [sentence for document in documents["train"] for sentence in document]
     for split in SPLITS[1:]:
         # Short sentences are common property.
         asked = {sentence for document in documents[split] for sentence in document if len(sentence) > 30}
         if asked and (known := len(asked.intersection(training)) / len(asked)) > 0.5:
-            log.warning("noise: %.0f%% of the sentences of %s are trained on too; give other text", 100 * known, split)
+            yield f"noise: {known:.0%} of the sentences of {split} are trained on too; give other text"
 
 
 def join(rows: Iterable[str], begins: str | None) -> Iterator[str]:

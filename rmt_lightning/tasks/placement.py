@@ -18,12 +18,13 @@ from itertools import chain
 from typing import Literal, NamedTuple
 
 import numpy as np
+import regex
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.core.tokens import token_ids
+from rmt_lightning.core.tokens import encode, token_ids
 from rmt_lightning.tasks.corpus import Corpus, Reader
 from rmt_lightning.tasks.facts import Example, Finite, Split, Task
 from rmt_lightning.tasks.noise import SPLITS
@@ -37,6 +38,8 @@ _SAMPLES = 256
 # Of how many sentences the tokens are kept, for some tasks have new ones in every sample.
 _KNOWN = 2**16
 _NOTHING = np.zeros(0, np.int64)
+# A word of any script (Unicode, annex 29).
+_WORD = regex.compile(r"(?w)\b\w.*?\b")
 
 
 class Key(NamedTuple):
@@ -184,6 +187,33 @@ class Placement:
             yield f"noise: {where} no sentence ends; facts may stand between words there"
         for remark in getattr(self.task, "remarks", ()):
             yield f"task={self.task.name}: {remark}"
+        words, unknown = self._words
+        if unknown:
+            yield (
+                f"task={self.task.name}: {len(unknown)} of its {len(words)} words are unknown to the tokenizer, and "
+                f"look alike to the model, such as {', '.join(unknown[:4])}; choose a backbone that knows them"
+            )
+
+    def check_words(self) -> None:
+        """Raise UserError if the tokenizer knows next to none of the task's words."""
+        words, unknown = self._words
+        if len("".join(unknown)) > len("".join(words)) / 2:
+            raise UserError(
+                f"backbone: its tokenizer knows {len(words) - len(unknown)} of the {len(words)} words of "
+                f"task={self.task.name}; choose a backbone that knows their language"
+            )
+
+    @cached_property
+    def _words(self) -> tuple[list[str], list[str]]:
+        """All words of the task, or characters of text without spaces, and those that the tokenizer does not know."""
+        texts = {text for sentence in self.task.sentences() for text in sentence.split()}
+        words = sorted({word for text in texts for word in _WORD.findall(text)})
+        found = encode(self.tokenizer, [f" {word}" for word in words])
+        known = [
+            sum(end - start for token, (start, end) in zip(*row, strict=True) if token != self.tokenizer.unk_token_id)
+            for row in found
+        ]
+        return words, [word for word, size in zip(words, known, strict=True) if size < len(word)]
 
     def sample(self, split: Split, key: Key) -> Sample:
         """The sample of this name.
