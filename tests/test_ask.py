@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
@@ -142,10 +143,13 @@ def test_what_cannot_be_read_or_asked(answerer: Answerer, tokenizer: PreTrainedT
         (b"Mary", r"text: is a bytes; give a text, a Path, or pieces of a text"),
         (7, r"text: is a int; give a text, a Path, or pieces of a text"),
         (["Mary", 7], r"text: holds a int among its pieces; give texts"),
+        ({"Mary": "John"}, r"text: is a dict; give a text, a Path, or pieces of a text"),
+        ({"Mary", "John"}, r"text: is a set; give a text, a Path, or pieces of a text"),
+        (np.array("Mary"), r"text: is a ndarray; give a text, a Path, or pieces of a text"),
     ):
         with pytest.raises(UserError, match=message):
             answerer.read(text)  # type: ignore[arg-type]
-    for question in (7, ["Who?", 7]):
+    for question in (7, ["Who?", 7], np.array("Who?")):
         with pytest.raises(UserError, match=r"question: give a text, or a list of texts"):
             answerer.ask(memory, question)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"top_k=0: asks for no answer"):
@@ -162,6 +166,13 @@ def test_what_cannot_be_read_or_asked(answerer: Answerer, tokenizer: PreTrainedT
     whole = make(FullAttention, tokenizer)
     with pytest.raises(UserError, match=r"FullAttention: keeps the whole text instead of a memory; call it with"):
         Answerer(whole, nn.Linear(whole.width, 4), ANSWERS).read("x")
+
+
+def test_answers_differ_and_texts_are_no_letters(answerer: Answerer) -> None:
+    with pytest.raises(UserError, match=r"^answers=a, b, a: hold one twice; give a different one for each score$"):
+        Answerer(answerer.model, nn.Linear(answerer.model.width, 3), ["a", "b", "a"])
+    with pytest.raises(UserError, match=r"^texts: is a single text, whose letters are no texts; give a list$"):
+        TinyBert().tokenizer("Mary went to the garden.")
 
 
 @pytest.mark.parametrize("content", [b"", b"text", None], ids=["empty", "text", "weights"])

@@ -119,6 +119,8 @@ class Answerer(nn.Module, ModelHubMixin, library_name="rmt_lightning"):
             raise UserError(f"head: reads {head.in_features} numbers, and the model makes {model.width}; give another")
         if not _are_texts(answers) or len(answers) != head.out_features:
             raise UserError(f"answers: the head gives {head.out_features} scores; give a list of so many texts")
+        if len(set(answers)) < len(answers):
+            raise UserError(f"answers={', '.join(answers)}: hold one twice; give a different one for each score")
         self.model = model
         self.head = head
         self.answers = tuple(answers)
@@ -294,14 +296,19 @@ def _texts(name: str, given: Any) -> list[str]:
     """Texts as a list, of a single one too."""
     if isinstance(given, str):
         given = [given]
-    elif isinstance(given, Iterable) and not isinstance(given, Mapping | Set):
-        # Those have no order that answers could keep.
+    elif _in_order(given):
         given = list(given)
     if not _are_texts(given):
         raise UserError(f"{name}: give a text, or a list of texts")
     for text in given:
         _check_letters(name, text)
     return list(given)
+
+
+def _in_order(given: Any) -> bool:
+    """Whether it can be gone through, and has an order."""
+    # An array of no dimension says that it could be.
+    return isinstance(given, Iterable) and not isinstance(given, Mapping | Set) and getattr(given, "ndim", 1) > 0
 
 
 def _are_texts(given: Any) -> bool:
@@ -326,7 +333,7 @@ def _pieces(text: Text, progress: bool) -> Iterator[str]:
         except UnicodeDecodeError:
             raise UserError(f"{text}: is no text in UTF-8; convert it first") from None
         return
-    if isinstance(text, bytes) or not isinstance(text, Iterable):
+    if isinstance(text, bytes) or not _in_order(text):
         raise UserError(f"text: is a {type(text).__name__}; give a text, a Path, or pieces of a text")
     pieces = [text[at : at + CHARACTERS] for at in range(0, len(text), CHARACTERS)] if isinstance(text, str) else text
     for piece in bar.track(pieces, "reading", disable=not progress, transient=True):

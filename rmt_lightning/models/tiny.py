@@ -112,6 +112,8 @@ class Tiny:
     def _train_tokenizer(
         self, texts: Iterable[str], normalizer: normalizers.Normalizer | None, special: dict[str, str]
     ) -> PreTrainedTokenizerBase:
+        if isinstance(texts, str):
+            raise UserError("texts: is a single text, whose letters are no texts; give a list")
         # Byte-level BPE knows every character, and comes out the same each time; the trainer of WordPiece does not.
         tokenizer = Tokenizer(models.BPE())
         tokenizer.normalizer = normalizer
