@@ -21,6 +21,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerBase
 from rmt_lightning import train as front_door
 from rmt_lightning.app.resume import overrides, run_folder, save_config, saved_config
 from rmt_lightning.app.schema import instantiate
+from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.quoting import literal, setting
 from rmt_lightning.core.run_folder import claimed, in_the_way
 from rmt_lightning.models.tiny import TinyBert, TinyGPT
@@ -353,6 +354,15 @@ def test_new_runs_share_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     # Those that torchrun has started are one run.
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert {run_folder(None, "outputs/day/time-reasoning") for _ in range(2)} == {"outputs/day/time-reasoning"}
+    monkeypatch.delenv("WORLD_SIZE")
+
+    def denied(name: str, *_: object) -> None:
+        raise PermissionError(13, "Permission denied", name)
+
+    # The day's folder may be somebody else's.
+    monkeypatch.setattr(os, "mkdir", denied)
+    with pytest.raises(UserError, match=r"^outputs/day/x: Permission denied; choose another folder with hydra"):
+        run_folder(None, "outputs/day/x")
 
 
 def test_what_is_saved_is_read_as_it_was(tmp_path: Path) -> None:

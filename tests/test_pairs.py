@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SMALL, Run
+from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.tokens import token_ids
 from rmt_lightning.models.tiny import TinyBert
-from rmt_lightning.tasks.corpus import tokenize
-from rmt_lightning.tasks.facts import Example
+from rmt_lightning.tasks.corpus import Corpus, tokenize
+from rmt_lightning.tasks.facts import Example, Split
 from rmt_lightning.tasks.noise import SPLITS, Blank, Prose
 from rmt_lightning.tasks.pairs import MQAR, KeyValue, Remember, Rewrite, spelled
 from rmt_lightning.tasks.placement import Key, Placement
@@ -172,3 +173,13 @@ def test_a_decoder_writes_values_of_several_symbols(train: Run) -> None:
     written = ("task=rewrite", "task.values=300", "model=rmt_decoder", "backbone=tiny_gpt", "answer=generate")
     result = train(*written, "answer.all_questions=true", "curriculum.lessons=true", *small, small=False)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.fault("a task tells thousands of facts in each sample", "what it needs is known within seconds")
+def test_what_many_pairs_need_is_known_at_once(
+    corpora: dict[Split, Corpus], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    placement = Placement(KeyValue(pairs=1024, symbols=400), corpora, tokenizer, text_length=30, seed=7)
+    assert (placement.fits("train", 1), placement.fits("train", 4096)) == (0, 1)
+    assert len(placement._all("train", None, 30).examples) == 16
+    assert len(Placement(KeyValue(), corpora, tokenizer, 30, 7)._all("train", None, 30).examples) == 1000

@@ -459,18 +459,18 @@ def run_folder(resume: str | None, fresh: str) -> str:
 
 
 def _made(name: str) -> str:
+    folder, number = name, 1
     try:
         os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
+        if any(os.environ.get(several, "1") not in ("", "1") for several in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")):
+            # Processes that belong together must come to the same folder.
+            return name
+        while True:
+            try:
+                os.mkdir(folder)
+                return folder
+            except FileExistsError:
+                number += 1
+                folder = f"{name}-{number}"
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}; choose another folder with hydra.run.dir=…") from None
-    if any(os.environ.get(several, "1") not in ("", "1") for several in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")):
-        # Processes that belong together must come to the same folder.
-        return name
-    folder, number = name, 1
-    while True:
-        try:
-            os.mkdir(folder)
-            return folder
-        except FileExistsError:
-            number += 1
-            folder = f"{name}-{number}"

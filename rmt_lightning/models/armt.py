@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Annotated, NamedTuple
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Le
 from torch import Tensor, nn
 
 from rmt_lightning.core.errors import UserError
@@ -185,7 +185,7 @@ class ARMT(LayerMemory):
         backbone: Encoder | Decoder,
         segment_length: Annotated[int, Ge(1)],
         memory_size: Annotated[int, Ge(1)] = 10,
-        key_size: Annotated[int, Ge(2)] = 64,
+        key_size: Annotated[int, Ge(2), Le(2**15)] = 64,
         heads: Annotated[int, Ge(1)] = 1,
         normalizer: bool = True,
         bptt_depth: Annotated[int, Ge(-1)] = -1,

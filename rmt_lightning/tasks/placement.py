@@ -31,8 +31,9 @@ from rmt_lightning.tasks.noise import SPLITS
 
 # How often an example that needs more room than the sample has is drawn anew before it is chosen among those that fit.
 _ATTEMPTS = 200
-# How many examples of a task that has no end of them tell which share of all fits.
+# How many examples of a task that has no end of them tell which share of all fits; fewer, if they tell more facts.
 _DRAWS = 1000
+_TOLD = 2**14
 # How many samples of such a task are asked, unless a number is given.
 _SAMPLES = 256
 # Of how many sentences the tokens are kept, for some tasks have new ones in every sample.
@@ -336,7 +337,11 @@ class Placement:
                 examples = tuple(questions[i] for i in rng.permutation(len(questions)))
             else:
                 rng = np.random.default_rng(0)
-                examples = tuple(task.draw(rng, split) for _ in range(_DRAWS))
+                drawn, told = list[Example](), 0
+                while len(drawn) < 8 or (len(drawn) < _DRAWS and told < _TOLD):
+                    drawn.append(task.draw(rng, split))
+                    told += len(drawn[-1].facts)
+                examples = tuple(drawn)
             segments = np.array([self._segments_needed(example, text_length) for example in examples])
             self._examples[name] = Examples(examples, segments, np.array([self._size(example) for example in examples]))
         return self._examples[name]
