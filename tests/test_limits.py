@@ -225,6 +225,7 @@ def test_the_others_are_obeyed(tmp_path: Path, clean: None, monkeypatch: pytest.
 MACHINE: list[tuple[dict[str, Any], str]] = [
     ({"devices": [0]}, "trainer.devices=[0]: names GPUs; on a CPU give the number of processes, or auto"),
     ({"devices": -1}, "trainer.devices=-1: names GPUs"),
+    ({"threads": 100_000}, "trainer.threads=100000: too many for "),
     ({"devices": 9999}, "trainer.devices=9999: too many processes for "),
     ({"accelerator": "cuda"}, "trainer.accelerator=cuda: torch finds no GPU; give cpu or auto"),
     ({"accelerator": "mps"}, "trainer.accelerator=mps: torch finds no GPU; give cpu or auto"),
@@ -283,6 +284,7 @@ def test_what_the_run_gives_a_part_is_no_setting() -> None:
             2,
             "hold.fragments=1000: more pieces than a segment of 27 tokens has room for; give less",
         ),
+        ("+model.update.width=3", 2, "model.update.width: is set by the run itself; leave it out"),
         ("model=ntm model.slots=1000000000", 2, "model: its state takes 88 GB, and this machine has "),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -94,6 +95,9 @@ def _model(config: DictConfig, backbone: Backbone, tokenizer: PreTrainedTokenize
     parts = parts_for(get_object(config._target_), backbone, tokenizer)
     if "update" in config:
         # Only the model knows how wide its memory is.
+        width = next(iter(inspect.signature(get_object(config["update"]._target_)).parameters))
+        if width in config["update"]:
+            raise UserError(f"model.update.{width}: is set by the run itself; leave it out")
         parts["update"] = instantiate(config["update"], _partial_=True, _convert_="all")
     model: SegmentModel[Any] = instantiate(config, _convert_="all", **parts)
     return model

@@ -86,6 +86,9 @@ class RunTrainer(L.Trainer):
         threads: Annotated[int, Ge(1)] | None = None,
         compile: CompileMode | None = None,
     ) -> None:
+        if threads and threads > (most := max(64, os.cpu_count() or 1)):
+            # OpenMP would end the process without a word.
+            raise UserError(f"trainer.threads={threads}: too many for {os.cpu_count()} CPU cores; give {most} or less")
         if threads:
             torch.set_num_threads(threads)
         self.compile_mode = compile
