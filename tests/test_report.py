@@ -640,6 +640,11 @@ def test_keys_and_home_folders_stay_here(here: Path, monkeypatch: pytest.MonkeyP
         ("s3://b/%2Fhome%2Fjane%2Fx", "s3://b/~%2Fx"),
         ("sftp://host/data/home/jane/x or //host/home/jane/x", "~/x or ~/x"),
         ("/afs/example.org/user/j/jane/x", "~/x"),
+        ("/afs/example.org/usr/jane/x or /u/jane or /work/users/j/a/jane/x", "~/x or ~ or ~/x"),
+        ("C:/Documents and Settings/jane/x or \\\\server\\home$\\jane\\x", "~/x or ~\\x"),
+        ("hdfs://node/user/jane/x or gs://b/users/jane/x", "~/x or ~/x"),
+        ("/home/CORP\\jane/x or jane@cluster:~/x", "~/x or (hidden)@cluster:~/x"),
+        ("/usr/lib/x or a/u/b or s3://bucket/x", "/usr/lib/x or a/u/b or s3://bucket/x"),
     ],
 )
 def test_home_folders(text: str, shown: str) -> None:
@@ -666,7 +671,8 @@ RANDOM = "q7Xw2Lp9Zt4Vb8Nc3Rk6Yd1Hf5Js0Gm"
         "Bearer abcdefgh", "https://jane:pass@word@example.org", "jane:word@example.org", "s3://x?sig=abc",
         "https://hooks.slack.com/services/T0/B0/abc", "AccountKey=abc", "--api-key abc",
         "hvs.CAESIJabcdefGHIJ12345678", "sq0atp-abcdefGHIJ1234567890ab", "HF_TOKEN=abc", "password: 'abc'",
-        "curl -u jane:word", "AGE-SECRET-KEY-1QPZRY9X8GF2TVDW0S3JN54KHCE6MUA7L",
+        "curl -u jane:word", "--token xabc", "DB_PASS=xabc", "sshpass -p xabc",
+        "PGPASS=xabc", '{"password": "xabc"}', "pass: xabc", "AGE-SECRET-KEY-1QPZRY9X8GF2TVDW0S3JN54KHCE6MUA7L",
         "-----BEGIN PRIVATE KEY-----\nabc\n-----END PRIVATE KEY-----", "Xk9fQ2mZ", "aB3dE5fG7h", "tR0ub4DoR",
         "pW7xKq2ZtB4v", "hUnTeR2x9", "Zq8PvL2mXw4TsB6n",
     ],

@@ -18,13 +18,17 @@ HIDDEN = "(hidden)"
 # Home folders, as Linux, macOS and Windows write them, in addresses, and of other users (~jane).
 _NAME = r"[^\\/\s:,;%&\"']+"
 _HOME = re.compile(
-    r"(?:[A-Za-z]:|\\\\[\w.$-]+)?(?:\\+[\w.$-]+)*?\\+(?:home|users)\\+(?:[^\\/:*?\"<>|\n]+(?=\\)|" + _NAME + ")"
+    r"(?:[A-Za-z]:|\\\\[\w.$-]+)?(?:\\+[\w.$-]+)*?\\+(?:home\$?|users\$?|documents and settings)"
+    r"\\+(?:[^\\/:*?\"<>|\n]+(?=\\)|" + _NAME + ")"
     r"|(?<![\w./~:-])//+(?:[\w.-]+/+)?(?:home|users)/+" + _NAME
-    + r"|\b(?:s?ftp|ssh|scp|nfs|smb|rsync)://[^/\s]+(?:/[\w.-]+)*?/(?:home\d*|users?)/+" + _NAME
-    + r"|(?<![\w./~-])[A-Za-z]:/+users/+" + _NAME
+    + r"|\b(?:s?ftp|ssh|scp|nfs|smb|rsync|(?:web)?hdfs|s3[an]?|gs|abfss?|wasbs?)://[^/\s]+"
+    r"(?:/[\w.-]+)*?/(?:home\d*|users?)/+" + _NAME
+    + r"|(?<![\w./~-])[A-Za-z]:/+(?:users|documents and settings)/+" + _NAME
     + r"|(?:%2f[\w.-]+)*?%2f(?:home|users)%2f" + _NAME
-    + r"|(?:(?<![\w./~-])|(?<=file://))(?:(?:/[\w.-]+)*?/(?:home\d*|users?)/+(?:\w/)?" + _NAME
-    + r"|/(?:homes|people)/" + _NAME
+    + r"|(?:(?<![\w./~-])|(?<=file://))(?:(?:/[\w.-]+)*?/(?:home\d*|users?)/+(?:\w/){0,2}" + _NAME
+    + r"(?:\\+" + _NAME + ")?"
+    + r"|/afs/[\w.-]+/(?:usr|u)/(?:\w/){0,2}" + _NAME
+    + r"|/(?:homes|people|u)/" + _NAME
     + r"|/root(?![\w.-]))"
     r"|(?<![\w./~-])~[A-Za-z_][\w.-]*(?=/|$)",
     flags=re.IGNORECASE,
@@ -45,13 +49,14 @@ _PASSWORD = re.compile(r"passw|passphrase|passcode|pwd|secret|\b(?:pin|otp)\b", 
 
 _KEY = re.compile(
     # user and password in an address, with a scheme and without
-    r"(?<=://)[^/\s]+(?=@)|\b[\w.+-]+:[^\s/@:]+(?=@[\w-]+\.)"
+    r"(?<=://)[^/\s]+(?=@)|\b[\w.+-]+:[^\s/@:]+(?=@[\w-]+\.)|\b(?!git@)[\w.+-]+(?=@[\w.-]+:[~/])"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----(?:.*?-----END [A-Z ]*PRIVATE KEY-----|.*)"
     # what follows the name of a secret
     r"|(?i:(?<=bearer )|(?<=basic ))[\w.~+/=-]{8,}"
-    r"|(?i:\b[\w-]*(?:passw(?:or)?d|pwd|secret|token(?!s|iz)|api[_-]?key|(?:access|private|account)[_-]?key|signature)[\w-]*"
-    r"|(?<=[?&])(?:key|sig|auth|code))\s*[=:]\s*[\"']?[^\s\"',&]+"
-    r"|(?<=--api-key )\S+|(?<=\s-u )[^\s:]+:\S+|(?<=\s--user )[^\s:]+:\S+"
+    r"|(?i:\b[\w-]*(?:passw(?:or)?d|pwd|secret|token(?!s|iz)|api[_-]?key|(?:access|private|account)[_-]?key|signature|\bpass\b|[_-]pass\b|(?-i:[A-Z]PASS\b))[\w-]*"
+    r"|(?<=[?&])(?:key|sig|auth|code))[\"']?\s*[=:]\s*[\"']?[^\s\"',&]+"
+    r"|(?<=--api-key )\S+|(?<=--password )\S+|(?<=--token )\S+|(?<=--secret )\S+|(?<=sshpass -p )\S+"
+    r"|(?<=\s-u )[^\s:]+:\S+|(?<=\s--user )[^\s:]+:\S+"
     r"|\bAGE-SECRET-KEY-\w+|(?<=hooks\.slack\.com/services/)\S+"
     # how services write their keys
     r"|\b(?:sk|pk|rk)[-_](?=[\w-]*\d)[\w-]{16,}"
