@@ -25,10 +25,12 @@ _HOME = re.compile(
     r"(?:/[\w.-]+)*?/(?:home\d*|users?)/+" + _NAME
     + r"|(?<![\w./~-])[A-Za-z]:/+(?:users|documents and settings)/+" + _NAME
     + r"|(?:%2f[\w.-]+)*?%2f(?:home|users)%2f" + _NAME
-    + r"|(?:(?<![\w./~-])|(?<=file://))(?:(?:/[\w.-]+)*?/(?:home\d*|users?)/+(?:\w/){0,2}" + _NAME
+    + r"|(?:(?<![\w./~-])|(?<=file://))(?:(?:/[\w.-]+)*?/(?:home\d*|users?)/+(?:(?:\w|\d+)/){0,2}" + _NAME
     + r"(?:\\+" + _NAME + ")?"
     + r"|/afs/[\w.-]+/(?:usr|u)/(?:\w/){0,2}" + _NAME
     + r"|/(?:homes|people|u)/" + _NAME
+    # /homes/j/jane
+    + r"|(?:/[\w.-]+)+?/(?P<initial>[a-z])/(?P=initial)[\w.-]+"
     + r"|/root(?![\w.-]))"
     r"|(?<![\w./~-])~[A-Za-z_][\w.-]*(?=/|$)",
     flags=re.IGNORECASE,
@@ -54,7 +56,7 @@ _KEY = re.compile(
     # what follows the name of a secret
     r"|(?i:(?<=bearer )|(?<=basic ))[\w.~+/=-]{8,}"
     r"|(?i:\b[\w-]*(?:passw(?:or)?d|pwd|secret|token(?!s|iz)|api[_-]?key|(?:access|private|account)[_-]?key|signature|\bpass\b|[_-]pass\b|(?-i:[A-Z]PASS\b))[\w-]*"
-    r"|(?<=[?&])(?:key|sig|auth|code))[\"']?\s*[=:]\s*[\"']?[^\s\"',&]+"
+    r"|(?<=[?&])(?:key|sig|auth|code))[\"']?\s*[=:]\s*(?:\"[^\"]*\"?|'[^']*'?|[^\s\"',&]+)"
     r"|(?<=--api-key )\S+|(?<=--password )\S+|(?<=--token )\S+|(?<=--secret )\S+|(?<=sshpass -p )\S+"
     r"|(?<=\s-u )[^\s:]+:\S+|(?<=\s--user )[^\s:]+:\S+"
     r"|\bAGE-SECRET-KEY-\w+|(?<=hooks\.slack\.com/services/)\S+"
