@@ -22,6 +22,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from rmt_lightning import evaluate as front_door
 from rmt_lightning.app import evaluation
+from rmt_lightning.app.hydra_errors import told_in_one_line
 from rmt_lightning.core.statistics import Proportion
 
 
@@ -172,10 +173,33 @@ def test_damaged_results_are_named(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evaluate(monkeypatch, "segments=[1]")
-    (only(here) / "evaluation.json").write_text("")
-    with pytest.raises(SystemExit):
-        evaluate(monkeypatch, "segments=[1]")
-    assert "evaluation.json: is damaged; remove it" in capsys.readouterr().err
+    damage = {"right": "a", "samples": 1, "segments": 1, "distances": {}}
+    for content in (
+        "",
+        "[" * 10**5,
+        json.dumps({"lengths": {"1": damage}}),
+        '{"lengths": {"1": {"right": 1}}}',
+        '{"lengths": {"x": {}}}',
+        '{"probes": {"1 x": {}}}',
+    ):
+        (only(here) / "evaluation.json").write_text(content)
+        with pytest.raises(SystemExit):
+            evaluate(monkeypatch, "segments=[1]")
+        assert "evaluation.json: is damaged; remove it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("door", "hint"),
+    [
+        ("train", "a run that has begun goes on with resume=<its folder>"),
+        ("evaluate", "the same command goes on where it stopped"),
+        ("export", "repeat the command"),
+    ],
+)
+def test_an_interruption_is_told(door: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left, told_in_one_line(door):
+        raise KeyboardInterrupt
+    assert left.value.code == 130 and capsys.readouterr().err == f"error: interrupted; {hint}\n"
 
 
 def test_memory_does_not_grow_with_the_input(here: Path, command: Run) -> None:

@@ -300,7 +300,12 @@ class _Found:
             self.lengths = {key: row | {k: None for k in _UNKNOWN if k not in row} for key, row in rows}
             self.probes = {key: dict(row) for key, row in found.get("probes", {}).items()}
             self.parts = {key: dict(row) for key, row in found.get("parts", {}).items()}
-        except (ValueError, AttributeError, TypeError, KeyError):
+            # Whether all can be made of it that is.
+            _ = self._tables(), [one.row() for one in self.results().values()]
+            _ = self.probes and probe_table([*self.probes.values()])
+            _ = self.parts and leaderboard_table([*self.parts.values()])
+            _ = [_rate_in_words(row) for row in self.retention.values()]
+        except (ValueError, AttributeError, TypeError, KeyError, RecursionError, IsADirectoryError):
             raise UserError(f"{shown(self.path)}: is damaged; remove it, and it is found out again") from None
         return self
 
@@ -317,7 +322,6 @@ class _Found:
         }  # fmt: skip
 
     def _write(self) -> None:
-        folder = self.path.parent
         order = {key: ("tokens" in key, int(key.split()[0])) for key in self.lengths}
         self.lengths = {key: self.lengths[key] for key in sorted(self.lengths, key=order.__getitem__)}
         self.probes = dict(sorted(self.probes.items(), key=lambda item: int(item[0].split()[0])))
@@ -326,33 +330,32 @@ class _Found:
         found = {"lengths": self.lengths, "retention": self.retention, "probes": self.probes, "parts": self.parts}
         content = {"settings": self.settings, **found}
         write_atomically(self.path, json.dumps(content, indent=2).encode())
-        asked = [
-            dict(zip(("follow", "every"), key.split()[::2], strict=False))
-            | {"streams": row["streams"], "questions": row["questions"], "age": age, "right": right}
-            for key, row in self.retention.items()
-            for age, right in row["right"].items()
-        ]
-        write_csv(folder / "retention.csv", asked)
-        lengths = self.lengths.values()
-        columns = [{k: v for k, v in row.items() if k not in ("distances", "finite")} for row in lengths]
+        for name, rows in self._tables().items():
+            write_csv(self.path.with_name(name), rows)
+
+    def _tables(self) -> dict[str, list[dict[str, Any]]]:
+        lengths = [(int(key.split()[0]), row) for key, row in self.lengths.items()]
+        columns = [{k: v for k, v in row.items() if k not in ("distances", "finite")} for _, row in lengths]
         # Earlier versions may have measured less.
         names = dict.fromkeys(name for row in columns for name in row)
-        write_csv(folder / EVALUATION, [names | row for row in columns])
-        distances = [
-            {
-                "segments": row["segments"],
-                "tokens": row["tokens"],
-                "from": 2 ** int(key) // 2,
-                "to": 2 ** int(key) - 1,
-                **part,
-            }
-            for row in lengths
-            for key, part in row["distances"].items()
-        ]
-        write_csv(folder / "distances.csv", distances)
-        write_csv(folder / PROBES, [*self.probes.values()])
-        write_csv(folder / _SET, [{k: v for k, v in row.items() if k != "files"} for row in self.parts.values()])
-        write_csv(folder / _LEADERBOARD, leaderboard(self.settings.get("model_name", ""), [*self.parts.values()]))
+        return {
+            "retention.csv": [
+                dict(zip(("follow", "every"), key.split()[::2], strict=False))
+                | {"streams": row["streams"], "questions": row["questions"], "age": age, "right": right}
+                for key, row in self.retention.items()
+                for age, right in row["right"].items()
+            ],
+            EVALUATION: [names | row for row in columns],
+            "distances.csv": [
+                {"segments": row["segments"], "tokens": row["tokens"]}
+                | {"from": 2 ** int(key) // 2, "to": 2 ** int(key) - 1, **part}
+                for _, row in lengths
+                for key, part in row["distances"].items()
+            ],
+            PROBES: [*self.probes.values()],
+            _SET: [{k: v for k, v in row.items() if k != "files"} for row in self.parts.values()],
+            _LEADERBOARD: leaderboard(self.settings.get("model_name", ""), [*self.parts.values()]),
+        }
 
 
 def asked_segments(config: DictConfig) -> list[int]:

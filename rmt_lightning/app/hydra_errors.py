@@ -49,6 +49,11 @@ _NOT_HERE = {
     "config_path": "each command has a config of its own; give choices of your own with --config-dir",
     "experimental_rerun": "go on with a run by resume=<its folder>",
 }
+# What goes on with what has been interrupted.
+_AGAIN = {
+    "train": "a run that has begun goes on with resume=<its folder>",
+    "evaluate": "the same command goes on where it stopped",
+}
 # NumPy, torch and CUDA.
 NO_MEMORY = re.compile(r"(MemoryError|can't allocate memory|out of memory|Storage size calculation overflowed)")
 # Python's own, of a class that is not ours: ours are checked against their signatures.
@@ -273,7 +278,7 @@ def told_in_one_line(config_name: str) -> Iterator[None]:
             raise
         _fail(_no_memory(error), code=1)
     except KeyboardInterrupt:
-        _fail("interrupted; a run that has begun goes on with resume=<its folder>", code=130)
+        _fail(f"interrupted; {_AGAIN.get(config_name, 'repeat the command')}", code=130)
     except OSError as error:
         _fail(trouble(error), code=1)
 
