@@ -228,7 +228,8 @@ STORIES = [
 def test_text_that_has_changed(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    said = "run: the text is not the one that the run began with; what is held out now may have been trained on"
+    said = "run: the text is not the one that the run began with: its files or the settings of its noise have changed; "
+    said += "what is held out now may have been trained on"
     evaluate(monkeypatch, "segments=[1]")
     assert said not in capsys.readouterr().out
     first = only(here)

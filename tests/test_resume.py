@@ -26,11 +26,13 @@ import yaml
 from conftest import SMALL, Run, assert_identical, final
 from omegaconf import OmegaConf
 
-from rmt_lightning.app.resume import check_folder, save_config
+from rmt_lightning.app.resume import begun_with, check_folder, other_text, save_config
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import append_csv, write_atomically
 from rmt_lightning.core.quoting import setting
 from rmt_lightning.core.run_folder import claimed, locate
+from rmt_lightning.tasks.babi import Babi
+from rmt_lightning.tasks.facts import PLACES, questions_digest
 from rmt_lightning.training.callbacks.checkpoints import MetricsTable, read_checkpoint, read_newest
 
 # Dropout makes random numbers matter; three lengths make the curriculum matter.
@@ -155,6 +157,29 @@ def test_text_that_has_changed(train: Run, tmp_path: Path) -> None:
     assert said in (tmp_path / "run" / "train.log").read_text()
     # It stays known what the run began with, however often it is resumed.
     assert (tmp_path / "run" / "text.json").read_text() == record
+
+
+@pytest.mark.fault("a task's file changes while a run is stopped", "said; refused if weights stand for other answers")
+def test_questions_that_have_changed(
+    train: Run, refused: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    story = "1 {0} went to the {1}.\n2 Where is {0}?\t{1}\t1\n"
+    told = "".join(story.format(name, place) for name in ("Ann", "Bob") for place in PLACES for _ in range(2))
+    (tmp_path / "qa.txt").write_text(told)
+    begun = train("task=babi", "task.path=qa.txt", "hydra.run.dir=run", "trainer.max_steps=1")
+    assert begun.returncode == 0, begun.stderr
+    (tmp_path / "qa.txt").write_text(told.replace("hallway", "cellar"))
+    line = "error: task: its answers are not those that the run has learnt (gone: hallway, new: cellar); put its files"
+    assert line in refused("resume=run", "trainer.max_steps=2")
+    names = json.loads((tmp_path / "run/text.json").read_text())
+    (tmp_path / "qa.txt").write_text(told.replace("Ann", "Eve"))
+    present = {"sha256": names["sha256"], "questions": questions_digest(Babi(str(tmp_path / "qa.txt")))}
+    capsys.readouterr()
+    assert begun_with(tmp_path / "run", names) == names == begun_with(tmp_path / "run", present)
+    assert not other_text(tmp_path / "run", names, OmegaConf.create())
+    assert other_text(tmp_path / "run", present, OmegaConf.create()) == {"questions": present["questions"]}
+    said = "run: the questions are not those that the run began with: the files of its task have changed; "
+    assert [line[: len(said)] for line in capsys.readouterr().out.splitlines()] == [said, said]
 
 
 SLOW_STEPS = """

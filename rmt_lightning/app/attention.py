@@ -16,7 +16,7 @@ from rich.progress import track
 from rich.table import Table
 
 from rmt_lightning.analysis.attention import AttentionMap, curve_from_rows, maps_to_rows, rewriting_curve
-from rmt_lightning.app.build import find_device, load
+from rmt_lightning.app.build import find_device, load, text_names
 from rmt_lightning.app.console import start_logging, take_over_lightning
 from rmt_lightning.app.results import tell_folder, watch_clearest
 from rmt_lightning.app.resume import other_text, provenance
@@ -25,7 +25,6 @@ from rmt_lightning.core.files import read_csv, write_atomically, write_csv
 from rmt_lightning.core.run_folder import alone_in, findings
 from rmt_lightning.models.memory import MemoryTokens
 from rmt_lightning.reporting import figures
-from rmt_lightning.tasks.corpus import text_digest
 from rmt_lightning.tasks.placement import Placement, Sample
 from rmt_lightning.training.callbacks.hardware import make_fast
 
@@ -45,7 +44,7 @@ def attend(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: Pa
         )
     module.to(device).eval()
     asked = {key: config[key] for key in ("segments", "streams", "stream_segments")}
-    text = other_text(run, text_digest(placement.corpora), own="noise" not in config)
+    text = other_text(run, text_names(placement.corpora, None if "task" in config else placement.task), config)
     settings = provenance(run_config, checkpoint, sha256) | text | asked | {"device": hardware}
     folder = findings(config.output or run, "attention", f"{checkpoint.stem}-{placement.task.name}", settings)
     # Whether there are such a layer and head comes out before anything is written.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -32,8 +32,8 @@ from rmt_lightning.models.pretrained import check_reopens
 from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.models.sources import Backbone, Restored, parts_for
 from rmt_lightning.models.tiny import TrainingText
-from rmt_lightning.tasks.corpus import Corpus, tokenize
-from rmt_lightning.tasks.facts import Split, Task
+from rmt_lightning.tasks.corpus import Corpus, text_digest, tokenize
+from rmt_lightning.tasks.facts import Finite, Split, Task, questions_digest
 from rmt_lightning.tasks.noise import Noise, counted
 from rmt_lightning.tasks.placement import Key, Placement
 from rmt_lightning.training.answering import FactModule
@@ -150,6 +150,14 @@ def build_answering(
         config.answer, model=base.model, answers=answers or task.answers, phases=phases, metrics=metrics
     )
     return placement, module
+
+
+def text_names(corpora: Mapping[Split, Corpus], task: Task | None) -> dict[str, str]:
+    """What names the text of a run, and the questions if they are read from files."""
+    names = {"sha256": text_digest(corpora)}
+    if isinstance(task, Finite):
+        names["questions"] = questions_digest(task)
+    return names
 
 
 def testable(key: str, lengths: Sequence[Key], model: SegmentModel[Any], placement: Placement) -> list[Key]:

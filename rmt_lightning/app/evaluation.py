@@ -30,7 +30,7 @@ from rmt_lightning.analysis.extrapolation import (
     score_length,
 )
 from rmt_lightning.analysis.probing import ProbeResult, score_probe
-from rmt_lightning.app.build import find_device, load, open_answering, testable
+from rmt_lightning.app.build import find_device, load, open_answering, testable, text_names
 from rmt_lightning.app.console import start_logging, take_over_lightning
 from rmt_lightning.app.results import leaderboard, leaderboard_table, length_table, probe_table, tell_folder, tell_limit
 from rmt_lightning.app.resume import other_text, provenance
@@ -41,7 +41,6 @@ from rmt_lightning.core.quoting import shown
 from rmt_lightning.core.run_folder import CHECKPOINTS, EVALUATION, PREDICTIONS, PROBES, alone_in, findings
 from rmt_lightning.core.statistics import Proportion, kept
 from rmt_lightning.reporting import figures
-from rmt_lightning.tasks.corpus import text_digest
 from rmt_lightning.tasks.facts import Finite, Task
 from rmt_lightning.tasks.placement import Key, Placement
 from rmt_lightning.tasks.probes import probes
@@ -123,7 +122,7 @@ def evaluate(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: 
         log.info(remark)
     tell_limit(placement, "samples", "test", config.samples, fitting)
     samples = config.samples if placement.finite else placement.asked("test", config.samples, Key(1, 0))
-    text = other_text(run, text_digest(placement.corpora), own="noise" not in config)
+    text = other_text(run, text_names(placement.corpora, None if "task" in config else placement.task), config)
     settings = provenance(run_config, checkpoint, sha256) | text | {"samples": samples, "device": hardware}
     if isinstance(placement.task, Finite):
         questions = repr(placement.task.questions("test"))

@@ -33,7 +33,7 @@ from rmt_lightning.models.sources import reads_backbone
 from rmt_lightning.reporting import figures
 from rmt_lightning.tasks.corpus import Corpus
 from rmt_lightning.tasks.datamodule import FactDataModule, ShortEpochs
-from rmt_lightning.tasks.facts import Split
+from rmt_lightning.tasks.facts import Split, Task
 from rmt_lightning.tasks.language import DocumentDataModule, LanguageModeling, RunningText
 from rmt_lightning.tasks.noise import SPLITS
 from rmt_lightning.tasks.placement import Key, Placement
@@ -63,9 +63,11 @@ class Recipe(ABC):
         data: where its samples come from.
         module: what is trained.
         corpora: the text of its noise.
+        task: what it asks, if it asks anything.
     """
 
     NEEDS: ClassVar[dict[str, type]]
+    task: Task | None = None
     phases: Phases
     data: ShortEpochs
     module: SegmentModule
@@ -124,7 +126,7 @@ class FactRecipe(Recipe):
     def __init__(self, config: DictConfig, run: Path | None, trained: bool) -> None:
         self.phases = build_phases(config)
         placement, self.module = build_answering(config, run, trained, phases=self.phases)
-        self.corpora = placement.corpora
+        self.corpora, self.task = placement.corpora, placement.task
         self.data = construct(config.data, placement=placement, keys=self.phases)
         self.lengths: LengthTest = instantiate(config.test, _convert_="all")
         self.model.fitting("curriculum.max_segments", [config.curriculum.max_segments])

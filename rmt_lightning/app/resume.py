@@ -44,6 +44,12 @@ _KEPT = re.compile(
     r"(task|backbone|model|lora|frozen)\..*|data\.(segment_length|num_segments|steps_per_epoch|_target_)|(answer|curriculum|optim)\._target_"
 )
 
+# What is said if what a run began with, by its name in text.json, is not there any more.
+_CHANGED = {
+    "sha256": ("the text is not the one that the run began with: its files or the settings of its noise have changed"),
+    "questions": "the questions are not those that the run began with: the files of its task have changed",
+}
+
 
 class DamagedConfig(UserError):
     """The config of a run cannot be read."""
@@ -131,48 +137,51 @@ def overrides(settings: HydraConf) -> list[str]:
     return words["words"]
 
 
-def save_text(folder: Path, text: str) -> None:
-    """Leave in a run folder what names the text that the run began with (see `text_digest`)."""
-    write_atomically(folder / TEXT, json.dumps({"sha256": text}).encode())
+def save_text(folder: Path, names: Mapping[str, str]) -> None:
+    """Leave in a run folder what names the text that the run began with."""
+    write_atomically(folder / TEXT, json.dumps(names).encode())
 
 
-def begun_with(run: Path, text: str) -> str:
+def begun_with(run: Path, names: dict[str, str]) -> dict[str, str]:
     """What names the text that a run began with. If it is not the present one, that is said."""
-    begun = _saved_text(run)
-    if begun is None:
+    begun = _saved_names(run)
+    if not begun:
         log.info("%s does not tell its text; documents that repeat others are left out now", os.path.relpath(run))
-    elif begun != text:
-        log.info(
-            "%s: the text is not the one that the run began with: its files or the settings of its noise have changed; "
-            "going on with the present one", os.path.relpath(run),
-        )  # fmt: skip
-    return begun or text
+    for name in _others(begun, names):
+        log.info("%s: %s; going on with what is there now", os.path.relpath(run), _CHANGED[name])
+    return names | begun
 
 
-def other_text(run: Path, text: str, own: bool) -> dict[str, str]:
-    """What results depend on besides `provenance`: the text, if it is not the one that the run began with.
+def other_text(run: Path, names: dict[str, str], asked: DictConfig) -> dict[str, str]:
+    """What results depend on besides `provenance`: the text and the questions that the run did not begin with.
 
     Args:
         run: the folder of the run.
-        text: what names the present text.
-        own: whether it ought to be the text of the run, so that it is said if it is not.
+        names: what names the present ones.
+        asked: the settings of a front door, which may name another noise and another task; if they do not, it is said.
     """
-    begun = _saved_text(run)
-    if begun == text or (own and begun is None):
-        return {}
-    if own:
-        log.info(
-            "%s: the text is not the one that the run began with; what is held out now may have been trained on",
-            os.path.relpath(run),
-        )
-    return {"text": text}
+    begun = _saved_names(run)
+    own = [name for name, group in (("sha256", "noise"), ("questions", "task")) if group not in asked]
+    found: dict[str, str] = {}
+    for name in _others(begun, names):
+        found |= {"text" if name == "sha256" else name: names[name]}
+        if name in own:
+            log.info("%s: %s; what is held out now may have been trained on", os.path.relpath(run), _CHANGED[name])
+    if "sha256" not in begun and "sha256" not in own:
+        found["text"] = names["sha256"]
+    return found
 
 
-def _saved_text(run: Path) -> str | None:
+def _others(begun: Mapping[str, str], names: Mapping[str, str]) -> list[str]:
+    return [name for name in names if begun.get(name, names[name]) != names[name]]
+
+
+def _saved_names(run: Path) -> dict[str, str]:
     try:
-        return str(json.loads((run / TEXT).read_text(encoding="utf-8"))["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # An earlier version did not write it.
+        names = json.loads((run / TEXT).read_text(encoding="utf-8"))
+        return {name: str(names[name]) for name in _CHANGED if name in names}
+    except (OSError, ValueError, TypeError):
+        return {}  # An earlier version did not write it.
 
 
 def presets(settings: HydraConf) -> str | None:

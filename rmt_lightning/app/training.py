@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich import get_console
 from torch.distributed import DistNetworkError
 
-from rmt_lightning.app.build import construct, save_architecture
+from rmt_lightning.app.build import construct, save_architecture, text_names
 from rmt_lightning.app.console import take_over_lightning
 from rmt_lightning.app.recipes import Recipe, build_phases, build_recipe, check_memory, phase_groups
 from rmt_lightning.app.results import phase_table, tell_folder
@@ -36,7 +36,6 @@ from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.quoting import shown, to_type
 from rmt_lightning.core.run_folder import CHECKPOINTS, LAST, PREVIOUS, cut_ways_out
 from rmt_lightning.reporting.redaction import public
-from rmt_lightning.tasks.corpus import text_digest
 from rmt_lightning.training.callbacks.checkpoints import (
     Interrupted,
     MetricsTable,
@@ -94,9 +93,10 @@ def _train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pa
         )
     if saved and checkpoint:
         check_fits(recipe.module, saved["state_dict"], checkpoint)
+        _check_answers(recipe, saved)
         phases.load(saved)
         _refuse_what_comes_too_late(config, source, recipe, saved)
-    text = text_digest(recipe.corpora)
+    text = text_names(recipe.corpora, recipe.task)
     if source and saved:
         text = begun_with(source, text)
     logger: Logger | None = construct(config.logger, save_dir=folder) if "_target_" in config.logger else None
@@ -150,6 +150,17 @@ def _train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pa
     _tell(recipe, folder, trainer, logger)
     wait_for_others(trainer)
     return _end(recipe, trainer, to_type("resume", os.path.relpath(folder)))
+
+
+def _check_answers(recipe: Recipe, saved: dict[str, Any]) -> None:
+    """Raise UserError if answers are others than those that the weights stand for: they are read from files."""
+    known, present = (set(answers) for answers in (saved.get("answers", ()), getattr(recipe.module, "answers", ())))
+    if known and known != present:
+        found = {"gone": known - present, "new": present - known}
+        told = ", ".join(f"{what}: {', '.join(sorted(some)[:4])}" for what, some in found.items() if some)
+        raise UserError(
+            f"task: its answers are not those that the run has learnt ({told}); put its files back, or start a new run"
+        )
 
 
 def _refuse_what_comes_too_late(config: DictConfig, source: Path | None, recipe: Recipe, saved: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ the same ones.)
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, Protocol, runtime_checkable
@@ -83,6 +84,15 @@ class Finite(Protocol):
 
     def questions(self, split: Split) -> Sequence[Example]:
         """All questions of a split."""
+
+
+def questions_digest(task: Finite) -> str:
+    """What names all that can be asked, and in which split."""
+    content = hashlib.sha256()
+    splits: tuple[Split, ...] = ("train", "validation", "test")
+    for split in splits:
+        content.update(repr((split, tuple(task.questions(split)))).encode())
+    return content.hexdigest()
 
 
 @runtime_checkable
