@@ -171,6 +171,8 @@ def test_questions_that_have_changed(
     (tmp_path / "qa.txt").write_text(told.replace("hallway", "cellar"))
     line = "error: task: its answers are not those that the run has learnt (gone: hallway, new: cellar); put its files"
     assert line in refused("resume=run", "trainer.max_steps=2")
+    (tmp_path / "qa.txt").write_text(told + story.format("Ann", "attic"))
+    assert "that the run has learnt (new: attic); put its files" in refused("resume=run", "trainer.max_steps=2")
     names = json.loads((tmp_path / "run/text.json").read_text())
     (tmp_path / "qa.txt").write_text(told.replace("Ann", "Eve"))
     present = {"sha256": names["sha256"], "questions": questions_digest(Babi(str(tmp_path / "qa.txt")))}

@@ -92,8 +92,8 @@ def _train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pa
             f"data.steps_per_epoch={epoch} batches; give no more, or raise that"
         )
     if saved and checkpoint:
-        check_fits(recipe.module, saved["state_dict"], checkpoint)
         _check_answers(recipe, saved)
+        check_fits(recipe.module, saved["state_dict"], checkpoint)
         phases.load(saved)
         _refuse_what_comes_too_late(config, source, recipe, saved)
     text = text_names(recipe.corpora, recipe.task)
