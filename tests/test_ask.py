@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +89,9 @@ def same(one: Memory, other: Memory) -> bool:
 
 def test_however_it_is_read_it_is_the_same(answerer: Answerer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = answerer.read(BOOK)
-    (tmp_path / "book.txt").write_text(BOOK)
+    (tmp_path / "book.txt").write_text(f"\ufeff{BOOK}", encoding="utf-8")
     assert same(answerer.read(tmp_path / "book.txt", progress=True), whole)
+    (tmp_path / "book.txt").write_text(BOOK)
     with (tmp_path / "book.txt").open() as file:
         assert same(answerer.read(file), whole)
     # Pieces end within words, and a small buffer is filled many times.
@@ -140,6 +143,7 @@ def test_what_cannot_be_read_or_asked(answerer: Answerer, tokenizer: PreTrainedT
         (tmp_path / "absent", r"absent: cannot be read \(No such file or directory\); give the path of a text"),
         (tmp_path, r": cannot be read \(Is a directory\); give the path of a text"),
         (tmp_path / "latin", r"latin: is no text in UTF-8; convert it first"),
+        ((tmp_path / "latin").open(encoding="utf-8"), r"text: is no text in UTF-8; convert it first"),
         (b"Mary", r"text: is a bytes; give a text, a Path, or pieces of a text"),
         (7, r"text: is a int; give a text, a Path, or pieces of a text"),
         (["Mary", 7], r"text: holds a int among its pieces; give texts"),
@@ -189,6 +193,33 @@ def test_what_holds_no_memory(content: bytes | None, answerer: Answerer, tmp_pat
         Memory.load(tmp_path / "absent")
 
 
+@pytest.mark.fault("a file of a memory is damaged", "it is refused in one line")
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"end": torch.tensor([99_999])}, {"end": torch.tensor([-1])}, {"end": torch.tensor([[1]])},
+        {"end": torch.tensor([1.0])}, {"state": []}, {"state": [torch.ones(1, 2, 3)] * 2},
+        {"state": [torch.full((1, 4, 16), torch.nan)]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_no_memory_of_this_model(change: dict[str, Any], answerer: Answerer) -> None:
+    damaged = replace(answerer.read(BOOK), **change)
+    for use in (lambda: answerer.ask(damaged, "Who?"), lambda: answerer.read(BOOK, damaged)):
+        with pytest.raises(UserError, match=r"^memory: is damaged; read the text again$"):
+            use()
+
+
+def test_no_device_is_taken_for_a_memory(answerer: Answerer, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    memory = answerer.read("")
+    for name in ("folder", "pipe"):
+        for use in (memory.save, Memory.load):
+            with pytest.raises(UserError, match=rf"{name}: is no plain file; give what Memory.save has written, or an"):
+                use(tmp_path / name)
+
+
 @pytest.fixture
 def ask(
     answerer: Answerer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -207,6 +238,7 @@ def ask(
 
     answerer.save_pretrained(tmp_path / "mary")
     (tmp_path / "book.txt").write_text(BOOK)
+    (tmp_path / "empty").touch()
     (tmp_path / "questions").write_text("\ufeffWhere is Mary?\n\n  Who?\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     yield run
@@ -269,6 +301,9 @@ def test_the_command_answers(
         ("model=mary text=book.txt question=[]", "question: asks nothing; give a question, or several as [one,anot"),
         ("model=mary text=book.txt question=", "question=: is empty; give a value, or leave it out"),
         ("model=mary text=book.txt question=Who? top_k=0", "top_k=0: must be greater than or equal to 1"),
+        (f"model=mary text=book.txt question={'Who' * 99}? top_k=0", "top_k=0: must be greater than or equal to 1"),
+        ("model=mary text=empty question=Who?", "text=empty: is empty; give text"),
+        ("model=mary text=book.txt save=/proc/kept question=Who?", "save=/proc/kept: cannot be written"),
         ("model=mary text=book.txt question=7", "question=7: must be "),
         ("model=mary text=book.txt qestion=Who?", "qestion: no such setting; did you mean question"),
     ],

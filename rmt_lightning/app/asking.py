@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from omegaconf import DictConfig
 from rich import get_console
@@ -35,8 +37,10 @@ def ask(config: DictConfig) -> None:
     answerer = Answerer.from_pretrained(config.folder).to(device)
     memory = None if config.memory is None else Memory.load(config.memory)
     if config.text is not None or memory is None:
-        text = sys.stdin if config.text == "-" else Path(config.text)
-        memory = answerer.read(text, memory, progress=get_console().is_terminal)
+        before = memory.tokens if memory else 0
+        memory = answerer.read(_text(config.text), memory, progress=get_console().is_terminal)
+        if memory.tokens == before:
+            raise UserError(f"text={config.text}: is empty; give text")
     if config.save is not None:
         _save(memory, config.save)
     if questions is not None:
@@ -44,6 +48,15 @@ def ask(config: DictConfig) -> None:
     elif config.save is None:
         for question in _from_terminal():
             _answer(answerer, memory, [question], config.top_k)
+
+
+def _text(given: str) -> TextIO | Path:
+    """The text that is named, or what is piped in, in UTF-8 too."""
+    if given != "-":
+        return Path(given)
+    if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
+        sys.stdin.reconfigure(encoding="utf-8-sig")
+    return sys.stdin
 
 
 def _at_terminal(config: DictConfig) -> bool:
@@ -86,6 +99,8 @@ def _check_place(place: str) -> None:
     """Raise UserError where nothing can be saved, or something else than a memory would be lost."""
     if not (parent := Path(place).absolute().parent).is_dir():
         raise UserError(f"save={place}: there is no folder {parent}; make it, or choose another place")
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"save={place}: cannot be written to {parent}; choose another place")
     if os.path.lexists(place):
         try:
             Memory.load(place)

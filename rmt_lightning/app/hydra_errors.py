@@ -173,7 +173,8 @@ def _check_door(word: str, config_name: str) -> None:
         allowed = [setting for setting in settings if setting != "hydra"]
         raise UserError(f"{key}: no such setting; {suggest(name, allowed + groups)}")
     path = CONF / key / f"{choice}.yaml"
-    if path.is_file() and "@package _global_" in path.read_text(encoding="utf-8"):
+    # What is no choice may be longer than any name of a file.
+    if path in (CONF / key).glob("*.yaml") and "@package _global_" in path.read_text(encoding="utf-8"):
         raise UserError(f"{word}: is a kind of run of its own, which another cannot be asked; leave it out")
 
 

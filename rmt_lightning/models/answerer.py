@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -66,7 +67,12 @@ class Memory:
     model: str
 
     def save(self, path: str | Path) -> None:
-        """Write it as a safetensors file, whole or not at all."""
+        """Write it as a safetensors file, whole or not at all.
+
+        Raises:
+            UserError: if a folder or a device stands there.
+        """
+        _check_plain(path)
         tensors = {f"state.{number}": part.contiguous() for number, part in enumerate(self.state)} | {"end": self.end}
         told = {"tokens": str(self.tokens), "model": self.model, "kind": _KIND}
         write_atomically(Path(path), save(tensors, metadata=told))
@@ -78,6 +84,7 @@ class Memory:
         Raises:
             UserError: if there is no such file, or it holds something else.
         """
+        _check_plain(path)
         try:
             with safe_open(path, framework="pt") as file:
                 told, names = file.metadata() or {}, file.keys()
@@ -254,7 +261,10 @@ class Answerer(nn.Module, ModelHubMixin, library_name="rmt_lightning"):
         if memory.model != self._fingerprint():
             raise UserError("memory: was read by another model; read the text again with this one")
         first = self.model.initial_state(1)
-        parts = zip(memory.state, tree.leaves(first), strict=True)
+        likes = tree.leaves(first)
+        if not (_fit(memory.state, likes) and _are_ids(memory.end, len(self._tokenizer))):
+            raise UserError("memory: is damaged; read the text again")
+        parts = zip(memory.state, likes, strict=True)
         return tree.rebuild(first, [part.to(like.device, like.dtype) for part, like in parts])
 
     def _fingerprint(self) -> str:
@@ -284,12 +294,35 @@ class Answerer(nn.Module, ModelHubMixin, library_name="rmt_lightning"):
         with opened(pretrained_model_name_or_path, **options) as folder:
             model: SegmentModel[Any] = SegmentModel.from_pretrained(folder)
             if not (folder / HEAD).exists():
-                raise UserError(f"{folder}: holds a {type(model).__name__} that was not trained to choose answers")
+                raise UserError(
+                    f"{folder}: holds a {type(model).__name__} that was not trained to choose answers; give "
+                    "one that was, with answer=classify"
+                )
             with safe_open(folder / HEAD, framework="pt") as file:
                 answers = json.loads(file.metadata()["answers"])
                 head = nn.Linear(model.width, len(answers))
                 head.load_state_dict({name: file.get_tensor(name) for name in ("weight", "bias")})
             return cls(model, head, answers).eval()
+
+
+def _check_plain(path: str | Path) -> None:
+    """Raise UserError if something stands there that is no file: reading it may have no end."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path}: is no plain file; give what Memory.save has written, or another place")
+
+
+def _fit(state: Sequence[Tensor], likes: Sequence[Tensor]) -> bool:
+    """Whether tensors are of the shapes of a state; what is empty in that one grows."""
+    if [part.ndim for part in state] != [like.ndim for like in likes]:
+        return False
+    sizes = (
+        (n, of) for part, like in zip(state, likes, strict=True) for n, of in zip(part.shape, like.shape, strict=True)
+    )
+    return all(of in (n, 0) for n, of in sizes) and all(bool(part.isfinite().all()) for part in state)
+
+
+def _are_ids(end: Tensor, known: int) -> bool:
+    return end.ndim == 1 and end.dtype == torch.long and bool(((end >= 0) & (end < known)).all())
 
 
 def _texts(name: str, given: Any) -> list[str]:
@@ -325,7 +358,7 @@ def _pieces(text: Text, progress: bool) -> Iterator[str]:
     if isinstance(text, Path):
         try:
             with bar.open(
-                text, "r", encoding="utf-8", description="reading", disable=not progress, transient=True
+                text, "r", encoding="utf-8-sig", description="reading", disable=not progress, transient=True
             ) as file:
                 yield from iter(lambda: file.read(CHARACTERS), "")
         except OSError as error:
@@ -336,8 +369,11 @@ def _pieces(text: Text, progress: bool) -> Iterator[str]:
     if isinstance(text, bytes) or not _in_order(text):
         raise UserError(f"text: is a {type(text).__name__}; give a text, a Path, or pieces of a text")
     pieces = [text[at : at + CHARACTERS] for at in range(0, len(text), CHARACTERS)] if isinstance(text, str) else text
-    for piece in bar.track(pieces, "reading", disable=not progress, transient=True):
-        if not isinstance(piece, str):
-            raise UserError(f"text: holds a {type(piece).__name__} among its pieces; give texts")
-        _check_letters("text", piece)
-        yield piece
+    try:
+        for piece in bar.track(pieces, "reading", disable=not progress, transient=True):
+            if not isinstance(piece, str):
+                raise UserError(f"text: holds a {type(piece).__name__} among its pieces; give texts")
+            _check_letters("text", piece)
+            yield piece
+    except UnicodeDecodeError:
+        raise UserError("text: is no text in UTF-8; convert it first") from None
