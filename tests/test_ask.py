@@ -220,6 +220,17 @@ def test_no_device_is_taken_for_a_memory(answerer: Answerer, tmp_path: Path) -> 
                 use(tmp_path / name)
 
 
+@pytest.mark.fault("a saved model is somebody else's, or holds a pipe", "it can be read; one line says so")
+def test_a_saved_model_is_for_others_too(answerer: Answerer, tmp_path: Path) -> None:
+    answerer.save_pretrained(tmp_path)
+    modes = {path.stat().st_mode for path in tmp_path.iterdir() if path.is_file()}
+    assert len(modes) == 1
+    (tmp_path / "head.safetensors").unlink()
+    os.mkfifo(tmp_path / "head.safetensors")
+    with pytest.raises(UserError, match=r"head\.safetensors: is no plain file; remove it, or put the file back"):
+        Answerer.from_pretrained(tmp_path)
+
+
 @pytest.fixture
 def ask(
     answerer: Answerer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import write_atomically
 from rmt_lightning.core.tokens import CHARACTERS, encode, token_ids, whole_words
 from rmt_lightning.models import state as tree
-from rmt_lightning.models.pretrained import opened
+from rmt_lightning.models.pretrained import CONFIG, opened
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.segment_model import SegmentModel
 
@@ -279,6 +280,7 @@ class Answerer(nn.Module, ModelHubMixin, library_name="rmt_lightning"):
         self.model.save_pretrained(save_directory)
         weights = {name: value.contiguous() for name, value in self.head.state_dict().items()}
         save_file(weights, save_directory / HEAD, metadata={"answers": json.dumps(self.answers)})
+        shutil.copymode(save_directory / CONFIG, save_directory / HEAD)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:

@@ -7,6 +7,7 @@ and, if there is a Hugging Face model inside, backbone/ (its config) and perhaps
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.hub import out_of_reach
 from rmt_lightning.core.names import public_name
-from rmt_lightning.core.run_folder import ADAPTER, BACKBONE, TOKENIZER
+from rmt_lightning.core.run_folder import ADAPTER, BACKBONE, TOKENIZER, refuse_pipes
 from rmt_lightning.models import adapters
 from rmt_lightning.models.backbone import Transformer
 from rmt_lightning.models.sources import Restored, parts_for
@@ -92,6 +93,8 @@ class SavedModel(ModelHubMixin, library_name="rmt_lightning", model_card_templat
             if list(adapters.adapters(backbone)):
                 adapters.save_weights(backbone, save_directory / ADAPTER)
         save_model(self, str(save_directory / WEIGHTS))
+        # safetensors leaves files that nobody else may read.
+        shutil.copymode(save_directory / CONFIG, save_directory / WEIGHTS)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
@@ -147,6 +150,7 @@ def opened(name_or_path: str | Path, **options: Any) -> Iterator[Path]:
     folder = Path(name_or_path)
     if not folder.is_dir():
         folder = _download(str(name_or_path), **options)
+    refuse_pipes(folder)
     try:
         yield folder
     except UserError:
