@@ -472,7 +472,15 @@ def test_a_damaged_cache_is_built_again(
         os.mkfifo(folder)
         os.mkfifo(f"{folder}-partial")
 
-    for damage in (None, path.unlink, lambda: os.truncate(path, 40), pipe, whole_pipe):
+    def dangling() -> None:
+        (folder,) = (path for path in (tmp_path / "noise").iterdir() if path.is_dir())
+        shutil.rmtree(folder)
+        folder.symlink_to("nowhere")
+
+    def deep() -> None:
+        next(tmp_path.rglob("checksums.json")).write_text("[" * 10**5)
+
+    for damage in (None, path.unlink, lambda: os.truncate(path, 40), pipe, whole_pipe, dangling, deep):
         if damage:
             damage()
         assert tokenize(Prose(10), tokenizer, tmp_path)["train"].tokens[:].tolist() == before

@@ -147,7 +147,7 @@ def tokenize(noise: Noise, tokenizer: PreTrainedTokenizerBase, cache_dir: str | 
 
 def _told(folder: Path, corpora: dict[Split, Corpus]) -> dict[Split, Corpus]:
     """Say what people should know of a text that is about to be used. Earlier versions did not keep it."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, TypeError, RecursionError):
         for remark in json.loads((folder / _REMARKS).read_text(encoding="utf-8")):
             log.info("%s", remark)
     return corpora
@@ -170,7 +170,7 @@ def _open(folder: Path, vocabulary_size: int) -> dict[Split, Corpus] | None:
         return {split: Corpus.open(folder / split, vocabulary_size) for split in SPLITS}
     except PermissionError:
         raise
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError, RecursionError):
         return None
 
 
@@ -188,10 +188,10 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _emptied(folder: Path) -> Path:
     """Clear the place of an entry of the cache, and make the folder in which it is built."""
-    if folder.exists():
+    if os.path.lexists(folder):
         log.warning("%s is damaged; tokenizing again", folder)
         # Whatever it is; and that it cannot be removed is told.
-        shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
+        shutil.rmtree(folder) if folder.is_dir() and not folder.is_symlink() else folder.unlink()
     partial = removed(folder.with_name(f"{folder.name}-partial"))
     partial.mkdir()
     return partial
