@@ -143,7 +143,8 @@ def test_pairs_grow(train: Run, tmp_path: Path) -> None:
     (*_, tested) = csv.DictReader((tmp_path / "run/evaluation.csv").open())
     assert float(tested["capacity"]) == pytest.approx(3 * (16 * float(tested["accuracy"]) - 1) / 15)
     assert tested["pairs"] == "3" and "pairs held" in result.stdout
-    logged = [row for row in csv.DictReader((tmp_path / "run/metrics/version_0/metrics.csv").open()) if row["val/capacity"]]
+    measured = csv.DictReader((tmp_path / "run/metrics/version_0/metrics.csv").open())
+    logged = [row for row in measured if row["val/capacity"]]
     for row, pairs in zip(logged, (1, 2, 3), strict=True):
         assert float(row["val/capacity"]) == pytest.approx(pairs * (16 * float(row["val/accuracy"]) - 1) / 15)
     rows = list(csv.DictReader((tmp_path / "run/stages.csv").open()))

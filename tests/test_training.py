@@ -243,7 +243,7 @@ def test_an_error_of_the_system_told_by_rust(tmp_path: Path) -> None:
     def fail(folder: Path) -> None:
         raise Exception("File too large (os error 27)")
 
-    model = SimpleNamespace(tokenizer=SimpleNamespace(save_pretrained=fail), architecture=None, modules=list)
+    model = SimpleNamespace(parts={"tokenizer": SimpleNamespace(save_pretrained=fail)}, modules=list)
     with pytest.raises(OSError, match="File too large") as caught:
         save_architecture(model, tmp_path)
     assert caught.value.errno == errno.EFBIG and caught.value.filename.endswith("tokenizer")
