@@ -213,3 +213,11 @@ def test_all_questions_of_the_real_test(shared_data: Path) -> None:
     )
     task = Babi(train, test_path=test)
     assert [len(task.questions(split)) for split in ("train", "test")] == [9000, 1000]
+
+
+def test_a_file_of_two_names_is_read_once(tmp_path: Path) -> None:
+    story = "1 Ann went to the {0}.\n2 Where is Ann?\t{0}\t1\n"
+    (tmp_path / "qa.txt").write_text("".join(story.format(place) for place in PLACES))
+    (tmp_path / "link.txt").symlink_to("qa.txt")
+    names = [str(tmp_path / name) for name in ("qa.txt", "link.txt", "*.txt")]
+    assert len(Babi(test_path=names).questions("test")) == len(PLACES)

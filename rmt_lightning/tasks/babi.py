@@ -129,16 +129,18 @@ _ASKS = re.compile(r"[?？؟](\s|$)")
 
 def _read(key: str, given: str | list[str]) -> Iterator[Story]:
     """Yield the questions of each story in the files that a setting names, each file once."""
-    files: dict[str, None] = {}
+    # A file has several names where there are links.
+    files: dict[str, str] = {}
     for name in [given] if isinstance(given, str) else given:
         path = os.path.expanduser(name)
         if os.path.isdir(path):
             raise UserError(f"{key}={name}: is a folder; give a file, or a pattern such as '{name}/qa1_*_train.txt'")
         found = [] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
-        files |= dict.fromkeys(map(os.path.normpath, found or [path]))
+        for file in map(os.path.normpath, found or [path]):
+            files.setdefault(os.path.realpath(file), file)
     if not files:
         raise UserError(f"{key}=[]: names no file; give one")
-    for file in files:
+    for file in files.values():
         if os.path.exists(file) and not os.path.isfile(file):
             raise UserError(f"{key}={file}: is no plain file; give a qa*.txt file")
         try:
