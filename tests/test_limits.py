@@ -25,6 +25,7 @@ from rmt_lightning.app import hydra_errors
 from rmt_lightning.app.build import construct
 from rmt_lightning.app.processes import RANK, forget_leftovers, is_first_process
 from rmt_lightning.app.schema import CONF, check
+from rmt_lightning.app.trust import check_saved
 from rmt_lightning.models import segment_model
 from rmt_lightning.models.tiny import TinyBert
 from rmt_lightning.reporting.runs import read_runs
@@ -153,6 +154,22 @@ def test_a_target_that_is_not_there(name: Any, message: str, composed: DictConfi
     OmegaConf.update(config, "noise._target_", name)
     with pytest.raises(UserError, match=rf"^noise\._target_={re.escape(f'{name}: {message}')}"):
         check(config, front_door.Root)
+
+
+@pytest.mark.fault("a module of one's own ends the program when it is imported", "one line says so")
+@pytest.mark.parametrize(("content", "reason"), [("raise SystemExit(3)", "3"), ("raise ValueError('odd')", "odd")])
+def test_a_module_that_cannot_be_imported(
+    content: str, reason: str, composed: DictConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"module_{reason}"
+    (tmp_path / f"{name}.py").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = copy.deepcopy(composed)
+    OmegaConf.update(config, "noise._target_", f"{name}.Noise")
+    with pytest.raises(UserError, match=rf"^noise\._target_={name}\.Noise: cannot be imported \({reason}\); give"):
+        check(config, front_door.Root)
+    with pytest.raises(UserError, match=rf"^{name}: cannot be imported \(\w+ {reason}\); mend it$"):
+        check_saved({"noise": {"_target_": f"{name}.Noise"}}, Path("config.yaml"), [name])
 
 
 class Unannotated:

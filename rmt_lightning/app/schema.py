@@ -134,7 +134,7 @@ def _named(name: Any, path: str) -> Callable[..., Any]:
     """
     try:
         target = get_object(name)
-    except Exception as error:  # whatever may go wrong in a module of one's own when it is imported
+    except (Exception, SystemExit) as error:  # whatever may go wrong in a module of one's own when it is imported
         cause = error.__cause__ or error
         reason = " ".join((str(cause) or type(cause).__name__).split())
         raise UserError(f"{path}_target_={name}: cannot be imported ({reason:.200}); give <module>.<class>") from None

@@ -220,5 +220,8 @@ def _class(module: str, name: str, trusted: Sequence[str]) -> type:
         found = getattr(importlib.import_module(module), name, None)
     except ImportError as error:
         raise UserError(f"{module}: cannot be imported ({error}); start the command where it is") from None
+    except (Exception, SystemExit) as error:  # whatever may go wrong in it
+        reason = " ".join(f"{type(error).__name__} {error}".split())
+        raise UserError(f"{module}: cannot be imported ({reason:.200}); mend it") from None
     # What a trusted module has imported from elsewhere is not meant.
     return found if isinstance(found, type) and is_trusted(found.__module__) else object
