@@ -93,8 +93,9 @@ class SavedModel(ModelHubMixin, library_name="rmt_lightning", model_card_templat
             if list(adapters.adapters(backbone)):
                 adapters.save_weights(backbone, save_directory / ADAPTER)
         save_model(self, str(save_directory / WEIGHTS))
-        # safetensors leaves files that nobody else may read.
-        shutil.copymode(save_directory / CONFIG, save_directory / WEIGHTS)
+        for weights in save_directory.rglob("*.safetensors"):
+            # safetensors leaves files that nobody else may read.
+            shutil.copymode(save_directory / CONFIG, weights)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
