@@ -1,180 +1,31 @@
 """Front door: `python -m rmt_lightning.lm_eval --model_args pretrained=<folder> --tasks …` is `lm_eval` for our models.
 
-The harness (EleutherAI's lm-evaluation-harness, the extra [lm-eval]) finds models of other packages only once they are
-imported, so this door imports ours and hands the words on. From Python, `import rmt_lightning.lm_eval` does the same.
-Texts of any length are read whole, segment by segment, in constant memory; nothing is cut off.
+The lm-evaluation-harness finds models of other packages only once they have been made known to it. So this door does
+that, and hands all words on; from Python, `import rmt_lightning.lm_eval` does it.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
-from typing import Any, Literal, cast
-
-import torch
-from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.core.tokens import start_token
-from rmt_lightning.models.generation import generate
-from rmt_lightning.models.likelihood import likelihood
-from rmt_lightning.models.segment_model import SegmentModel
 
+NAME = "rmt_lightning"
 try:
-    from lm_eval.api.model import TemplateLM
-    from lm_eval.api.registry import register_model
+    import lm_eval.models  # noqa: F401, for it makes known those of the harness
+    from lm_eval.api.registry import model_registry
 except ImportError:
-    raise UserError("lm_eval: is not installed; pip install 'rmt-lightning[lm-eval]'") from None
-
-# Tokens that are written before it is seen whether the answer has come to its end.
-_GLANCE = 16
-
-
-@register_model("rmt_lightning")
-class RecurrentLM(TemplateLM):
-    """An exported model that predicts words, as the harness asks it.
-
-    A text begins with the token that documents begin with in training on running text.
-
-    Args:
-        pretrained: a folder that `export` or `save_pretrained` has left, or an id on the Hugging Face Hub.
-        batch_size: texts that are read side by side, the longest first.
-        device: such as cpu or cuda:0; None for a GPU if there is one.
-        dtype: of weights and states.
-        max_batch_size: of no meaning here; the harness gives it.
-
-    Raises:
-        UserError: if there is no such model, or it predicts no words.
-    """
-
-    def __init__(
-        self,
-        pretrained: str,
-        batch_size: int | str = 1,
-        device: str | None = None,
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-        max_batch_size: int | None = None,
-    ) -> None:
-        super().__init__()
-        self.model: SegmentModel[Any] = SegmentModel.from_pretrained(pretrained)
-        if not self.model.predicts:
-            raise UserError(
-                f"pretrained={pretrained}: a {type(self.model).__name__} predicts no words; give a causal language "
-                "model, such as one that task=language_modeling or answer=generate has trained"
-            )
-        try:
-            self.batch_size = int(batch_size)
-        except ValueError:
-            raise UserError(f"batch_size={batch_size}: give a number") from None
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise UserError(f"dtype={dtype}: give float32, bfloat16 or float16")
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model.to(self._device, getattr(torch, dtype)).eval()
-        self.tokenizer: Any = self.model.tokenizer
-
-        self._start = start_token(cast(PreTrainedTokenizerBase, self.tokenizer))
-
-    @property
-    def eot_token_id(self) -> int:
-        end = self.tokenizer.eos_token_id
-        return self._start if end is None else int(end)
-
-    @property
-    def prefix_token_id(self) -> int:
-        return self._start
-
-    @property
-    def tokenizer_name(self) -> str:
-        return str(self.tokenizer.name_or_path)
-
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_options: Any) -> list[int]:
-        ids: list[int] = self.tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
-
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return self.tokenizer.apply_chat_template(
-            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )  # fmt: skip
-
-    def _loglikelihood_tokens(
-        self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_options: Any
-    ) -> list[tuple[float, bool]]:
-        found: dict[int, tuple[float, bool]] = {}
-        texts = [(self._begun(context), rest) for _, context, rest in requests]
-        for numbers in self._batches([len(context) + len(rest) for context, rest in texts], disable_tqdm):
-            ids, mask = self._padded([[*context, *rest] for context, rest in map(texts.__getitem__, numbers)])
-            start = torch.tensor([len(texts[number][0]) for number in numbers], device=self._device)
-            scored = likelihood(self.model, ids, start, mask)
-            found |= zip(numbers, zip(scored.log.tolist(), scored.greedy.tolist(), strict=True), strict=True)
-        for number, (names, _, _) in enumerate(requests):
-            self.cache_hook.add_partial("loglikelihood", names, found[number])
-        return [found[number] for number in range(len(requests))]
-
-    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        texts = [(request.args, [self._start], self.tok_encode(request.args[0])) for request in requests]
-        return [log for log, _ in self._loglikelihood_tokens(texts, disable_tqdm=disable_tqdm)]
-
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        written = []
-        for request in tqdm(requests, disable=disable_tqdm, desc="writing"):
-            context, options = request.args
-            written.append(self._write(self._begun(self.tok_encode(context)), dict(options)))
-            self.cache_hook.add_partial("generate_until", request.args, written[-1])
-        return written
-
-    def _write(self, context: list[int], options: dict[str, Any]) -> str:
-        """What follows a context, up to the first of the texts that end it."""
-        until = options.pop("until", None) or []
-        until = [until] if isinstance(until, str) else [text for text in until if text]
-        left = int(options.pop("max_gen_toks", 256))
-        temperature = float(options.pop("temperature", 1.0)) if options.pop("do_sample", False) else 0.0
-        options.pop("temperature", None)
-        drawn = {name: options.pop(name) for name in ("top_k", "top_p") if name in options}
-        if options:
-            raise UserError(
-                f"gen_kwargs: {', '.join(options)}: not known here; give until, max_gen_toks, do_sample, temperature, "
-                "top_k, top_p"
-            )
-        ids, stream, text, tokens = torch.tensor([context], device=self._device), None, "", []
-        while left > 0:
-            made = generate(
-                self.model, ids, min(left, _GLANCE), stream=stream, temperature=temperature,
-                stop_tokens=[self.eot_token_id], **drawn if temperature else {},
-            )  # fmt: skip
-            tokens += made.input_ids[0][made.attention_mask[0].bool()].tolist()
-            ended = tokens[-1] == self.eot_token_id
-            text = self.tokenizer.decode(tokens[:-1] if ended else tokens)
-            ends = [place for place in (text.find(stop) for stop in until) if place >= 0]
-            if ends or ended:
-                return text[: min(ends)] if ends else text
-            ids, stream, left = ids[:, :0], made.stream, left - _GLANCE
-        return text
-
-    def _begun(self, ids: list[int]) -> list[int]:
-        return ids if ids[:1] == [self._start] else [self._start, *ids]
-
-    def _batches(self, lengths: Sequence[int], disable_tqdm: bool) -> Iterator[list[int]]:
-        """The numbers of texts that are read side by side; the longest first, for what does not fit fails at once."""
-        order = iter(tqdm(sorted(range(len(lengths)), key=lambda n: -lengths[n]), disable=disable_tqdm, desc="reading"))
-        while numbers := list(islice(order, self.batch_size)):
-            yield numbers
-
-    def _padded(self, texts: Iterable[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = [torch.tensor(ids, device=self._device) for ids in texts]
-        masks = [torch.ones_like(row) for row in rows]
-        pad = torch.nn.utils.rnn.pad_sequence
-        return pad(rows, batch_first=True), pad(masks, batch_first=True)
+    sys.exit("error: lm_eval: is not installed; pip install 'rmt-lightning[lm-eval]'")
+# It is imported when it is asked for.
+model_registry.register(NAME, target="rmt_lightning.analysis.harness:RecurrentLM")
 
 
 def run() -> None:
-    """Hand the words of the command line on to the harness, and name our model if none is named."""
+    """Hand the words of the command line on to the harness, and name our models if none are named."""
     from lm_eval.__main__ import cli_evaluate
 
     if not any(word.split("=")[0] in ("--model", "-M", "-h", "--help") for word in sys.argv):
-        sys.argv += ["--model", "rmt_lightning"]
+        sys.argv += ["--model", NAME]
     try:
         cli_evaluate()
     except UserError as error:

@@ -121,7 +121,7 @@ def short(tokenizer: PreTrainedTokenizerBase) -> RunningText:
 @pytest.mark.parametrize("kind", ["bos", "cls", "eos", "sep"])
 def test_what_a_document_begins_with(kind: str, corpora: dict[Split, Corpus]) -> None:
     """A tokenizer such as Qwen's has an end token alone."""
-    tokenizer = TinyGPT().tokenizer("Mary went to the garden.")
+    tokenizer = TinyGPT().tokenizer(["Mary went to the garden."])
     tokenizer.eos_token = None
     with pytest.raises(UserError, match=r"tokenizer has no token that begins or ends a text \(bos, cls, eos, sep\)"):
         RunningText(corpora["train"], tokenizer, LENGTH, seed=3)

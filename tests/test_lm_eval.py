@@ -25,6 +25,7 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from rmt_lightning import lm_eval as door
+from rmt_lightning.analysis.harness import RecurrentLM
 
 STORY = "Mary went to the garden. John took a walk in the park and it was late. " * 3
 ROWS = [
@@ -74,7 +75,7 @@ def by_hand(model: RMTDecoder, ids: list[int], start: int) -> float:
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_scores_equal_a_count_by_hand(folder: Path, batch_size: int) -> None:
-    ours = door.RecurrentLM(str(folder / "model"), batch_size=batch_size, device="cpu")
+    ours = RecurrentLM(str(folder / "model"), batch_size=batch_size, device="cpu")
     found: Any = simple_evaluate(
         ours, tasks=[*TASKS], task_manager=TaskManager(include_path=str(folder), include_defaults=False),
         bootstrap_iters=0, log_samples=True,
@@ -127,10 +128,10 @@ def test_at_the_command_line(
 def test_what_is_refused(options: dict[str, str], told: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=f"^{told}"):
-        door.RecurrentLM(**{"pretrained": str(folder / "model"), **options})
+        RecurrentLM(**{"pretrained": str(folder / "model"), **options})
 
 
 def test_an_encoder_predicts_no_words(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     RMTEncoder(TinyBert(16, 1, 2).encoder(tokenizer), 24).save_pretrained(tmp_path / "model")
     with pytest.raises(UserError, match="a RMTEncoder predicts no words; give a causal language model"):
-        door.RecurrentLM(str(tmp_path / "model"))
+        RecurrentLM(str(tmp_path / "model"))

@@ -181,6 +181,6 @@ def test_what_many_pairs_need_is_known_at_once(
     corpora: dict[Split, Corpus], tokenizer: PreTrainedTokenizerBase
 ) -> None:
     placement = Placement(KeyValue(pairs=1024, symbols=400), corpora, tokenizer, text_length=30, seed=7)
-    assert (placement.fits("train", 1), placement.fits("train", 4096)) == (0, 1)
+    assert tuple(placement.fits("train", Key(n, 0)) for n in (1, 4096)) == (0, 1)
     assert len(placement._all("train", None, 30).examples) == 16
     assert len(Placement(KeyValue(), corpora, tokenizer, 30, 7)._all("train", None, 30).examples) == 1000
