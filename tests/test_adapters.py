@@ -118,6 +118,49 @@ def test_what_peft_hands_over_is_saved_and_opened(
     assert not (tmp_path / "second/config.json").exists()
 
 
+@pytest.mark.fault("adapters that are not in use, or could not be put in again", "saving them is refused in one line")
+@pytest.mark.parametrize(
+    ("config", "change", "told"),
+    [
+        (
+            {},
+            "disable_adapter_layers",
+            "its adapters are switched off, and would be on when it is",
+        ),
+        (
+            {},
+            "merge_adapter",
+            "its adapters are merged, and would count twice when it is",
+        ),
+        (
+            {"peft_type": "VERA"},
+            "",
+            "its adapters could not be put in again (`inject_adapter_in_model`",
+        ),
+    ],
+)
+def test_what_would_be_opened_otherwise_is_refused(
+    config: dict[str, str], change: str, told: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    kind = peft.VeraConfig if config else peft.LoraConfig
+    wrapped = peft.get_peft_model(TinyBert(**SIZE).encoder(tokenizer).model, kind(r=2, target_modules=["query"]))
+    model = RMTEncoder(Encoder(wrapped, tokenizer), 24, memory_size=2)
+    if change:
+        getattr(wrapped.base_model, change)()
+    with pytest.raises(UserError, match=f"^backbone: {re.escape(told)}"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model/config.json").exists()
+
+
+def test_adapters_of_embeddings(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["word_embeddings", "query"])
+    wrapped = peft.get_peft_model(TinyBert(**SIZE).encoder(tokenizer).model, config)
+    model = RMTEncoder(Encoder(wrapped, tokenizer), 24, memory_size=2)
+    expected = read(model)
+    model.save_pretrained(tmp_path / "model")
+    torch.testing.assert_close(read(RMTEncoder.from_pretrained(tmp_path / "model")), expected, rtol=0, atol=0)
+
+
 def test_fast_ways_have_adapters_too(tokenizer: PreTrainedTokenizerBase) -> None:
     """One by one as all at once, and in stacks."""
     model = make(RMTDecoder, tokenizer)

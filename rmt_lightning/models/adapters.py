@@ -96,7 +96,7 @@ def add(backbone: nn.Module, config: PeftConfig) -> None:
     """Put adapters beside layers of a backbone; from then on only they are trained.
 
     Raises:
-        ValueError: if PEFT finds no layers for them.
+        ValueError: if PEFT finds no layers for them, or they need more than layers.
     """
     peft = _peft("backbone: has adapters, and")
     with warnings.catch_warnings(action="ignore"):
@@ -106,6 +106,26 @@ def add(backbone: nn.Module, config: PeftConfig) -> None:
 def adapters(backbone: nn.Module) -> Iterator[PeftConfig]:
     """What PEFT has put into a model."""
     yield from (getattr(backbone, "peft_config", None) or {}).values()
+
+
+def check_on(backbone: nn.Module) -> None:
+    """Raise a UserError if adapters are not in use as they will be when they are opened again."""
+    for layer in _layers(backbone):
+        if layer.merged:
+            what, remedy = "merged, and would count twice", "unmerge_adapter or merge_and_unload"
+        elif layer.disable_adapters:
+            what, remedy = "switched off, and would be on", "enable_adapter_layers, or unload"
+        else:
+            continue
+        raise UserError(f"backbone: its adapters are {what} when it is opened again; call PEFT's {remedy}")
+
+
+def _layers(backbone: nn.Module) -> Iterator[Any]:
+    """The layers that have adapters, if there are any."""
+    if list(adapters(backbone)):
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        yield from (part for part in backbone.modules() if isinstance(part, BaseTunerLayer))
 
 
 def saved(folder: Path) -> PeftConfig:

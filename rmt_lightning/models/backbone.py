@@ -105,12 +105,12 @@ class Transformer(nn.Module, ABC):
         """Two rows of ids without special ones (2, length), drawn at random; no word stands in both."""
         config, tokenizer = self.model.config, self.tokenizer
         special = {*tokenizer.all_special_ids, *(getattr(config, f"{name}_token_id", None) for name in _SPECIAL)}
-        ordinary = [i for i in range(min(self._words.num_embeddings, 10_000)) if i not in special]
+        ordinary = [i for i in range(min(len(self._words.weight), 10_000)) if i not in special]
         drawn = torch.tensor(random.Random(0).sample(ordinary, len(ordinary)), device=self._words.weight.device)
         return drawn.repeat(2 * length)[: 2 * length].view(2, length)
 
     def _check_vocabulary(self) -> None:
-        tokenizer, known = self.tokenizer, self._words.num_embeddings
+        tokenizer, known = self.tokenizer, len(self._words.weight)
         # A special token that no text holds, such as one for images, may have no embedding.
         unused = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} - {
             tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id
@@ -126,10 +126,17 @@ class Transformer(nn.Module, ABC):
         with torch.device("meta"), torch.random.fork_rng([]):
             again = self.AUTO.from_config(copy.deepcopy(self.model.config))
             for adapter in adapters.adapters(self.model):
-                adapters.add(again, adapter)
-        told, weights = ({name: x.shape for name, x in m.state_dict().items()} for m in (again, self.model))
-        names = {name for name in told.keys() | weights.keys() if not name.startswith("pooler.")}
-        if strange := sorted(name for name in names if told.get(name) != weights.get(name)):
+                try:
+                    adapters.add(again, adapter)
+                except ValueError as error:
+                    raise UserError(
+                        f"backbone: its adapters could not be put in again ({told(error)}); merge them with "
+                        "merge_and_unload"
+                    ) from None
+        adapters.check_on(self.model)
+        given, weights = ({name: x.shape for name, x in m.state_dict().items()} for m in (again, self.model))
+        names = {name for name in given.keys() | weights.keys() if not name.startswith("pooler.")}
+        if strange := sorted(name for name in names if given.get(name) != weights.get(name)):
             raise UserError(
                 f"backbone: {len(strange)} of its weights, such as {strange[0]}, are not as its config tells, so it "
                 "could not be opened again; merge adapters with merge_and_unload, and give what "
