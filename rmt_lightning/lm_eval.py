@@ -1,7 +1,7 @@
 """Front door: `python -m rmt_lightning.lm_eval --model_args pretrained=<folder> --tasks …` is `lm_eval` for our models.
 
 The lm-evaluation-harness finds models of other packages only once they have been made known to it. So this door does
-that, and hands all words on; from Python, `import rmt_lightning.lm_eval` does it.
+that, and hands all words on; from Python, importing rmt_lightning.analysis.harness does it.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ import sys
 from rmt_lightning.core.errors import UserError
 
 NAME = "rmt_lightning"
-try:
-    import lm_eval.models  # noqa: F401, for it makes known those of the harness
-    from lm_eval.api.registry import model_registry
-except ImportError:
-    sys.exit("error: lm_eval: is not installed; pip install 'rmt-lightning[lm-eval]'")
-# It is imported when it is asked for.
-model_registry.register(NAME, target="rmt_lightning.analysis.harness:RecurrentLM")
 
 
 def run() -> None:
     """Hand the words of the command line on to the harness, and name our models if none are named."""
-    from lm_eval.__main__ import cli_evaluate
-
+    try:
+        from lm_eval.__main__ import cli_evaluate
+        from lm_eval.api.registry import model_registry
+        from lm_eval.models import MODEL_MAPPING
+    except ImportError:
+        sys.exit("error: lm_eval: is not installed; pip install 'rmt-lightning[lm-eval]'")
+    # It is imported when it is asked for, as those of the harness are.
+    assert NAME not in MODEL_MAPPING
+    model_registry.register(NAME, target="rmt_lightning.analysis.harness:RecurrentLM")
     if not any(word.split("=")[0] in ("--model", "-M", "-h", "--help") for word in sys.argv):
         sys.argv += ["--model", NAME]
     try:

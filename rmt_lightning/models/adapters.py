@@ -15,12 +15,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import Ge, Gt, Lt
 from safetensors.torch import save_file
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from rmt_lightning.core.errors import UserError
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
+# GPT-2 has linear layers of a kind of its own.
+_LINEAR = (nn.Linear, Conv1D)
 # As PEFT calls its files.
 WEIGHTS = "adapter_model.safetensors"
 
@@ -73,12 +77,14 @@ class LoRA(Finetuning):
         self.targets = targets
 
     def __call__(self, backbone: nn.Module) -> None:
+        assert isinstance(backbone, PreTrainedModel)
         # Those of a run that is gone on with are there already.
         if list(adapters(backbone)):
             return
         peft = _peft("finetune=lora")
-        linear = [name for name, part in backbone.named_modules() if type(part).__name__ in ("Linear", "Conv1D")]
-        own = {name.rpartition(".")[2] for name in linear if name != "lm_head"}
+        head = backbone.get_output_embeddings()
+        linear = (name for name, part in backbone.named_modules() if isinstance(part, _LINEAR) and part is not head)
+        own = {name.rpartition(".")[2] for name in linear}
         targets = [self.targets] if isinstance(self.targets, str) and self.targets != "all-linear" else self.targets
         if isinstance(targets, list) and (absent := [name for name in targets if name not in own]):
             raise UserError(f"lora.targets={absent[0]}: is no linear layer of the backbone; {_choose(own)}")
@@ -110,7 +116,7 @@ def adapters(backbone: nn.Module) -> Iterator[PeftConfig]:
 
 def check_on(backbone: nn.Module) -> None:
     """Raise a UserError if adapters are not in use as they will be when they are opened again."""
-    for layer in _layers(backbone):
+    for _, layer in _layers(backbone):
         if layer.merged:
             what, remedy = "merged, and would count twice", "unmerge_adapter or merge_and_unload"
         elif layer.disable_adapters:
@@ -120,12 +126,13 @@ def check_on(backbone: nn.Module) -> None:
         raise UserError(f"backbone: its adapters are {what} when it is opened again; call PEFT's {remedy}")
 
 
-def _layers(backbone: nn.Module) -> Iterator[Any]:
-    """The layers that have adapters, if there are any."""
-    if list(adapters(backbone)):
-        from peft.tuners.tuners_utils import BaseTunerLayer
+def _layers(backbone: nn.Module) -> list[tuple[str, Any]]:
+    """The layers that have adapters, if there are any, and their names."""
+    if not list(adapters(backbone)):
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
-        yield from (part for part in backbone.modules() if isinstance(part, BaseTunerLayer))
+    return [(name, part) for name, part in backbone.named_modules() if isinstance(part, BaseTunerLayer)]
 
 
 def saved(folder: Path) -> PeftConfig:
@@ -144,18 +151,11 @@ def save_weights(backbone: nn.Module, folder: Path) -> None:
 def merge_all(model: nn.Module) -> None:
     """Add the adapters in a model to the weights that they stand beside, and take them out."""
     for backbone in model.modules():
-        if list(adapters(backbone)):
-            _merge(backbone)
-
-
-def _merge(backbone: nn.Module) -> None:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for name, layer in list(backbone.named_modules()):
-        if isinstance(layer, BaseTunerLayer):
+        for name, layer in (layers := _layers(backbone)):
             layer.merge()
             backbone.set_submodule(name, layer.get_base_layer())
-    del backbone.peft_config
+        if layers:
+            del backbone.peft_config
 
 
 def _choose(names: Iterable[str]) -> str:
