@@ -145,9 +145,14 @@ def build_answering(
     placement = Placement(task, base.corpora, base.tokenizer, base.model.text_length, config.seed)
     placement.check_words()
     # Earlier versions had no metrics in their configs, and what is not trained needs none.
-    metrics = instantiate(config.metrics, _convert_="all") if phases else None
+    metrics = instantiate(config.metrics, _convert_="all") if phases else {}
     module: FactModule = construct(
-        config.answer, model=base.model, answers=answers or task.answers, phases=phases, metrics=metrics
+        config.answer,
+        model=base.model,
+        answers=answers or task.answers,
+        phases=phases,
+        metrics=metrics,
+        optimization=None,
     )
     return placement, module
 
@@ -230,7 +235,9 @@ def open_answering(config: DictConfig, run: Path, checkpoint: Path) -> tuple[Fac
     saved = _answers_in(checkpoint)
     backbone = Restored(run)
     model = _model(config.model, backbone, backbone.tokenizer([]))
-    module: FactModule = construct(config.answer, model=model, answers=saved["answers"], phases=None, metrics=None)
+    module: FactModule = construct(
+        config.answer, model=model, answers=saved["answers"], phases=None, metrics=None, optimization=None
+    )
     check_fits(module, saved["state_dict"], checkpoint)
     module.load_state_dict(saved["state_dict"])
     return module, saved["sha256"]

@@ -127,7 +127,8 @@ class FactRecipe(Recipe):
         self.phases = build_phases(config)
         placement, self.module = build_answering(config, run, trained, phases=self.phases)
         self.corpora, self.task = placement.corpora, placement.task
-        self.data = construct(config.data, placement=placement, keys=self.phases)
+        tested_elsewhere = {"test_segments": (), "test_samples": None}
+        self.data = construct(config.data, placement=placement, keys=self.phases, **tested_elsewhere)
         self.lengths: LengthTest = instantiate(config.test, _convert_="all")
         self.model.fitting("curriculum.max_segments", [config.curriculum.max_segments])
         _check_noise(placement, config.curriculum.max_segments)

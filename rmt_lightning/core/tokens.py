@@ -45,6 +45,12 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, sentences: list[str]) -> list[
     return [ids for ids, _ in encode(tokenizer, [f" {sentence}" for sentence in sentences])]
 
 
+def plain_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """The tokens of whole texts, without special tokens."""
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    return ids
+
+
 def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that documents begin with.
 

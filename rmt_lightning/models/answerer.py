@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import write_atomically
-from rmt_lightning.core.tokens import CHARACTERS, encode, token_ids, whole_words
+from rmt_lightning.core.tokens import CHARACTERS, encode, plain_ids, token_ids, whole_words
 from rmt_lightning.models import state as tree
 from rmt_lightning.models.pretrained import CONFIG, opened
 from rmt_lightning.models.recurrence import Segment
@@ -254,8 +254,7 @@ class Answerer(nn.Module, ModelHubMixin, library_name="rmt_lightning"):
 
     def _whole(self, texts: list[str]) -> list[Tensor]:
         """The tokens of whole texts."""
-        ids = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-        return [torch.tensor(row, dtype=torch.long) for row in ids]
+        return [torch.tensor(row, dtype=torch.long) for row in plain_ids(self._tokenizer, texts)]
 
     def _state(self, memory: Memory) -> Any:
         """The state that a memory holds, on this device and in this precision."""

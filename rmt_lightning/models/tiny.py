@@ -128,7 +128,8 @@ class Tiny:
                 special_tokens=list(special.values()),
                 show_progress=False,
             )
-            whole = [texts] if isinstance(texts, str) else texts
+            # A document of noise is a list of sentences.
+            whole = (piece for text in texts for piece in ([text] if isinstance(text, str) else text))
             # The time it takes grows with the square of the longest word.
             tokenizer.train_from_iterator((_LONG_WORD.sub(r"\g<0> ", text) for text in whole), trainer)
             return tokenizer

@@ -104,8 +104,12 @@ class Corpus:
         return segments - len(np.unique(self.sentence_starts[:-1] // length)), segments
 
 
-def tokenize(noise: Noise, tokenizer: PreTrainedTokenizerBase, cache_dir: str | Path) -> dict[Split, Corpus]:
+def tokenize(
+    noise: Noise, tokenizer: PreTrainedTokenizerBase, cache_dir: str | Path | None = None
+) -> dict[Split, Corpus]:
     """Tokenize all splits of `noise`, or open what an earlier run has left in `cache_dir`.
+
+    That is the folder RMT_LIGHTNING_CACHE if none is given, or ~/.cache/rmt_lightning.
 
     The cache is keyed by the content of the noise and of the tokenizer. It appears under its name only when it is
     complete, and several processes may ask for it at once: one builds, the others wait. Its checksums are compared each
@@ -115,6 +119,8 @@ def tokenize(noise: Noise, tokenizer: PreTrainedTokenizerBase, cache_dir: str | 
     Raises:
         UserError: if a split holds no text, or the tokenizer does not know it.
     """
+    if cache_dir is None:
+        cache_dir = os.environ.get("RMT_LIGHTNING_CACHE", "~/.cache/rmt_lightning")
     key = hashlib.sha256(f"{noise.fingerprint()}|{_tokenizer_fingerprint(tokenizer)}|v5".encode()).hexdigest()[:32]
     size = len(tokenizer)
     with ExitStack() as held:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import lightning as L
@@ -24,6 +24,8 @@ from rmt_lightning.tasks.placement import Key, Placement
 
 # Bytes of validation samples that are kept, for every validation of a stage asks for the same ones.
 _KEPT = 2**26
+# Of the longest inputs that are trained on, or made whole.
+MOST_SEGMENTS = 4096
 
 Data = TypeVar("Data", bound="ShortEpochs")
 Data_contra = TypeVar("Data_contra", bound="ShortEpochs", contravariant=True)
@@ -46,7 +48,7 @@ class ShortEpochs(L.LightningDataModule):
     A data module makes samples from keys, and has nothing that others write.
 
     Args:
-        keys: which samples come next.
+        keys: which samples come next; None: the phases of the module that is trained on them know.
         segment_length: what the model sees of a segment, memory and special tokens included.
         batch_size: samples of a training step, on each device.
         num_workers: processes that make samples; 0 makes them in the main process.
@@ -57,7 +59,7 @@ class ShortEpochs(L.LightningDataModule):
     """
 
     def __init__(
-        self, keys: Keys[Any], segment_length: int, batch_size: int, num_workers: int, steps_per_epoch: int
+        self, keys: Keys[Any] | None, segment_length: int, batch_size: int, num_workers: int, steps_per_epoch: int
     ) -> None:
         super().__init__()
         cores = os.cpu_count() or 1
@@ -65,11 +67,29 @@ class ShortEpochs(L.LightningDataModule):
             raise UserError(
                 f"data.num_workers={num_workers}: too many processes for {cores} CPU cores; give {most} or less"
             )
-        self.keys = keys
+        self._keys = keys
         self.segment_length = segment_length
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.steps_per_epoch = steps_per_epoch
+
+    @property
+    def keys(self) -> Keys[Any]:
+        """Which samples come next.
+
+        Raises:
+            UserError: if nobody knows.
+        """
+        if self._keys is not None:
+            return self._keys
+        module: Any = self.trainer.lightning_module if self.trainer else None
+        keys: Keys[Any] | None = getattr(module, "led_by", None)
+        if keys is None:
+            raise UserError(
+                f"{type(self).__name__}: nothing says which samples come next; give the Trainer "
+                "callbacks=[SegmentCurriculum(…)], or FixedSteps(…) for running text"
+            )
+        return keys
 
     @property
     @abstractmethod
@@ -126,6 +146,19 @@ class ValidationKeys(Sampler[list[Any]], Generic[Data]):
 
     def __iter__(self) -> Iterator[list[Any]]:
         yield from self.data.keys.validation_keys(self.data)
+
+
+class Batches(Sampler[list[Any]]):
+    """Batches that are known beforehand. Of a list Lightning cannot make what it predicts on."""
+
+    def __init__(self, batches: Iterable[list[Any]]) -> None:
+        self.batches = list(batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return iter(self.batches)
 
 
 class FactBatch(NamedTuple):
@@ -209,33 +242,37 @@ class FactDataset(Dataset[FactBatch]):
         )
 
 
-class FactDataModule(ShortEpochs):
-    """Fact samples for training and validation.
+class Samples(Protocol):
+    """What a curriculum must know of the samples that it asks for, whatever they are.
 
-    Args:
-        placement: makes the samples.
-        keys: which of them come next.
-        segment_length: what the backbone sees of a segment, memory and special tokens included.
-        batch_size: B, on each device.
-        num_workers: processes that make samples; 0 makes them in the main process.
-        steps_per_epoch: training steps between two validations.
+    Attributes:
+        seed: of what is drawn at random.
+    """
+
+    @property
+    def seed(self) -> int: ...
+
+    def asked(self, split: Split, samples: int | None, key: Key) -> int:
+        """How many samples like this one a validation or a test asks, if so many are wanted; None: all."""
+
+    def different(self, split: Split, keys: Iterable[Key]) -> int:
+        """How many different questions the samples of these names ask."""
+
+    def fits(self, split: Split, like: Key) -> float:
+        """Which share of all questions inputs of this length have room for."""
+
+
+class SampleDataModule(ShortEpochs):
+    """Samples with an answer, by their keys, for training, validation and test.
+
+    Attributes:
+        placement: what is known of the samples.
         validation_samples: how many samples a validation asks about at the full length, or all questions if those are
             fewer.
     """
 
-    def __init__(
-        self,
-        placement: Placement,
-        keys: Keys[FactDataModule],
-        segment_length: Annotated[int, Ge(1)],
-        batch_size: Annotated[int, Ge(1)],
-        num_workers: Annotated[int, Ge(0)] = 0,
-        steps_per_epoch: Annotated[int, Ge(1)] = 25,
-        validation_samples: Annotated[int, Ge(1), Le(10**6)] = 512,
-    ) -> None:
-        super().__init__(keys, segment_length, batch_size, num_workers, steps_per_epoch)
-        self.placement = placement
-        self.validation_samples = validation_samples
+    placement: Samples
+    validation_samples: int
 
     @property
     def validated(self) -> int:
@@ -246,15 +283,71 @@ class FactDataModule(ShortEpochs):
         start = (batch * self.world_size + self.rank) * self.batch_size
         return range(start, start + self.batch_size)
 
-    def validation_keys(self, samples: int, like: Key) -> Iterator[list[Key]]:
-        """The keys of this device's share of some validation samples, all of one length, batch by batch."""
-        numbers = range(self.placement.asked("validation", samples, like))[self.rank :: self.world_size]
+    def shared(self, split: Split, samples: int | None, like: Key) -> Iterator[list[Key]]:
+        """The keys of this device's share of some samples of a split, all of one length, batch by batch."""
+        numbers = range(self.placement.asked(split, samples, like))[self.rank :: self.world_size]
         size = 2 * self.batch_size
         for start in range(0, len(numbers), size):
             yield [like._replace(number=number) for number in numbers[start : start + size]]
+
+
+class FactDataModule(SampleDataModule):
+    """Fact samples for training, validation and test.
+
+    Args:
+        placement: makes the samples.
+        keys: which of them come next; None: the phases of the module that is trained on them know.
+        segment_length: what the backbone sees of a segment, memory and special tokens included, by which speed is
+            counted; None: the text alone.
+        batch_size: B, on each device.
+        num_workers: processes that make samples; 0 makes them in the main process.
+        steps_per_epoch: training steps between two validations.
+        validation_samples: how many samples a validation asks about at the full length, or all questions if those are
+            fewer.
+        test_segments: at which lengths `Trainer.test` and `Trainer.predict` ask. A batch is made whole: much longer
+            inputs are for rmt_lightning.evaluate, which makes and reads them segment by segment.
+        test_samples: how many samples of each of these lengths; None: all questions, or 256 where there is no end of
+            them.
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        keys: Keys[FactDataModule] | None = None,
+        segment_length: Annotated[int, Ge(1)] | None = None,
+        batch_size: Annotated[int, Ge(1)] = 32,
+        num_workers: Annotated[int, Ge(0)] = 0,
+        steps_per_epoch: Annotated[int, Ge(1)] = 25,
+        validation_samples: Annotated[int, Ge(1), Le(10**6)] = 512,
+        test_segments: Sequence[int] = (),
+        test_samples: int | None = 256,
+    ) -> None:
+        super().__init__(keys, segment_length or placement.text_length, batch_size, num_workers, steps_per_epoch)
+        self.placement: Placement = placement
+        self.validation_samples = validation_samples
+        if wrong := [given for given in test_segments if not 1 <= given <= MOST_SEGMENTS]:
+            raise UserError(f"test_segments: has {wrong[0]}; give numbers of segments from 1 to {MOST_SEGMENTS}")
+        self.test_segments = tuple(test_segments)
+        self.test_samples = test_samples
 
     def train_dataloader(self) -> DataLoader[FactBatch]:
         return self.loader(FactDataset(self.placement, "train"), batch_sampler=TrainingKeys(self))
 
     def val_dataloader(self) -> DataLoader[FactBatch]:
         return self.loader(FactDataset(self.placement, "validation", kept=_KEPT), batch_sampler=ValidationKeys(self))
+
+    def test_dataloader(self) -> DataLoader[FactBatch]:
+        """Samples of the test, shorter ones first.
+
+        Raises:
+            UserError: if no length is given.
+        """
+        if not self.test_segments:
+            raise UserError("test_segments: are missing; give FactDataModule(…, test_segments=[1, 64])")
+        lengths = (Key(num_segments, 0) for num_segments in sorted(set(self.test_segments)))
+        batches = Batches(keys for like in lengths for keys in self.shared("test", self.test_samples, like))
+        return self.loader(FactDataset(self.placement, "test"), batch_sampler=batches)
+
+    def predict_dataloader(self) -> DataLoader[FactBatch]:
+        """Those of the test."""
+        return self.test_dataloader()

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.core.tokens import start_token
 from rmt_lightning.tasks.corpus import Corpus
-from rmt_lightning.tasks.datamodule import Keys, ShortEpochs, TrainingKeys, ValidationKeys
+from rmt_lightning.tasks.datamodule import Batches, Keys, ShortEpochs, TrainingKeys, ValidationKeys
 from rmt_lightning.tasks.facts import Split
 
 # A target that stands for no token.
@@ -169,8 +169,10 @@ class DocumentDataModule(ShortEpochs):
 
     Args:
         texts: the documents of each split.
-        keys: which pieces of rows come next, and which documents are validated.
-        segment_length: what the model sees of a segment, memory included.
+        keys: which pieces of rows come next, and which documents are validated; None: the phases of the module that is
+            trained on them know.
+        segment_length: what the model sees of a segment, memory included, by which speed is counted; None: the text
+            alone.
         batch_size: B, rows side by side, on each device.
         num_segments: T, segments of a training step; the next step reads on after them.
         num_workers: processes that read; 0 reads in the main process.
@@ -181,15 +183,16 @@ class DocumentDataModule(ShortEpochs):
     def __init__(
         self,
         texts: dict[Split, RunningText],
-        keys: Keys[DocumentDataModule],
-        segment_length: Annotated[int, Ge(1)],
-        batch_size: Annotated[int, Ge(1)],
+        keys: Keys[DocumentDataModule] | None = None,
+        segment_length: Annotated[int, Ge(1)] | None = None,
+        batch_size: Annotated[int, Ge(1)] = 16,
         num_segments: Annotated[int, Ge(1)] = 4,
         num_workers: Annotated[int, Ge(0)] = 0,
         steps_per_epoch: Annotated[int, Ge(1)] = 100,
         validation_documents: Annotated[int, Ge(1)] = 16,
     ) -> None:
-        super().__init__(keys, segment_length, batch_size, num_workers, steps_per_epoch)
+        length = segment_length or texts["train"].text_length
+        super().__init__(keys, length, batch_size, num_workers, steps_per_epoch)
         self.texts = texts
         self.num_segments = num_segments
         self.validation_documents = validation_documents
@@ -209,6 +212,14 @@ class DocumentDataModule(ShortEpochs):
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         documents = Documents(self.texts["validation"])
         return self.loader(documents, batch_sampler=ValidationKeys(self), collate_fn=side_by_side)
+
+    def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        batches = Batches(self._batches("test", None, self.rank, self.world_size))
+        return self.loader(Documents(self.texts["test"]), batch_sampler=batches, collate_fn=side_by_side)
+
+    def predict_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """Those of the test."""
+        return self.test_dataloader()
 
     def validation_batches(self) -> list[list[int]]:
         """The numbers of this device's share of the documents that a validation reads, batch by batch."""

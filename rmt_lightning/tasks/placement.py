@@ -152,7 +152,7 @@ class Placement:
 
     Args:
         task: what is asked.
-        corpora: the noise of each split.
+        corpora: the noise of each split, as `tokenize` makes it.
         tokenizer: of the backbone.
         text_length: S.
         seed: two placements with the same seed give the same samples.
@@ -167,7 +167,7 @@ class Placement:
         corpora: dict[Split, Corpus],
         tokenizer: PreTrainedTokenizerBase,
         text_length: int,
-        seed: int,
+        seed: int = 0,
     ) -> None:
         self.task = task
         self.corpora = corpora

@@ -1,26 +1,31 @@
 """The fact tasks: one answer after the last segment. A linear head chooses it.
 
-Shapes: B batch, T segments, S text tokens of a segment, C answers, A tokens of the longest answer, Q questions about a
-sample.
+Shapes: B batch, T segments, S text tokens of a segment, N tokens of the longest text, C answers, A tokens of the
+longest answer, Q questions about a sample.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
+from torch.nn.utils.rnn import pad_sequence
+from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.core.tokens import token_ids
+from rmt_lightning.core.tokens import plain_ids, token_ids
 from rmt_lightning.models import state as tree
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.segment_model import Reading, SegmentModel
 from rmt_lightning.tasks.datamodule import FactBatch
+from rmt_lightning.tasks.labeled_texts import TextBatch, TextDataModule
+from rmt_lightning.training.metrics import Answered, SlicedAccuracy
 from rmt_lightning.training.module import SegmentModule
+from rmt_lightning.training.optimization import WarmupDecay
 from rmt_lightning.training.phases.phase import Outcome, Phases
 
 # With how many answers metrics are tried: of open ones there may be very many.
@@ -52,16 +57,37 @@ def _validated(answers: int, phases: Phases | None) -> dict[str, Any]:
     return {"right": given == target, "num_segments": longest, "distance": distance, "preds": scores, "target": target}
 
 
+class Asked(NamedTuple):
+    """Inputs with the answers that are wanted.
+
+    Attributes:
+        inputs: what the model reads.
+        answer: (B, A) token ids, with -1 after their ends.
+        num_segments: T.
+        distance: (B,) segments between the first fact that is needed and the end.
+    """
+
+    inputs: Tensor | list[Segment]
+    answer: Tensor
+    num_segments: int
+    distance: Tensor
+
+
 class FactModule(SegmentModule, ABC):
     """A recurrent model that learns to answer.
+
+    It is trained, validated and tested on the batches of a `FactDataModule` or a `TextDataModule`, or on those of any
+    loader that are texts and labels: a list of B texts and one of B answers, or their places among the C answers.
+    `Trainer.predict` takes lists of texts without labels too, and returns a list of answers for each batch.
 
     Args:
         model: reads segments.
         answers: the C texts that it may answer with, which are saved in checkpoints.
-        phases: what it is led through; None if it is not trained.
+        phases: what it is led through; None: the phases among the callbacks of its Trainer, if there are any.
         metrics: of validation; they may ask for right (B,), num_segments, distance (B,), preds (B, C), target (B,).
         all_questions: whether a training sample is asked all that the task could ask about its facts, or one question.
             Each more is one more reading of the last segment, and a gradient for facts that the first one leaves aside.
+        optimization: of the weights, unless phases know.
 
     Raises:
         UserError: if the model's bptt_depth is 0: one loss after the last segment teaches it nothing about memory; or
@@ -81,16 +107,18 @@ class FactModule(SegmentModule, ABC):
         phases: Phases | None = None,
         metrics: Mapping[str, Metric] | None = None,
         all_questions: bool = False,
+        optimization: WarmupDecay | None = None,
     ) -> None:
         if model.bptt_depth == 0:
             raise UserError("model.bptt_depth=0: memory would never learn; give 1 or more, or -1 for all segments")
         if isinstance(answers, str):
             raise UserError(f"answers={answers}: is a single text; give a list of those that are chosen from")
-        super().__init__(model, phases, metrics or {}, _validated(len(answers), phases))
+        super().__init__(model, phases, metrics, partial(_validated, len(answers)), optimization)
         self.answers = tuple(answers)
         self.all_questions = all_questions
         self.val_loss = MeanMetric()
         assert model.tokenizer is not None
+        self._tokenizer = model.tokenizer
         rows = [torch.tensor(row, dtype=torch.long) for row in token_ids(model.tokenizer, list(answers))]
         known: dict[tuple[int, ...], str] = {(): "nothing"}
         for answer, row in zip(answers, rows, strict=True):
@@ -126,8 +154,55 @@ class FactModule(SegmentModule, ABC):
     def judge(self, end: Reading[Any], answer: Tensor) -> Judgment:
         """How inputs, of which this is the end, are answered, if this is the answer (B, A); -1 asks nothing."""
 
-    def training_step(self, batch: FactBatch, batch_idx: int) -> dict[str, Any]:
+    def default_metrics(self) -> dict[str, Metric]:
+        return {"accuracy": SlicedAccuracy() if self.led_by else Answered()}
+
+    def setup(self, stage: str) -> None:
+        """Look at the labels of a data module before they are trained on.
+
+        Raises:
+            UserError: if one is no answer.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        for split, labels in data.placement.labels.items() if isinstance(data, TextDataModule) else ():
+            for number, label in enumerate(labels):
+                self._class(label, f"{split}[{number}]")
+
+    def _class(self, label: Any, where: str) -> int:
+        """The place of a label among the answers."""
+        known = dict(enumerate(self.answers)) | {answer: answer for answer in self.answers}
+        if isinstance(label, bool) or label not in known:
+            raise UserError(
+                f"{where}: has the label {label!r:.40}; give one of {', '.join(self.answers[:8])}"
+                f"{' …' if len(self.answers) > 8 else ''}, or its place from 0 to {len(self.answers) - 1}"
+            )
+        return self.answers.index(str(known[label]))
+
+    def _texts(self, texts: Sequence[str]) -> list[Segment]:
+        """Texts, cut into segments."""
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise UserError(f"batch: holds {texts!r:.60}; give a list of texts, or texts and labels")
+        ids = [torch.tensor(row, device=self.device) for row in plain_ids(self._tokenizer, list(texts))]
+        mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+        return self.model.cut(pad_sequence(ids, batch_first=True), mask)
+
+    def _asked(self, batch: Any) -> Asked:
+        """What a batch asks, of any of the kinds that there are."""
+        if isinstance(batch, FactBatch):
+            return Asked(batch.input_ids, batch.answer, batch.input_ids.shape[1], batch.distance)
+        if not isinstance(batch, Sequence) or len(batch) < 2 or isinstance(batch[0], str):
+            raise UserError(f"batch: is {batch!r:.60}; give texts and labels, such as a loader of pairs makes of them")
+        texts, labels = batch[:2]
+        segments = self._texts(texts)
+        labels = labels.tolist() if isinstance(labels, Tensor) else labels
+        classes = [self._class(label, f"batch, row {row}") for row, label in enumerate(labels)]
+        longest = batch.num_segments if isinstance(batch, TextBatch) else len(segments)
+        return Asked(segments, self.answer_ids[classes], longest, torch.full((len(texts),), longest - 1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """The loss, and the `Outcome` for the phase."""
+        if not isinstance(batch, FactBatch):
+            return self._step_on_texts(batch)
         start = self.phases.start(batch, self.model, self.global_rank)
         batch = start.batch
         state = self.model.initial_state(len(batch.answers)) if start.state is None else start.state
@@ -155,22 +230,51 @@ class FactModule(SegmentModule, ABC):
         before = tree.repeat(state, questions.shape[1])
         return self.judge(next(self.model.read(asked[:, None], state=before)), answers.flatten(0, 1)).loss
 
-    def on_train_batch_end(self, outputs: Any, batch: FactBatch, batch_idx: int) -> None:
-        samples, segments, _ = batch.input_ids.shape
-        self.log_speed(samples * segments * self.data.segment_length)
+    def _step_on_texts(self, batch: Any) -> dict[str, Any]:
+        """The same for texts and labels."""
+        asked = self._asked(batch)
+        state = self.model.initial_state(len(asked.answer))
+        if self.led_by is not None:
+            self.led_by.start(batch, self.model, self.global_rank)
+        states = [state]
+        for reading in self.model.read(asked.inputs, state=state):
+            states.append(reading.state)
+        verdict = self.judge(reading, asked.answer)
+        self.log("train/loss", self.checked(verdict.loss).detach(), batch_size=len(asked.answer))
+        return {"loss": verdict.loss, "outcome": Outcome(verdict.right, states[:-1])}
 
-    def validation_step(self, batch: FactBatch, batch_idx: int) -> None:
-        for reading in self.model.read(batch.input_ids):  # noqa: B007
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if isinstance(batch, FactBatch):
+            samples, segments, _ = batch.input_ids.shape
+            self.log_speed(samples * segments * self.data.segment_length)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        loss, count = self._measure(batch, self.metrics)
+        self.val_loss.update(loss, weight=count)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._measure(batch, self.tested)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> list[str | None]:
+        """What is answered to each of a batch; None if that is no answer."""
+        texts = not isinstance(batch, FactBatch) and len(batch) and isinstance(batch[0], str)
+        inputs: Any = self._texts(batch) if texts else self._asked(batch).inputs
+        return self.say(inputs)
+
+    def _measure(self, batch: Any, metrics: MetricCollection) -> tuple[Tensor, int]:
+        """Let metrics count a batch. Returns its loss, and how many inputs there are."""
+        asked = self._asked(batch)
+        for reading in self.model.read(asked.inputs):  # noqa: B007
             pass
-        loss, scores, right = self.judge(reading, batch.answer)
-        self.val_loss.update(loss, weight=len(right))
-        self.metrics.update(
+        loss, scores, right = self.judge(reading, asked.answer)
+        metrics.update(
             right=right,
-            num_segments=batch.input_ids.shape[1],
-            distance=batch.distance,
+            num_segments=asked.num_segments,
+            distance=asked.distance.to(right.device),
             preds=scores,
-            target=self.classes(batch.answer),
+            target=self.classes(asked.answer),
         )
+        return loss, len(right)
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
@@ -191,8 +295,9 @@ class FactClassifier(FactModule):
         phases: Phases | None = None,
         metrics: Mapping[str, Metric] | None = None,
         all_questions: bool = False,
+        optimization: WarmupDecay | None = None,
     ) -> None:
-        super().__init__(model, answers, phases, metrics, all_questions)
+        super().__init__(model, answers, phases, metrics, all_questions, optimization)
         self.head = nn.Linear(model.width, len(answers))
 
     def forward(self, input_ids: Any, attention_mask: Tensor | None = None) -> Tensor:

@@ -17,6 +17,7 @@ from rmt_lightning.models.generation import Stream, Writer, generate, read
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.segment_model import Reading, SegmentModel
 from rmt_lightning.training.answering import FactModule, Judgment
+from rmt_lightning.training.optimization import WarmupDecay
 from rmt_lightning.training.phases.phase import Phases
 
 # How many tokens are written where none ends an answer, as BABILong allows (Kuratov et al. 2024).
@@ -43,6 +44,7 @@ class FactGenerator(FactModule):
         phases: Phases | None = None,
         metrics: Mapping[str, Metric] | None = None,
         all_questions: bool = False,
+        optimization: WarmupDecay | None = None,
     ) -> None:
         tokenizer = model.tokenizer
         if tokenizer is None or not model.predicts:
@@ -53,7 +55,7 @@ class FactGenerator(FactModule):
         end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
         if end is None:
             raise UserError("answer=generate: the backbone's tokenizer has no end token; choose answer=classify")
-        super().__init__(model, answers, phases, metrics, all_questions)
+        super().__init__(model, answers, phases, metrics, all_questions, optimization)
         self.end = int(end)
         self.register_buffer("words", self._ended(self.answer_ids)[0], persistent=False)
 
@@ -72,7 +74,7 @@ class FactGenerator(FactModule):
         words, is_word = self._ended(answer)
         told, _ = self.model.step(Segment(words[:, :-1], is_word[:, :-1].long()), end.state)
         # The last token of the question foretells the first word, and each word the next one.
-        logits = self._writer.logits(torch.cat([end.hidden[:, -1:], told], dim=1))
+        logits = self._writer.logits(torch.cat([end.segment.last_token(end.hidden)[:, None], told], dim=1))
         said = logits.argmax(dim=2)
         right = ((said == words) | ~is_word).all(dim=1) & is_word.any(dim=1)
         loss = nn.functional.cross_entropy(logits[is_word], words[is_word])

@@ -11,14 +11,16 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.models import state as tree
 from rmt_lightning.models.recurrence import Segment, unroll
 from rmt_lightning.models.segment_model import SegmentModel, touch
 from rmt_lightning.tasks.language import IGNORED
+from rmt_lightning.training.metrics import TextLoss
 from rmt_lightning.training.module import SegmentModule
+from rmt_lightning.training.optimization import WarmupDecay
 from rmt_lightning.training.phases.phase import Phases
 
 
@@ -48,8 +50,9 @@ class LanguageModeler(SegmentModule):
 
     Args:
         model: turns a segment into hidden states, and these into scores of the next token.
-        phases: what it is led through; None if it is not trained.
+        phases: what it is led through; None: the phases among the callbacks of its Trainer.
         metrics: of validation; they may ask for nats, num_tokens and num_bytes of documents, each (B,).
+        optimization: of the weights, unless phases know.
 
     Raises:
         UserError: if the model does not predict tokens, or its state grows.
@@ -58,7 +61,11 @@ class LanguageModeler(SegmentModule):
     DECISIVE = "text"
 
     def __init__(
-        self, model: SegmentModel[Any], phases: Phases | None = None, metrics: Mapping[str, Metric] | None = None
+        self,
+        model: SegmentModel[Any],
+        phases: Phases | None = None,
+        metrics: Mapping[str, Metric] | None = None,
+        optimization: WarmupDecay | None = None,
     ) -> None:
         if not model.predicts:
             raise UserError(
@@ -76,9 +83,8 @@ class LanguageModeler(SegmentModule):
                 "it; leave it at vertical"
             )
         counts = torch.tensor([3, 4])
-        super().__init__(
-            model, phases, metrics or {}, {"nats": counts.float(), "num_tokens": counts, "num_bytes": 5 * counts}
-        )
+        offered = {"nats": counts.float(), "num_tokens": counts, "num_bytes": 5 * counts}
+        super().__init__(model, phases, metrics, lambda _: offered, optimization)
         # What the last training step has left; and a checkpoint: the rows of all ranks, one after another.
         self._state: Any = None
         self._saved: list[Tensor] = []
@@ -101,9 +107,22 @@ class LanguageModeler(SegmentModule):
         readings = self._read(batch, self.model.initial_state(len(batch["starts"])))
         return torch.stack([losses.sum(dim=1) for losses, _ in readings]).sum(dim=0)
 
+    def default_metrics(self) -> dict[str, Metric]:
+        return {"text": TextLoss()}
+
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._measure(batch, self.metrics)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._measure(batch, self.tested)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Negative log-likelihood of whole documents, (B,)."""
+        return self.nats(batch)
+
+    def _measure(self, batch: dict[str, Tensor], metrics: MetricCollection) -> None:
         tokens = (batch["targets"] != IGNORED).sum(dim=(1, 2))
-        self.metrics.update(nats=self.nats(batch), num_tokens=tokens, num_bytes=batch["bytes"])
+        metrics.update(nats=self.nats(batch), num_tokens=tokens, num_bytes=batch["bytes"])
 
     def _read(self, batch: dict[str, Tensor], state: Any) -> Iterator[tuple[Tensor, Any]]:
         """Yield the losses (B, S) of each segment and the state after it."""

@@ -12,6 +12,7 @@ from annotated_types import Ge, Le
 from torch import Tensor
 from torchmetrics import Metric
 
+from rmt_lightning.tasks.datamodule import MOST_SEGMENTS
 from rmt_lightning.tasks.language import TextScore
 
 
@@ -23,27 +24,48 @@ class SlicedAccuracy(Metric):
     """
 
     full_state_update = False
-    rights: Tensor
-    seen: Tensor
+    segments: Tensor
+    distances: Tensor
 
-    def __init__(self, longest: Annotated[int, Ge(1), Le(4096)]) -> None:
+    def __init__(self, longest: Annotated[int, Ge(1), Le(MOST_SEGMENTS)] = MOST_SEGMENTS) -> None:
         super().__init__()
-        # Both (N + 1, N): rows are numbers of segments, columns are distances.
-        self.add_state("rights", torch.zeros(longest + 1, longest, dtype=torch.long), dist_reduce_fx="sum")
-        self.add_state("seen", torch.zeros(longest + 1, longest, dtype=torch.long), dist_reduce_fx="sum")
+        # How many were right, and how many there were: (2, N + 1) by number of segments, (2, N) by distance.
+        self.add_state("segments", torch.zeros(2, longest + 1, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("distances", torch.zeros(2, longest, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, right: Tensor, num_segments: int, distance: Tensor) -> None:
         """Count a batch: right (B,) bool, distance (B,)."""
-        self.rights[num_segments].index_add_(0, distance, right.long())
-        self.seen[num_segments].index_add_(0, distance, torch.ones_like(distance))
+        counts = torch.stack([right.long(), torch.ones_like(distance)])
+        self.segments[:, num_segments] += counts.sum(dim=1)
+        self.distances.index_add_(1, distance, counts)
 
     def compute(self) -> dict[str, Tensor]:
         """Accuracy of every slice that has been seen, and of the longest one."""
-        slices = {f"segments_{n}": (self.rights[n], self.seen[n]) for n in range(len(self.seen))}
-        slices |= {f"distance_{d}": (self.rights[:, d], self.seen[:, d]) for d in range(self.seen.shape[1])}
-        found = {f"accuracy_{name}": right.sum() / seen.sum() for name, (right, seen) in slices.items() if seen.any()}
-        longest = max(n for n in range(len(self.seen)) if self.seen[n].any())
+        found = {}
+        for kind, (right, seen) in (("segments", self.segments), ("distance", self.distances)):
+            for number in seen.nonzero().flatten().tolist():
+                found[f"accuracy_{kind}_{number}"] = right[number] / seen[number]
+        longest = int(self.segments[1].nonzero().max())
         return {"accuracy": found[f"accuracy_segments_{longest}"]} | found
+
+
+class Answered(Metric):
+    """The share of right answers."""
+
+    full_state_update = False
+    counts: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        # How many were right, and how many there were.
+        self.add_state("counts", torch.zeros(2, dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, right: Tensor) -> None:
+        """Count a batch: right (B,) bool."""
+        self.counts += torch.stack([right.sum(), torch.tensor(len(right), device=right.device)])
+
+    def compute(self) -> Tensor:
+        return self.counts[0] / self.counts[1]
 
 
 class TextLoss(Metric):

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
+import os
 import time
 import warnings
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.tasks.datamodule import ShortEpochs
-from rmt_lightning.training.phases.phase import Phases
+from rmt_lightning.training.optimization import WarmupDecay
+from rmt_lightning.training.phases.phase import Phase, Phases
 
 _BY_NAME = inspect.Parameter.POSITIONAL_OR_KEYWORD
 
@@ -62,9 +68,11 @@ class SegmentModule(L.LightningModule):
 
     Args:
         model: what is trained.
-        phases: what it is led through; None if it is not trained.
-        metrics: of validation, logged as val/<name>. The `update` of a metric is given what it asks for by name.
-        offered: what a metric may ask for, as a validation might have it.
+        phases: what it is led through; None: the phases among the callbacks of its Trainer, if there are any.
+        metrics: of validation, logged as val/<name>. The `update` of a metric is given what it asks for by name. None:
+            what phases decide by.
+        offered: what a metric may ask for, as a validation might have it that is led by some phases, or by none.
+        optimization: of the weights, unless phases know; None: AdamW at a learning rate of 1e-3.
 
     Raises:
         UserError: if the metric that phases decide by is missing, or one cannot be measured.
@@ -78,31 +86,59 @@ class SegmentModule(L.LightningModule):
         self,
         model: SegmentModel[Any],
         phases: Phases | None,
-        metrics: Mapping[str, Metric],
-        offered: Mapping[str, Any],
+        metrics: Mapping[str, Metric] | None,
+        offered: Callable[[Phases | None], Mapping[str, Any]],
+        optimization: WarmupDecay | None,
     ) -> None:
         super().__init__()
         self.model = model
-        self._phases = phases
-        self.metrics = MetricCollection(dict(metrics), prefix="val/", compute_groups=False)
+        self.optimization = optimization
+        self._given = metrics
+        self._offered = offered
+        self._clock = time.perf_counter()
+        self._follow(phases)
+
+    def _follow(self, phases: Phases | None) -> None:
+        """Be led by these phases, and measure what they decide by."""
+        self.led_by = phases
+        metrics = self.default_metrics() if self._given is None else self._given
+        self.metrics = MetricCollection({**metrics}, prefix="val/", compute_groups=False)
         if phases is not None and self.DECISIVE not in metrics:
             raise UserError(
                 f"metrics.{self.DECISIVE}: phases decide by it; leave it in, and leave out metrics=… if that was typed"
             )
         logged = set(self.LOGGED)
-        for name, metric in metrics.items():
-            found = _try(name, metric, offered)
+        for name, metric in (self._given or {}).items():
+            found = _try(name, metric, self._offered(phases))
             if twice := sorted(logged & found):
                 raise UserError(
                     f"metrics.{name}: val/{twice[0]} is logged already; give it another name, or leave it out"
                 )
             logged |= found
-        self._clock = time.perf_counter()
+
+    @abstractmethod
+    def default_metrics(self) -> dict[str, Metric]:
+        """What is measured if nothing is given."""
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """Take the phases among the callbacks of the Trainer as those that lead."""
+        trainer: Any = self.trainer
+        phases: list[Any] = [callback for callback in trainer.callbacks if isinstance(callback, Phase)]
+        leading = next((callback for callback in trainer.callbacks if isinstance(callback, Phases)), None)
+        if phases:
+            trainer.callbacks = [callback for callback in trainer.callbacks if callback not in phases]
+            steps = getattr(phases[0], "steps", None)
+            default = self.optimization or WarmupDecay(steps=steps or 1000, lr=1e-3)
+            self._follow(Phases(phases, default, seed=int(os.environ.get("PL_GLOBAL_SEED", 0))))
+            return [cast(Phases, self.led_by)]
+        if trainer.state.fn == TrainerFn.FITTING and leading is not self.led_by:
+            self._follow(leading)
+        return []
 
     @property
     def phases(self) -> Phases:
-        assert self._phases is not None, "a module without phases is not trained"
-        return self._phases
+        assert self.led_by is not None, "a module without phases is not trained"
+        return self.led_by
 
     @property
     def data(self) -> ShortEpochs:
@@ -111,8 +147,14 @@ class SegmentModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         # In mixed precision Lightning takes a fused optimizer for one that unscales gradients, and clips none.
-        mixed = str(self.trainer.precision).endswith("-mixed")
-        return self.phases.build_optimizer(self.parameters(), fused=not mixed)
+        fused = not str(self.trainer.precision).endswith("-mixed")
+        if self.led_by is not None:
+            return self.led_by.build_optimizer(self.parameters(), fused)
+        if math.isinf(steps := self.trainer.estimated_stepping_batches):
+            raise UserError("max_epochs: says no end of training, over which the learning rate falls; give one")
+        optimization = self.optimization or WarmupDecay(steps=int(steps), lr=1e-3)
+        optimizer, schedule = optimization.build(self.parameters(), 1, fused)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
         self._first_step = self.global_step
@@ -122,12 +164,21 @@ class SegmentModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Dropout is a function of (seed, batch, rank), so that a resumed run draws what an uninterrupted one does.
-        torch.manual_seed(self.phases.number(self.global_rank))
+        if self.led_by is not None:
+            torch.manual_seed(self.led_by.number(self.global_rank))
 
     def on_validation_epoch_end(self) -> None:
         found = self.metrics.compute()
-        self.log_dict(found | self.phases.current.derived(found))
+        self.log_dict(found | (self.led_by.current.derived(found) if self.led_by else {}))
         self.metrics.reset()
+
+    def on_test_start(self) -> None:
+        self.tested = self.metrics.clone(prefix="test/").to(self.device)
+        self.tested.reset()
+
+    def on_test_epoch_end(self) -> None:
+        self.log_dict(self.tested.compute())
+        self.tested.reset()
 
     def checked(self, loss: Tensor) -> Tensor:
         """The loss, unless it is no number any more.
@@ -141,12 +192,12 @@ class SegmentModule(L.LightningModule):
 
     def _advice(self) -> str:
         """What may help against a loss that is no number."""
-        phase, default = self.phases.current, self.phases.default
         if self.global_step == self._first_step:
             broken = [name for name, weight in self.named_parameters() if not weight.isfinite().all()]
             what = f"{broken[0]} is not finite" if broken else "the weights are finite, but overflow"
             return f"no step has been made since the start, where {what}: begin with other weights" + self._more_bits()
-        if phase.optimization(default)[0] is default:
+        phase = self.led_by.current if self.led_by else None
+        if phase is None or phase.optimization(default := self.phases.default)[0] is default:
             return "lower optim.lr or raise optim.warmup" + self._more_bits()
         return f"lower the learning rate of the phase {phase.name}" + self._more_bits()
 

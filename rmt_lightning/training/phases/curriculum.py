@@ -17,7 +17,7 @@ from torch import Tensor
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.run_folder import STAGES
 from rmt_lightning.models.segment_model import SegmentModel
-from rmt_lightning.tasks.datamodule import FactBatch, FactDataModule
+from rmt_lightning.tasks.datamodule import MOST_SEGMENTS, FactBatch, FactDataModule, SampleDataModule
 from rmt_lightning.tasks.facts import Counted
 from rmt_lightning.tasks.placement import Key, Placement
 from rmt_lightning.training.optimization import WarmupDecay, at_stage
@@ -85,7 +85,7 @@ class SegmentCurriculum(Phase):
 
     def __init__(
         self,
-        max_segments: Annotated[int, Ge(1), Le(4096)],
+        max_segments: Annotated[int, Ge(1), Le(MOST_SEGMENTS)],
         steps: Annotated[int, Ge(1)] | Annotated[list[Annotated[int, Ge(1)]], MinLen(1)],
         lengths: Lengths = "uniform",
         threshold: Annotated[float, Gt(0), Le(1)] | Annotated[list[Annotated[float, Gt(0), Le(1)]], MinLen(1)] = 0.99,
@@ -113,9 +113,15 @@ class SegmentCurriculum(Phase):
         self._clock: float | None = None
         self._begin_stage(step=0)
 
-    def prepare(self, module: L.LightningModule, data: FactDataModule, before: Phase | None) -> None:
+    def prepare(self, module: L.LightningModule, data: SampleDataModule, before: Phase | None) -> None:
+        self.samples, self.validation_samples = data.placement, data.validation_samples
+        if not isinstance(data, FactDataModule):
+            if self.lessons or self.grow == "pairs":
+                raise UserError("lessons, grow: are for tasks, and these are labeled texts; leave them out")
+            if self.max_segments > 1 and self.samples.fits("train", Key(self.max_segments - 1, 0)) == 1:
+                raise UserError(f"max_segments={self.max_segments}: no text takes so many; give fewer")
+            return
         self.placement = data.placement
-        self.validation_samples = data.validation_samples
         if self.grow == "pairs" and not isinstance(data.placement.task, Counted):
             raise UserError(
                 f"curriculum.grow=pairs: task={data.placement.task.name} has no pairs; choose task=key_value, "
@@ -220,23 +226,23 @@ class SegmentCurriculum(Phase):
     def milestones(self) -> list[str]:
         return [f"stage-{result.stage}" for result in self.results if self._goes_on(result)]
 
-    def training_keys(self, data: FactDataModule, batch: int) -> list[Key]:
-        stage = draw_length(data.placement.seed, batch, self.stage, self.lengths)
+    def training_keys(self, data: SampleDataModule, batch: int) -> list[Key]:
+        stage = draw_length(self.samples.seed, batch, self.stage, self.lengths)
         like = self.asked(stage)
         if self.lesson is not None:
-            easier, text_length = draw_form(data.placement, self.stage, self.lesson, batch)
+            easier, text_length = draw_form(self.placement, self.stage, self.lesson, batch)
             like = like._replace(easier=easier, text_length=text_length)
         return [like._replace(number=number) for number in data.numbers(batch)]
 
-    def validation_keys(self, data: FactDataModule) -> Iterator[list[Key]]:
+    def validation_keys(self, data: SampleDataModule) -> Iterator[list[Key]]:
         # Accuracy is told apart by numbers of segments alone.
         lengths: Lengths = "exact" if self.grow == "pairs" else self.lengths
         for stage, samples in validated(self.stage, lengths, data.validation_samples):
             like = self.asked(stage)
             if self.lesson is not None:
-                easier, text_length = form_of(data.placement, self.stage, self.lesson)
+                easier, text_length = form_of(self.placement, self.stage, self.lesson)
                 like = like._replace(easier=easier, text_length=text_length)
-            yield from data.validation_keys(samples, like)
+            yield from data.shared("validation", samples, like)
 
     def optimization(self, default: WarmupDecay) -> tuple[WarmupDecay, int]:
         return default, self.stage
@@ -261,7 +267,9 @@ class SegmentCurriculum(Phase):
         return {"stage": float(self.stage)} | pairs | ({"lesson": lesson} if self.lessons else {})
 
     def derived(self, metrics: Mapping[str, Tensor]) -> dict[str, float]:
-        task = self.placement.form(self.asked(self.stage).easier)
+        if not isinstance(self.samples, Placement):
+            return {}
+        task = self.samples.form(self.asked(self.stage).easier)
         return {"val/capacity": task.capacity(float(metrics["val/accuracy"]))} if isinstance(task, Counted) else {}
 
     def validate(self, step: int, metrics: Mapping[str, Tensor], total: Callable[[Tensor], Tensor]) -> Verdict:
@@ -283,9 +291,9 @@ class SegmentCurriculum(Phase):
                 self._begin_schedule(step)
                 return "restart"
         like = self.asked(stage)
-        asked = range(self.placement.asked("validation", self.validation_samples, like))
-        questions = self.placement.different("validation", (like._replace(number=number) for number in asked))
-        fits = self.placement.fits("validation", like)
+        asked = range(self.samples.asked("validation", self.validation_samples, like))
+        questions = self.samples.different("validation", (like._replace(number=number) for number in asked))
+        fits = self.samples.fits("validation", like)
         taken = self.lesson_steps + steps
         return self._end_stage(StageResult(stage, taken, self.seconds, accuracy, converged, questions, fits), step)
 

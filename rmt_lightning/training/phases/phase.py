@@ -16,8 +16,10 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from rmt_lightning.core.errors import UserError
 from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.tasks.datamodule import FactBatch, ShortEpochs
 from rmt_lightning.training.optimization import WarmupDecay
@@ -66,8 +68,10 @@ class Progress(NamedTuple):
     steps: int
 
 
-class Phase(ABC):
+class Phase(Callback, ABC):
     """One part of a run: it says which samples come next, sees what came of each, and when it is over.
+
+    A Trainer takes phases among its callbacks, and the module that it trains goes through them in their order.
 
     Attributes:
         name: in checkpoints, in W&B and on the command line.
@@ -212,6 +216,8 @@ class Phases(Callback):
         self.phases = list(phases)
         self.default = optimization
         self.seed = seed
+        # What it has been prepared for.
+        self._data: ShortEpochs | None = None
         # Batches that this device has trained on, and optimizer steps of the run before this start of it.
         self.consumed = 0
         self._steps = 0
@@ -236,7 +242,7 @@ class Phases(Callback):
         Raises:
             UserError: if something does not go together.
         """
-        before = None
+        self._data, before = data, None
         for phase in self.phases:
             phase.prepare(module, data, before)
             before = phase
@@ -270,6 +276,26 @@ class Phases(Callback):
 
     # What Lightning tells.
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Look at the data, unless a run has done so before.
+
+        Raises:
+            UserError: if there are loaders instead of a data module, or Lightning would choose samples too.
+        """
+        data = getattr(trainer, "datamodule", None)
+        if not isinstance(data, ShortEpochs):
+            raise UserError(
+                f"{type(self.current).__name__}: chooses samples, which loaders cannot be asked for; give a "
+                "FactDataModule, TextDataModule or DocumentDataModule, or leave it out of the callbacks"
+            )
+        if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+            raise UserError(
+                "use_distributed_sampler=True: phases share samples out themselves; give Trainer(…, "
+                "use_distributed_sampler=False)"
+            )
+        if data is not self._data:
+            self.prepare(pl_module, data)
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Restored by now, but nothing has been read yet: loader workers begin before on_train_start.
         self._begins = self.current.begins
@@ -286,6 +312,9 @@ class Phases(Callback):
     def _take_settings(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Give a restored optimizer the settings of the present config: what was typed on resuming takes effect."""
         fresh: Any = module.configure_optimizers()
+        if not isinstance(fresh, dict) or len(trainer.optimizers) > 1:
+            # Of somebody's own making.
+            return
         settings, schedule = fresh["optimizer"], fresh["lr_scheduler"]["scheduler"]
         (optimizer,), (config,) = trainer.optimizers, trainer.lr_scheduler_configs
         restored: Any = config.scheduler
@@ -301,7 +330,7 @@ class Phases(Callback):
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if isinstance(batch, FactBatch):
+        if "outcome" in outputs:
             self.current.step(self._start, outputs["outcome"], pl_module.model, self._random)
         self.consumed += 1
         if self.current is self.phases[-1] and trainer.global_step == self.current.last_step:
@@ -315,6 +344,8 @@ class Phases(Callback):
         def total(counts: Tensor) -> Tensor:
             return trainer.strategy.reduce(counts.to(pl_module.device), reduce_op="sum").cpu()
 
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
         verdict = self.current.validate(trainer.global_step, trainer.callback_metrics, total)
         if verdict == "end" and self.current.finished and self._current + 1 < len(self.phases):
             self._current += 1

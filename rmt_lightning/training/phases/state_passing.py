@@ -220,7 +220,10 @@ class StatePassing(Phase):
 
     def prepare(self, module: L.LightningModule, data: FactDataModule, before: Phase | None) -> None:
         if not isinstance(data, FactDataModule) or not isinstance(module, FactModule):
-            raise UserError("hold=state_passing: asks questions, which running text has not; leave it out")
+            raise UserError(
+                "hold=state_passing: asks about facts amid noise, which neither running text nor labeled texts have; "
+                "leave it out"
+            )
         model = module.model
         if not any(leaf.numel() for leaf in tree.leaves(model.initial_state(1))):
             raise UserError("hold=state_passing: this model has no memory to hold; leave it out")
@@ -287,7 +290,7 @@ class StatePassing(Phase):
 
     def validation_keys(self, data: FactDataModule) -> Iterator[list[Key]]:
         for num_segments, samples in validated(self.num_segments, "uniform", data.validation_samples):
-            yield from data.validation_keys(samples, Key(num_segments, 0))
+            yield from data.shared("validation", samples, Key(num_segments, 0))
 
     def optimization(self, default: WarmupDecay) -> tuple[WarmupDecay, int]:
         return self.own, 1
