@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 
-.PHONY: help install train evaluate figures report test soak bench lint clean
+.PHONY: help install train evaluate figures report test soak bench docs lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -34,6 +34,10 @@ soak: $(VENV)/.installed-test  ## try every fault, with the tests that make test
 
 bench: install  ## measure speed beside the published way and the machine's limit: experiments/benchmarks
 	$(BIN)/python experiments/benchmarks/run.py $(ARGS)
+
+docs: $(VENV)/.installed-test  ## build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "site/index.html"
 
 lint: $(VENV)/.installed-test  ## let the linter mend what it can
 	$(BIN)/ruff check --fix .

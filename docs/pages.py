@@ -16,7 +16,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 import rmt_lightning
-from rmt_lightning.app.schema import CONF, _hints
+from rmt_lightning.app.schema import CONF, may_be_added, type_hints
 
 ROOT = Path(__file__).parents[1]
 # In the order in which people choose.
@@ -25,6 +25,8 @@ GROUPS = (
     "test", "optim", "trainer", "logger", "experiment", "sweep",
 )  # fmt: skip
 DOORS = ("train", "evaluate", "ask", "attend", "export", "flops")
+# What the run itself gives to what it builds.
+BY_THE_RUN = {"keys", "metrics", "optimization", "phases", "test_samples", "test_segments", "texts", "trust"}
 logging.getLogger("griffe").setLevel(logging.ERROR)
 
 
@@ -34,27 +36,21 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         if path.suffix in {".md", ".png", ".csv"}:
             place = str(path.relative_to(ROOT))
             files.append(File(place, str(ROOT), config.site_dir, config.use_directory_urls))
-    for name, content in (("settings.md", settings()), ("api.md", api())):
-        files.append(File.generated(config, name, content=content))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Links of the results to what is no page are left as text."""
-    if not page.file.src_uri.startswith("experiments/"):
-        return markdown
-    return re.sub(r"\[([^\]]+)\]\((?!https?:)[^)]*\.(?:py|sh|pdf)\)", r"`\1`", markdown)
+    """Fill the pages that are written from the code; and leave links of results to what is no page as text."""
+    if page.file.src_uri in FILLED:
+        return f"{markdown}\n\n{FILLED[page.file.src_uri]()}"
+    if page.file.src_uri.startswith("experiments/"):
+        return re.sub(r"\[([^\]]+)\]\((?!https?:)[^)]*\.(?:py|sh|pdf)\)", r"`\1`", markdown)
+    return markdown
 
 
 def settings() -> str:
     """Every setting with its default, what it may be, and what it means."""
-    parts = [
-        "# Settings",
-        "Each group is a folder of `conf/`, each choice a file in it: `task=memorize` chooses one, `task.moves=3` sets a "
-        "value in it. `python -m rmt_lightning.train --help` prints them with their present values. This page is "
-        "written from the yaml files and from the signatures that settings are checked against.",
-        "## Of the commands",
-    ]
+    parts = ["## Of the commands"]
     for door in DOORS:
         parts += [f"### `rmt_lightning.{door}`", *table(commented(CONF / f"{door}.yaml"), None)]
     for group in GROUPS:
@@ -67,17 +63,15 @@ def settings() -> str:
 def choice(path: Path) -> Iterator[str]:
     """What a choice is, and its settings."""
     text = path.read_text(encoding="utf-8")
-    content = yaml.safe_load(text) or {}
-    head = [line.lstrip("# ") for line in text.splitlines() if line.startswith("#") and "@package" not in line]
-    target = content.get("_target_")
-    if head and not text.startswith("# @package _global_\n_target_"):
-        yield " ".join(head)
+    target = (yaml.safe_load(text) or {}).get("_target_")
+    head = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#") and "@package" not in line)
     if target is None:
-        yield f"```yaml\n{text.strip()}\n```"
+        yield head
+        if rest := "\n".join(line for line in text.splitlines() if not line.startswith("#")).strip():
+            yield f"```yaml\n{rest}\n```"
         return
     kind = get_object(target)
-    if first := (inspect.getdoc(kind) or "").partition("\n\n")[0]:
-        yield " ".join(first.split())
+    yield head or " ".join((inspect.getdoc(kind) or "").partition("\n\n")[0].split())
     yield from table([row for row in commented(path) if row[0] != "_target_"], kind)
 
 
@@ -104,11 +98,11 @@ def table(rows: list[Row], kind: Any) -> Iterator[str]:
     meanings, hints, more = arguments(kind), {}, list[Row]()
     if kind is not None:
         parameters = inspect.signature(kind).parameters
-        hints = _hints(kind.__init__ if inspect.isclass(kind) else kind)
-        known = {name for name, *_ in rows}
+        hints = type_hints(kind.__init__ if inspect.isclass(kind) else kind)
+        known = {name for name, *_ in rows} | BY_THE_RUN
         for name, parameter in parameters.items():
             plain = isinstance(parameter.default, bool | int | float | str | None)
-            if name not in known and plain and parameter.default is not parameter.empty:
+            if name not in known and plain and may_be_added(f"{kind.__module__}.{kind.__qualname__}", name):
                 more.append((f"+{name}", yaml.safe_dump(parameter.default).split("\n")[0], ""))
     if not rows and not more:
         return
@@ -139,10 +133,12 @@ def told(hint: Any) -> str:
     if hint is type(None):
         return "null"
     if get_origin(hint) is Literal:
-        return ", ".join(f"`{value}`".lower() if isinstance(value, bool) else f"`{value}`" for value in get_args(hint))
+        return ", ".join(dict.fromkeys(f"`{str(value).lower()}`" for value in get_args(hint)))
     if limits := getattr(hint, "__metadata__", None):
-        words = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "min_length": "of at least"}
-        said = [f"{sign} {getattr(limit, name)}" for limit in limits for name, sign in words.items() if hasattr(limit, name)]
+        words = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+        said = [
+            f"{sign} {getattr(limit, name)}" for limit in limits for name, sign in words.items() if hasattr(limit, name)
+        ]
         return f"{told(hint.__origin__)} {' and '.join(said)}".strip()
     if get_origin(hint) in (list, tuple) or getattr(get_origin(hint), "__name__", "") == "Sequence":
         return f"list of {told(get_args(hint)[0])}"
@@ -170,10 +166,13 @@ def api() -> str:
     titles = {
         "models": "Models", "training": "Training", "tasks": "Tasks and data", "analysis": "Tests", "core": "Errors",
     }  # fmt: skip
-    parts = ["# Python API", "All of these are imported from `rmt_lightning`."]
+    parts = []
     for room, title in titles.items():
         parts.append(f"## {title}")
         for name in rooms[room]:
             found = getattr(rmt_lightning, name)
             parts.append(f"::: {found.__module__}.{name}")
     return "\n\n".join(parts)
+
+
+FILLED = {"settings.md": settings, "api.md": api}

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
-from test_readme import BLOCKS
+from test_docs import BLOCKS
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -106,12 +106,12 @@ def test_however_it_is_read_it_is_the_same(answerer: Answerer, tmp_path: Path, m
     assert same(answerer.read(BOOK[middle:], Memory.load(tmp_path / "memory")), whole)
 
 
-def test_the_example_of_the_readme(
+def test_the_example_of_the_docs(
     answerer: Answerer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("book.txt").write_text(BOOK)
-    (example,) = [block for kind, block in BLOCKS if kind == "python" and "answerer.read" in block]
+    (example,) = [block for kind, block in BLOCKS if kind == "python" and "memory.save" in block]
     exec(example, {"answerer": answerer, "Path": Path})
     assert (
         capsys.readouterr().out == f"{answerer.ask(Memory.load('book.memory'), ['Where is Mary?', 'Where is John?'])}\n"

@@ -16,7 +16,7 @@ from conftest import Run
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from test_configs import BUILT, compose
-from test_readme import BLOCKS
+from test_docs import BLOCKS
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -240,8 +240,8 @@ def test_a_run_is_exported_and_asked(
         torch.testing.assert_close(answerer.scores([text]), classifier(ids))
     assert answerer([text])[0] in classifier.answers
 
-    # The example of the README, on this folder.
-    (example,) = [block for kind, block in BLOCKS if kind == "python" and "from_pretrained" in block]
+    # The example of the docs, on this folder.
+    (example,) = [block for kind, block in BLOCKS if kind == "python" and "RMTEncoder.from_pretrained" in block]
     assert len(example.strip().splitlines()) <= 8
     exec(example.replace('"mary"', '"models/mary"'), {})
     assert capsys.readouterr().out.splitlines()[-1] == answerer(text)

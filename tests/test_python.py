@@ -144,6 +144,7 @@ def test_texts_and_labels_of_ones_own(
     loader = DataLoader([text for text, _ in by_length], batch_size=5)
     alone = [*chain(*trainer.predict(module, loader) or ())]
     assert said == alone
+    assert [*chain(*trainer.predict(module, [loader.dataset]) or ())] == alone
     third = sum(word == label for word, label in zip(said[16:], wanted[16:], strict=True)) / 8
     assert found["test/accuracy"] == found["test/accuracy_segments_3"] == pytest.approx(third)
 

@@ -166,7 +166,7 @@ def _check_settings(target: Callable[..., Any], given: dict[str, Any], path: str
     for name in given:
         if name not in parameters and not takes_any:
             raise UserError(f"{path}{name}: no such setting; {suggest(name, allowed)}")
-    hints = _hints(target.__init__ if inspect.isclass(target) else target)
+    hints = type_hints(target.__init__ if inspect.isclass(target) else target)
     # A part of a part has a signature of its own.
     plain = [name for name, value in given.items() if not (path and isinstance(value, dict) and "_target_" in value)]
     for name in plain:
@@ -199,7 +199,8 @@ def _check_size(key: str, value: Any) -> None:
             raise UserError(f"{key}={value}: must be less than or equal to {_LARGEST}")
 
 
-def _hints(constructor: Callable[..., Any]) -> dict[str, Any]:
+def type_hints(constructor: Callable[..., Any]) -> dict[str, Any]:
+    """The types of what a constructor takes, as far as they can be found out."""
     try:
         return get_type_hints(constructor, include_extras=True)
     except NameError:
@@ -211,7 +212,7 @@ def may_be_added(target: str, name: str) -> bool:
     """Whether a class has a setting of that name, so that it can be typed though no yaml gives it a value."""
     constructor = get_object(target)
     parameter = inspect.signature(constructor).parameters.get(name)
-    hints = _hints(constructor.__init__ if inspect.isclass(constructor) else constructor)
+    hints = type_hints(constructor.__init__ if inspect.isclass(constructor) else constructor)
     return parameter is not None and parameter.default is not parameter.empty and _can_be_typed(hints.get(name, Any))
 
 

@@ -257,6 +257,8 @@ class FactModule(SegmentModule, ABC):
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[str | None]:
         """What is answered to each of a batch; None if that is no answer."""
+        # A list of texts in place of a loader yields one after another.
+        batch = [batch] if isinstance(batch, str) else batch
         texts = not isinstance(batch, FactBatch) and len(batch) and isinstance(batch[0], str)
         inputs: Any = self._texts(batch) if texts else self._asked(batch).inputs
         return self.say(inputs)

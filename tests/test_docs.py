@@ -1,9 +1,10 @@
-"""What the README says is true."""
+"""What the README and the pages of docs/ say is true."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -16,25 +17,63 @@ import yaml
 from conftest import ROOT, SMALL, Run
 from hydra.core.global_hydra import GlobalHydra
 
+import rmt_lightning
+from rmt_lightning.tasks.facts import PLACES
+
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+BLOCKS = [block for page in PAGES for block in re.findall(r"```(\w+)\n(.*?)```", page.read_text(), flags=re.DOTALL)]
+PROGRAMS = [block for kind, block in BLOCKS if kind == "python"]
+# A program that trains becomes one of seconds.
+SMALLER = {
+    "steps=1000": "steps=25, when_stuck='continue'",
+    "documents=200": "documents=30",
+    "(placement, test": "(placement, batch_size=4, validation_samples=16, test_samples=8, test",
+    "steps=100)": "steps=25, when_stuck='continue')",
+    "L.Trainer(": "L.Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, ",
+}
 # A backslash at its end continues a line.
 LINES = [line for kind, block in BLOCKS if kind == "sh" for line in block.replace("\\\n", " ").splitlines()]
 SHELL = [line.split("  #")[0].strip() for line in LINES]
-COMMANDS = [line for line in SHELL if line.startswith("python -m rmt_lightning")]
+COMMANDS = [*dict.fromkeys(line for line in SHELL if line.startswith("python -m rmt_lightning"))]
 
 
-def test_the_python_example(environment: dict[str, str], tmp_path: Path) -> None:
-    # The others are run in test_export.py and test_ask.py.
-    program, *_ = [block for kind, block in BLOCKS if kind == "python"]
-    command = [sys.executable, "-c", program]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == "torch.Size([2, 64]) torch.Size([2, 10, 64])\n"
+@pytest.mark.parametrize(
+    "program", [program for program in PROGRAMS if "L.Trainer" in program], ids=["README", "1", "2"]
+)
+def test_programs_that_train(
+    program: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RMT_LIGHTNING_CACHE", str(cache))
+    for large, small in SMALLER.items():
+        program = program.replace(large, small)
+    exec(program, {})
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert (tmp_path / "mary" / "head.safetensors").exists() or last.strip("[']") in {*PLACES, "Ada", "Bo"}, last
+
+
+def test_the_model_by_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    # The others are run in test_export.py, test_ask.py and below.
+    (program,) = [program for program in PROGRAMS if "hidden[:, 0]" in program]
+    exec(program, {})
+    assert capsys.readouterr().out == "torch.Size([2, 64]) torch.Size([2, 10, 64])\n"
+
+
+def test_a_task_of_ones_own(train: Run, tmp_path: Path) -> None:
+    (program,) = [program for program in PROGRAMS if "class Colors" in program]
+    (content,) = [block for kind, block in BLOCKS if kind == "yaml" and "Colors" in block]
+    (line,) = [line for line in COMMANDS if "task=colors" in line]
+    (tmp_path / "colors.py").write_text(program)
+    (tmp_path / "mine" / "task").mkdir(parents=True)
+    (tmp_path / "mine" / "task" / "colors.yaml").write_text(content)
+    result = train(*shlex.split(line)[3:], "curriculum.max_segments=1", "test.segments=[1]")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Test on unseen text, 8 samples each" in result.stdout
 
 
 # These need a run, are no Hydra commands, or stand in the tutorial, which is run as a whole.
-ELSEWHERE = ("resume=", "2026", "dashboard", "my.jsonl", "checkpoint=mine", "model=keys")
+ELSEWHERE = ("resume=", "2026", "dashboard", "--config-dir", "my.jsonl", "checkpoint=mine", "model=keys")
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if not any(word in command for word in ELSEWHERE)])
@@ -55,7 +94,7 @@ def test_the_tutorial(
     rows = [line.replace("late", f"{number} past") for number, line in enumerate(like)]
     (tmp_path / "my.jsonl").write_text("\n".join(rows))
     (tmp_path / "letter.txt").write_text("Ada has the red key. It is late. " * 10)
-    train, *others = [shlex.split(line)[2:] for line in COMMANDS if any(word in line for word in ELSEWHERE[3:])]
+    train, *others = [shlex.split(line)[2:] for line in COMMANDS if any(word in line for word in ELSEWHERE[4:])]
     small = [word for word in SMALL if word.partition("=")[0] not in {"test.segments", "curriculum.max_segments"}]
     result = command(*train, *small, "test.segments=[1]")
     assert result.returncode == 0, result.stdout + result.stderr
@@ -78,7 +117,7 @@ def test_the_tutorial(
 
 def test_make_targets(tmp_path: Path) -> None:
     listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    targets = {command.split()[1] for command in re.findall(r"make \w+", README)}
+    targets = {command.split()[1] for command in re.findall(r"make \w+", "".join(page.read_text() for page in PAGES))}
     assert {"train", "test", "install"} <= targets
     for target in targets:
         assert f"make {target} " in listed
@@ -100,7 +139,8 @@ def test_the_workflow_tests_every_python_that_is_promised() -> None:
 
 
 def test_the_group_table_lists_every_choice() -> None:
-    table = {row[1]: row[0] for row in re.findall(r"^(\| `([\w.]+)=` .*)$", README, flags=re.MULTILINE)}
+    page = (ROOT / "docs" / "settings.md").read_text()
+    table = {row[1]: row[0] for row in re.findall(r"^(\| `([\w.]+)=` .*)$", page, flags=re.MULTILINE)}
     groups = {folder.name: folder for folder in (ROOT / "conf").iterdir() if folder.is_dir()}
     assert table.keys() == groups.keys()
     for name, folder in groups.items():
@@ -114,7 +154,26 @@ def test_links_lead_somewhere() -> None:
             assert target.startswith("https://") or (ROOT / target).exists(), f"{page}: {target}"
 
 
+def test_the_site(tmp_path: Path) -> None:
+    """It is built without a network, and without a link that leads nowhere; every setting and public name is in it."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    offline = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    environment = os.environ | offline | {"NO_MKDOCS_2_WARNING": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    settings, names = ((tmp_path / name / "index.html").read_text() for name in ("settings", "api"))
+    for choice in (ROOT / "conf").glob("*/*.yaml"):
+        assert f"{choice.parent.name}={choice.stem}" in settings
+    assert "whole number ≥ 1 and ≤ 4096" in settings and "+accumulate_grad_batches" in settings
+    assert "+phases" not in settings and "+test_segments" not in settings
+    for name in set(dir(rmt_lightning)) - {"__version__"}:
+        assert f".{name}" in names, name
+    assert not re.search(
+        r'(?:src|href)="https?://(?!arxiv|docs|pytorch|lightning|hydra|www\.sphinx|squidfunk)', settings
+    )
+
+
 def test_the_tree_in_contributing_is_complete() -> None:
     tree = (ROOT / "CONTRIBUTING.md").read_text().split("```")[1]
-    told = set(re.findall(r"(\w+\.py)", tree)) - {"reference.py"}
+    told = set(re.findall(r"(\w+\.py)", tree)) - {"reference.py", "pages.py"}
     assert told == {path.name for path in (ROOT / "rmt_lightning").rglob("*.py")}
