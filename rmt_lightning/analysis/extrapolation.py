@@ -82,7 +82,9 @@ def in_words(lengths: Sequence[Key]) -> str:
     """Lengths as people say them: 1, 2, 4 segments and 0k, 64k tokens."""
     segments = ", ".join(str(like.num_segments) for like in lengths if like.tokens is None)
     tokens = ", ".join(in_short(like.tokens) for like in lengths if like.tokens is not None)
-    return " and ".join([f"{segments} segments"] * bool(segments) + [f"{tokens} tokens"] * bool(tokens))
+    return " and ".join(
+        [f"{segments} segment{'s' * (segments != '1')}"] * bool(segments) + [f"{tokens} tokens"] * bool(tokens)
+    )
 
 
 @dataclass(frozen=True)

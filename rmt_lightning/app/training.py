@@ -133,6 +133,7 @@ def _train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pa
         save_config(folder, config, overrides(hydra), presets(hydra))
         save_text(folder, text)
     save_architecture(recipe.model, folder)
+    log.info("training in %s: %s", shown(folder), _header(recipe, trainer))
     recipe.tell()
     tell_idle(config, recipe, overrides(hydra))
     if logger:
@@ -150,6 +151,20 @@ def _train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pa
     _tell(recipe, folder, trainer, logger)
     wait_for_others(trainer)
     return _end(recipe, trainer, to_type("resume", os.path.relpath(folder)))
+
+
+def _header(recipe: Recipe, trainer: RunTrainer) -> str:
+    """What is trained, on what and with which text, in a line."""
+    weights = [part.numel() for part in recipe.module.parameters()]
+    trained = sum(part.numel() for part in recipe.module.parameters() if part.requires_grad)
+    share = "" if trained == sum(weights) else f", {trained:,} of them trained"
+    hardware = describe(trainer)
+    where = hardware["gpus"][0] if hardware["gpus"] else f"CPU with {hardware['threads']} threads"
+    processes = f"{trainer.world_size} processes, each on a " if trainer.world_size > 1 else "a "
+    return (
+        f"{type(recipe.model).__name__} of {sum(weights):,} weights{share}, on {processes}{where} in "
+        f"{trainer.precision}; {len(recipe.corpora['train'].tokens):,} tokens of text"
+    )
 
 
 def _check_answers(recipe: Recipe, saved: dict[str, Any]) -> None:

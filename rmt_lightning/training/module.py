@@ -16,7 +16,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from rmt_lightning.core.errors import UserError
@@ -166,6 +166,13 @@ class SegmentModule(L.LightningModule):
         # Dropout is a function of (seed, batch, rank), so that a resumed run draws what an uninterrupted one does.
         if self.led_by is not None:
             torch.manual_seed(self.led_by.number(self.global_rank))
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        # Its norm is that before clipping, and costs a pass over all gradients.
+        if (self.global_step + 1) % cast(Any, self.trainer).log_every_n_steps == 0:
+            gradients = [weight.grad for weight in self.parameters() if weight.grad is not None]
+            self.log("train/gradient_norm", nn.utils.get_total_norm(gradients))
+            self.log("train/lr", optimizer.param_groups[0]["lr"])
 
     def on_validation_epoch_end(self) -> None:
         found = self.metrics.compute()

@@ -279,7 +279,7 @@ class SegmentCurriculum(Phase):
         name = f"stage {stage}, lesson {self.lesson}" if self.lesson else f"stage {stage}"
         if not self._within_lessons:
             self.history.append((step, stage, accuracy))
-        what = f"{self.pairs} pairs" if self.grow == "pairs" else f"{stage} segments"
+        what = f"{self.pairs} pairs" if self.grow == "pairs" else f"{stage} segment{'s' * (stage > 1)}"
         log.info("%s: step %d, accuracy %.4f on %s", name, steps, accuracy, what)
         if not converged and steps < at_stage(self.steps, stage):
             return "go on"
@@ -315,7 +315,7 @@ class SegmentCurriculum(Phase):
         segments = stage if self.lengths == "exact" or stage == 1 else f"1–{stage}"
         accuracy = f"{float(metrics['val/accuracy']):.3f}" if "val/accuracy" in metrics else "–"
         lesson = f" · lesson {self.lesson}/{lessons_of(self.placement, stage)}" if self.lesson else ""
-        what = f"{self.pairs} pairs" if self.grow == "pairs" else f"{segments} segments"
+        what = f"{self.pairs} pairs" if self.grow == "pairs" else f"{segments} segment{'s' * (stage > 1)}"
         told = f"stage {stage}/{self.stages}{lesson} · {what} · accuracy {accuracy}"
         return Progress(told, step - self.schedule_step, at_stage(self.steps, stage))
 
