@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+import rmt_lightning
+from rmt_lightning import __main__
+from rmt_lightning.core.errors import UserError
+
 PACKAGE = Path(__file__).parent.parent / "rmt_lightning"
 # Each room, and the others that it may import. The front doors stand at the top, and may import all of them.
 ROOMS = {
@@ -51,7 +55,19 @@ def test_rooms(path: Path) -> None:
 
 def test_every_room_and_door_is_known() -> None:
     assert {path.name for path in PACKAGE.iterdir() if path.is_dir()} - {"__pycache__", "conf"} == ROOMS.keys()
-    assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__"} | DOORS
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", "__main__"} | DOORS
+
+
+def test_the_first_door_tells_all_others(capsys: pytest.CaptureFixture[str]) -> None:
+    assert __main__.DOORS.keys() == DOORS
+    __main__.main([])
+    told = capsys.readouterr().out
+    assert all(f"python -m rmt_lightning.{door} " in told for door in DOORS)
+    with pytest.raises(SystemExit):
+        __main__.main(["--version"])
+    assert capsys.readouterr().out == f"rmt_lightning {rmt_lightning.__version__}\n"
+    with pytest.raises(UserError, match="unrecognized arguments: trian; see --help"):
+        __main__.main(["trian"])
 
 
 def test_states_are_taken_apart_in_one_place() -> None:
