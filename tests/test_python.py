@@ -96,9 +96,15 @@ def test_a_curriculum_among_the_callbacks(
         for number, answer in enumerate(answers)
     )
     assert right == 8 * (found["test/accuracy_segments_1"] + found["test/accuracy_segments_3"])
-    # A validation of its own decides nothing.
+    # A validation of its own decides nothing, and what is over is not gone through again.
     make_trainer().validate(classifier, data, verbose=False)
     assert len(growing.history) == 4
+    with pytest.raises(UserError, match="SegmentCurriculum: is over; give a new one, or one that goes on for longer"):
+        make_trainer(growing).fit(classifier, data)
+    again = make_trainer(curriculum(), max_epochs=99)
+    again.validate(classifier, data, verbose=False)
+    again.fit(classifier, data)
+    assert again.global_step == 8
 
 
 def test_trained_as_a_run_trains(
@@ -247,6 +253,13 @@ def test_what_does_not_go_together(
     data = texts if isinstance(texts, DataLoader) else TextDataModule(texts, TEXTS, batch_size=4)
     with pytest.raises(UserError, match=message):
         make_trainer(*callbacks, **{"max_epochs": 1} | settings).fit(module, data)
+
+
+def test_phases_and_data_of_two_kinds(
+    classifier: FactClassifier, facts: Callable[..., FactDataModule], make_trainer: Callable[..., L.Trainer]
+) -> None:
+    with pytest.raises(UserError, match="FixedSteps: is for running text, of a DocumentDataModule; give a Segm"):
+        make_trainer(FixedSteps(4), max_epochs=1).fit(classifier, facts())
 
 
 def test_a_test_needs_its_lengths(

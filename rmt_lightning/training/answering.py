@@ -21,7 +21,7 @@ from rmt_lightning.core.tokens import plain_ids, token_ids
 from rmt_lightning.models import state as tree
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.segment_model import Reading, SegmentModel
-from rmt_lightning.tasks.datamodule import FactBatch
+from rmt_lightning.tasks.datamodule import FactBatch, SampleDataModule
 from rmt_lightning.tasks.labeled_texts import TextBatch, TextDataModule
 from rmt_lightning.training.metrics import Answered, SlicedAccuracy
 from rmt_lightning.training.module import SegmentModule
@@ -155,7 +155,8 @@ class FactModule(SegmentModule, ABC):
         """How inputs, of which this is the end, are answered, if this is the answer (B, A); -1 asks nothing."""
 
     def default_metrics(self) -> dict[str, Metric]:
-        return {"accuracy": SlicedAccuracy() if self.led_by else Answered()}
+        by_length = self.led_by or isinstance(getattr(self._trainer, "datamodule", None), SampleDataModule)
+        return {"accuracy": SlicedAccuracy() if by_length else Answered()}
 
     def setup(self, stage: str) -> None:
         """Look at the labels of a data module before they are trained on.
@@ -278,10 +279,13 @@ class FactModule(SegmentModule, ABC):
         )
         return loss, len(right)
 
+    def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
+        self.val_loss.reset()
+
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
         self.log("val/loss", self.val_loss.compute())
-        self.val_loss.reset()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["answers"] = list(self.answers)

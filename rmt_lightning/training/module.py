@@ -174,14 +174,17 @@ class SegmentModule(L.LightningModule):
             self.log("train/gradient_norm", nn.utils.get_total_norm(gradients))
             self.log("train/lr", optimizer.param_groups[0]["lr"])
 
+    def on_validation_epoch_start(self) -> None:
+        # What a validation by itself has left may not be written to in a training.
+        self.metrics.reset()
+
     def on_validation_epoch_end(self) -> None:
         found = self.metrics.compute()
         self.log_dict(found | (self.led_by.current.derived(found) if self.led_by else {}))
-        self.metrics.reset()
 
     def on_test_start(self) -> None:
-        self.tested = self.metrics.clone(prefix="test/").to(self.device)
-        self.tested.reset()
+        metrics = self.default_metrics() if self._given is None else copy.deepcopy(dict(self._given))
+        self.tested = MetricCollection({**metrics}, prefix="test/", compute_groups=False).to(self.device)
 
     def on_test_epoch_end(self) -> None:
         self.log_dict(self.tested.compute())

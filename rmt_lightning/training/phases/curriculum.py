@@ -114,6 +114,8 @@ class SegmentCurriculum(Phase):
         self._begin_stage(step=0)
 
     def prepare(self, module: L.LightningModule, data: SampleDataModule, before: Phase | None) -> None:
+        if not isinstance(data, SampleDataModule):
+            raise UserError("SegmentCurriculum: asks questions, which running text has not; give FixedSteps instead")
         self.samples, self.validation_samples = data.placement, data.validation_samples
         if not isinstance(data, FactDataModule):
             if self.lessons or self.grow == "pairs":

@@ -10,6 +10,7 @@ import lightning as L
 from annotated_types import Ge
 from torch import Tensor
 
+from rmt_lightning.core.errors import UserError
 from rmt_lightning.tasks.language import DocumentDataModule
 from rmt_lightning.training.phases.phase import Phase, Progress, Verdict
 
@@ -32,6 +33,10 @@ class FixedSteps(Phase):
         self.history: list[tuple[int, float]] = []
 
     def prepare(self, module: L.LightningModule, data: DocumentDataModule, before: Phase | None) -> None:
+        if not isinstance(data, DocumentDataModule):
+            raise UserError(
+                "FixedSteps: is for running text, of a DocumentDataModule; give a SegmentCurriculum instead"
+            )
         self.num_segments = data.num_segments
 
     def training_keys(self, data: DocumentDataModule, batch: int) -> list[tuple[int, int]]:

@@ -297,6 +297,8 @@ class Phases(Callback):
             self.prepare(pl_module, data)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.finished:
+            raise UserError(f"{type(self.current).__name__}: is over; give a new one, or one that goes on for longer")
         # Restored by now, but nothing has been read yet: loader workers begin before on_train_start.
         self._begins = self.current.begins
         if self._begins:
