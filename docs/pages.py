@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 # In the order in which people choose.
 GROUPS = (
     "task", "noise", "backbone", "model", "model.update", "finetune", "answer", "data", "curriculum", "hold", "metrics",
-    "test", "optim", "trainer", "logger", "experiment", "sweep",
+    "test", "optim", "trainer", "logger", "callbacks", "experiment", "sweep",
 )  # fmt: skip
 DOORS = ("train", "evaluate", "ask", "attend", "export", "flops")
 # What the run itself gives to what it builds.

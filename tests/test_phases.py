@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import hydra
 import pytest
 import yaml
-from conftest import SMALL, Run, assert_identical, final
+from conftest import ROOT, SMALL, Run, assert_identical, final
 from hydra.core.global_hydra import GlobalHydra
 
 from rmt_lightning.app.resume import composed_again, save_config
@@ -25,60 +26,11 @@ def phases(folder: Path) -> list[dict]:
 
 # A third phase is two files: a class and a yaml.
 
-COOLDOWN = '''
-"""The last steps, at a constant small learning rate."""
-
-from rmt_lightning import Phase, WarmupDecay
-from rmt_lightning.training.phases.phase import Progress
-
-
-class Cooldown(Phase):
-    name, title, table = "cooldown", "Cooldown", "cooldown.csv"
-
-    def __init__(self, steps: int, lr: float) -> None:
-        self.steps, self.lr = steps, lr
-        self.accuracy = []
-
-    def prepare(self, module, data, before):
-        self.before, self.num_segments = before, before.longest
-
-    def training_keys(self, data, batch):
-        return self.before.training_keys(data, batch)
-
-    def validation_keys(self, data):
-        return self.before.validation_keys(data)
-
-    def optimization(self, default):
-        return WarmupDecay(10**6, self.lr, warmup=0), 1
-
-    @property
-    def finished(self):
-        return bool(self.accuracy) and self.accuracy[-1][0] - self.first_step >= self.steps
-
-    def validate(self, step, metrics, total):
-        self.accuracy.append((step, float(metrics["val/accuracy"])))
-        return "end" if self.finished else "go on"
-
-    def progress(self, step, metrics):
-        return Progress(self.title, step - self.first_step, self.steps)
-
-    def rows(self):
-        return [{"step": step, "accuracy": accuracy} for step, accuracy in self.accuracy]
-
-    def state_dict(self):
-        return {"first_step": self.first_step, "accuracy": self.accuracy}
-
-    def load_state_dict(self, state):
-        self.first_step, self.accuracy = state["first_step"], state["accuracy"]
-'''
-
 
 @pytest.fixture
 def with_cooldown(tmp_path: Path, command: Run) -> Run:
     """The command of a user who has written a phase."""
-    (tmp_path / "mine" / "cooldown").mkdir(parents=True)
-    (tmp_path / "mine" / "cooldown" / "short.yaml").write_text("_target_: cooldown.Cooldown\nsteps: 6\nlr: 1e-5\n")
-    (tmp_path / "cooldown.py").write_text(COOLDOWN)
+    shutil.copytree(ROOT / "examples" / "own_parts", tmp_path, dirs_exist_ok=True)
     return lambda *words: command("rmt_lightning.train", *words)
 
 
@@ -89,11 +41,11 @@ def test_a_third_phase_is_two_files(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    typed = ("--config-dir=mine", *SMALL, *HELD, "+cooldown=short")
+    typed = ("--config-dir=conf", *SMALL, *HELD, "+cooldown=short")
     result = with_cooldown(*typed, "hydra.run.dir=run", "trainer.max_steps=25")
     assert result.returncode == 0, result.stdout + result.stderr
     assert [phase["name"] for phase in phases(tmp_path / "run")] == ["curriculum", "state_passing", "cooldown"]
-    resumed = with_cooldown("resume=run", "trainer.max_steps=-1", "trust=cooldown")
+    resumed = with_cooldown("resume=run", "trainer.max_steps=-1", "trust=parts")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "Cooldown" in resumed.stdout
     assert [(phase["first_step"], phase["steps"], phase["finished"]) for phase in phases(tmp_path / "run")] == [
@@ -105,7 +57,7 @@ def test_a_third_phase_is_two_files(
     assert whole.returncode == 0, whole.stderr
     assert_identical(final(tmp_path / "whole"), final(tmp_path / "run"))
     monkeypatch.syspath_prepend(tmp_path)
-    wrong = refused("--config-dir=mine", *SMALL, "+cooldown=short", "cooldown.steps=x", "hydra.run.dir=wrong")
+    wrong = refused("--config-dir=conf", *SMALL, "+cooldown=short", "cooldown.steps=x", "hydra.run.dir=wrong")
     assert wrong.startswith("error: cooldown.steps=x: must be a valid integer")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -383,3 +384,13 @@ def test_from_a_wheel_in_any_folder(environment: dict[str, str], tmp_path: Path)
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "rmt_lightning.Carried" in result.stdout
+    # A copy of the example needs nothing else.
+    shutil.copytree(ROOT / "examples" / "own_parts", elsewhere, dirs_exist_ok=True)
+    readme = (elsewhere / "README.md").read_text()
+    for line in re.findall(r"^python -m rmt_lightning.train (.*)$", readme, flags=re.MULTILINE):
+        result = subprocess.run(
+            [sys.executable, "-m", "rmt_lightning.train", *line.split(), "--cfg", "job"],
+            cwd=elsewhere, env=environment | {"PYTHONPATH": str(site)}, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        assert "parts.Colors" in result.stdout

@@ -46,7 +46,11 @@ _ABILITIES = {
     "optim": ("build",),
     "trainer": ("fit",),
     "logger": ("log_metrics",),
+    "callbacks": ("on_train_batch_end",),
 }
+
+# Groups of which there may be several at once, each under a name of its own.
+_NAMED = ("metrics", "callbacks")
 
 # In a wheel conf/ is inside the package, in a checkout beside it.
 _PACKAGE = Path(__file__).parents[1]
@@ -86,8 +90,10 @@ def check(config: DictConfig, root: type) -> None:
     parts = [str(name) for name in config if isinstance(config[name], DictConfig)]
     for name in sorted(parts, key=lambda part: not is_typed(part)):
         alone = [str(key) for key, value in config[name].items() if not isinstance(value, DictConfig)]
-        if "_target_" not in config[name] and name in _ABILITIES and name not in ("metrics", "logger"):
+        if "_target_" not in config[name] and name in _ABILITIES and name not in (*_NAMED, "logger"):
             raise UserError(f"{name}: names no class; choose one with {name}=…, or give its yaml a _target_")
+        if "_target_" in config[name] and name in _NAMED:
+            raise UserError(f"{name}._target_: there may be several; give it a name, as in {name}.mine._target_=…")
         if alone and "_target_" not in config[name] and (CONF / name).is_dir():
             # There is no class whose setting it could be.
             raise UserError(f"{name}.{alone[0]}: no such setting; {suggest(alone[0], [])}")
@@ -145,8 +151,9 @@ def _named(name: Any, path: str) -> Callable[..., Any]:
 
 def _check_kind(target: Callable[..., Any], name: str, path: str) -> None:
     """Raise UserError if a class is of another kind than its group."""
-    # Each metric has a name of its own.
-    group = re.sub(r"^(metrics)\.[^.]+$", r"\1", path[:-1])
+    # Each metric and each callback has a name of its own.
+    group, _, rest = path[:-1].partition(".")
+    group = group if group in _NAMED and "." not in rest else path[:-1]
     missing = [ability for ability in _ABILITIES.get(group, ()) if not hasattr(target, ability)]
     # Of this task there is one, which draws nothing; of what a function makes, nothing is known.
     if missing and inspect.isclass(target) and not (group == "task" and target is rmt_lightning.LanguageModeling):

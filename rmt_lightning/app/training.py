@@ -32,6 +32,7 @@ from rmt_lightning.app.resume import (
     save_text,
     saved_config,
 )
+from rmt_lightning.app.schema import instantiate
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.quoting import shown, to_type
 from rmt_lightning.core.run_folder import CHECKPOINTS, LAST, PREVIOUS, cut_ways_out
@@ -110,6 +111,8 @@ def _train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pa
     callbacks = [phases, checkpoints, PhaseProgress(phases), Hardware(folder)]
     if isinstance(logger, WandbRun):
         callbacks.append(PhaseRecords(logger, phases))
+    # Before the checkpoints, which hold what callbacks have come to.
+    callbacks[1:1] = instantiate(config.get("callbacks") or OmegaConf.create({}), _convert_="all").values()
     table = MetricsTable(folder, done=saved["global_step"] if saved else 0)
     trainer: RunTrainer = construct(
         config.trainer, folder=folder, callbacks=callbacks, logger=[table, logger] if logger else [table]
