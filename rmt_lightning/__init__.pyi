@@ -64,6 +64,7 @@ from .tasks.placement import Key as Key
 from .tasks.placement import Placement as Placement
 from .tasks.questions import QA as QA
 from .training.answering import FactClassifier as FactClassifier
+from .training.callbacks.hardware import make_fast as make_fast
 from .training.callbacks.wandb_run import WandbRun as WandbRun
 from .training.generation import FactGenerator as FactGenerator
 from .training.language_modeling import LanguageModeler as LanguageModeler

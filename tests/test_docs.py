@@ -26,7 +26,7 @@ BLOCKS = [block for page in PAGES for block in re.findall(r"```(\w+)\n(.*?)```",
 PROGRAMS = [block for kind, block in BLOCKS if kind == "python"]
 # A program that trains becomes one of seconds.
 SMALLER = {
-    "steps=1000": "steps=25, when_stuck='continue'",
+    "steps=1500": "steps=25, when_stuck='continue'",
     "documents=200": "documents=30",
     "(placement, test": "(placement, batch_size=4, validation_samples=16, test_samples=8, test",
     "steps=100)": "steps=25, when_stuck='continue')",

@@ -59,6 +59,11 @@ def _try(name: str, metric: Metric, offered: Mapping[str, Any]) -> set[str]:
     return set(values)
 
 
+def _optimization(steps: int | list[int]) -> WarmupDecay:
+    """What conf/optim has by default."""
+    return WarmupDecay(steps=steps, lr=1e-3, weight_decay=1e-2, warmup=0.02)
+
+
 class Diverged(RuntimeError):
     """The loss is no longer a number."""
 
@@ -72,7 +77,8 @@ class SegmentModule(L.LightningModule):
         metrics: of validation, logged as val/<name>. The `update` of a metric is given what it asks for by name. None:
             what phases decide by.
         offered: what a metric may ask for, as a validation might have it that is led by some phases, or by none.
-        optimization: of the weights, unless phases know; None: AdamW at a learning rate of 1e-3.
+        optimization: of the weights, unless phases know; None: AdamW at a learning rate of 1e-3, as conf/optim
+            has it.
 
     Raises:
         UserError: if the metric that phases decide by is missing, or one cannot be measured.
@@ -128,7 +134,7 @@ class SegmentModule(L.LightningModule):
         if phases:
             trainer.callbacks = [callback for callback in trainer.callbacks if callback not in phases]
             steps = getattr(phases[0], "steps", None)
-            default = self.optimization or WarmupDecay(steps=steps or 1000, lr=1e-3)
+            default = self.optimization or _optimization(steps or 1000)
             self._follow(Phases(phases, default, seed=int(os.environ.get("PL_GLOBAL_SEED", 0))))
             return [cast(Phases, self.led_by)]
         if trainer.state.fn == TrainerFn.FITTING and leading is not self.led_by:
@@ -152,7 +158,7 @@ class SegmentModule(L.LightningModule):
             return self.led_by.build_optimizer(self.parameters(), fused)
         if math.isinf(steps := self.trainer.estimated_stepping_batches):
             raise UserError("max_epochs: says no end of training, over which the learning rate falls; give one")
-        optimization = self.optimization or WarmupDecay(steps=int(steps), lr=1e-3)
+        optimization = self.optimization or _optimization(int(steps))
         optimizer, schedule = optimization.build(self.parameters(), 1, fused)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
