@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import os
 import re
@@ -12,14 +13,19 @@ import socket
 import subprocess
 import sys
 import time
+from base64 import b64decode, b64encode
 from collections.abc import Callable
 from html.parser import HTMLParser
+from io import BytesIO
 from math import log
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from conftest import ROOT
+from PIL import Image
+from plotly.offline import get_plotlyjs
 from test_readme import COMMANDS
 
 from rmt_lightning import report as front_door
@@ -33,6 +39,10 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def unpacked(text: str) -> str:
+    return gzip.decompress(b64decode(text, validate=True)).decode()
+
+
 class Page(HTMLParser):
     """The parts of a page that tests ask for."""
 
@@ -40,10 +50,12 @@ class Page(HTMLParser):
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.tables: dict[str, list[list[str]]] = {}
-        self.figures: dict[str, Any] = {}
+        self.packed: dict[str, str] = {}
         self.text = ""
         self._table, self._plot, self._within = "", "", ""
         self.feed(path.read_text())
+        self.plotly = self.packed.pop("plotly")
+        self.figures: dict[str, Any] = {name: json.loads(text) for name, text in self.packed.items()}
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attributes)))
@@ -55,7 +67,7 @@ class Page(HTMLParser):
             self.tables[self._table].append([])
         elif tag in ("td", "th"):
             self.tables[self._table][-1].append("")
-        elif tag == "div" and "id" in given:
+        elif tag in ("div", "script") and "id" in given:
             self._plot = str(given["id"])
         self._within = str(given.get("type", tag)) if tag == "script" else tag
 
@@ -64,8 +76,8 @@ class Page(HTMLParser):
         self._table = "" if tag == "table" else self._table
 
     def handle_data(self, data: str) -> None:
-        if self._within == "application/json":
-            self.figures[self._plot] = json.loads(data)
+        if self._within == "application/gzip":
+            self.packed[self._plot] = unpacked(data)
         elif self._within not in ("script", "style"):
             self.text += data
             if self._table and self.tables[self._table][-1:] not in ([], [[]]):
@@ -271,15 +283,38 @@ def test_evaluations_are_told_apart(here: Path) -> None:
     assert [cell.strip() for cell in page.tables["tests"][-1][4:7]] == ["8", "–", "–"]
 
 
+def pixels(picture: bytes | str) -> bytes:
+    """Those of a picture, or of one that stands in a page."""
+    content = picture if isinstance(picture, bytes) else b64decode(picture.partition(",")[2])
+    with Image.open(BytesIO(content)) as image:
+        return image.convert("RGB").tobytes()
+
+
+def test_a_page_of_two_runs_is_small(here: Path) -> None:
+    """Whatever has been drawn of them, it can be mailed."""
+    maps = ROOT / "experiments/attention_of_memory"
+    copy(here, "other", model={"memory_size": 5})
+    for name in ("good", "other"):
+        (here / name / "attention/last").mkdir(parents=True)
+        for picture in ("attention.png", "figure.png"):
+            shutil.copy(maps / picture, here / name / "attention/last")
+    page = made("good", "other")
+    assert Path("page.html").stat().st_size < 2.5e6
+    assert page.plotly == get_plotlyjs() and sum(tag == "img" for tag, _ in page.tags) == 4
+
+
 def test_attention_maps_are_embedded(here: Path) -> None:
     folder = here / "good/attention/last-detect-1a2b"
     folder.mkdir(parents=True)
     shutil.copy(here / "good/curriculum.png", folder / "attention.png")
     (folder / "broken.png").write_text("not a picture")
+    cut = (here / "good/curriculum.png").read_bytes()[:900]
+    (folder / "cut.png").write_bytes(cut)
     page = made("good")
-    (image,) = [attributes for tag, attributes in page.tags if tag == "img"]
+    image, damaged = [attributes for tag, attributes in page.tags if tag == "img"]
     assert image["alt"] == "Attention map of good: last-detect-1a2b/attention" and image["loading"] == "lazy"
-    assert str(image["src"]).startswith("data:image/png;base64,iVBOR")
+    assert pixels(str(image["src"])) == pixels((folder / "attention.png").read_bytes())
+    assert damaged["src"] == f"data:image/png;base64,{b64encode(cut).decode()}"
     assert "good/attention/last-detect-1a2b/broken.png: is no picture" in page.text
 
 

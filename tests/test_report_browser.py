@@ -50,7 +50,7 @@ def browser() -> Iterator[sync_api.Browser]:
 def page(request: pytest.FixtureRequest, browser: sync_api.Browser, address: str) -> Iterator[sync_api.Page]:
     phone = request.param == "phone"
     context = browser.new_context(
-        viewport={"width": 375, "height": 800} if phone else {"width": 1280, "height": 900},
+        viewport={"width": 390, "height": 800} if phone else {"width": 1280, "height": 900},
         color_scheme="dark" if request.param == "dark" else "light",
         has_touch=phone,
         is_mobile=phone,
@@ -131,6 +131,16 @@ def test_pointing_and_hiding(page: sync_api.Page) -> None:
     page.wait_for_selector("#val_accuracy .hoverlayer .hovertext")
     told = plot.locator(".hoverlayer").text_content() or ""
     assert "step 9, stage 2" in told and "validation accuracy" in told
+
+    # Where they are shown, they cover neither title, legend nor data.
+    covered = """[...document.querySelectorAll(".plot > div")].filter((plot) => {
+      const buttons = plot.querySelector(".modebar")?.getBoundingClientRect();
+      const title = document.createRange();
+      title.selectNodeContents(plot.previousElementSibling);
+      return buttons && (buttons.bottom > plot.getBoundingClientRect().top + 1
+        || title.getBoundingClientRect().right > buttons.left);
+    }).map((plot) => plot.id)"""
+    assert page.evaluate(covered) == []
 
     # Its buttons stay on this machine: none uploads the data.
     titles = page.evaluate("[...document.querySelectorAll('#val_accuracy .modebar-btn')].map(b => b.dataset.title)")

@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 import time
-from base64 import b64decode
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from conftest import SMALL, Run
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
-from test_report import Page
+from test_report import Page, pixels
 
 from rmt_lightning import report
 from rmt_lightning import train as front_door
@@ -290,7 +289,7 @@ def test_the_report_of_a_sweep(finished_run: Path, tmp_path: Path, monkeypatch: 
     assert "memory_size_5-seed_2: <b>no</b> space left" in page.text
     (picture,) = [attributes for tag, attributes in page.tags if tag == "img"]
     assert picture["alt"] == "Figure of sweep sweep"
-    assert b64decode(str(picture["src"]).removeprefix("data:image/png;base64,")) == Path("sweep/sweep.png").read_bytes()
+    assert pixels(str(picture["src"])) == pixels(Path("sweep/sweep.png").read_bytes())
     assert len(page.tables["runs"]) == 5
     assert [row["status"] for row in rows(Path("sweep/sweep.csv"))] == ["finished"] * 3 + ["failed"]
     assert {path.name for path in Path("sweep").iterdir() if path.is_file()} == {

@@ -11,6 +11,7 @@ from html import escape
 from itertools import groupby
 from math import ceil, log2, log10
 from statistics import fmean
+from textwrap import wrap
 from typing import Any, Literal
 
 from plotly import graph_objects as go
@@ -26,6 +27,8 @@ DASHES = ("solid", "dash", "dot", "dashdot")
 
 # Longer curves are drawn as means of neighboring points.
 POINTS = 1000
+# That have room on a phone.
+_LETTERS = 44
 
 _FAINT = "rgba(128, 134, 145, 0.22)"
 _FONT = {"family": "system-ui, sans-serif", "size": 13, "color": "#7b828c"}
@@ -73,7 +76,9 @@ def timeline(runs: Sequence[Run], of: Literal["steps", "seconds"]) -> go.Figure:
     bars_of = ((_identity(run, number) | _drawn(bars, number, unit, scale), bars) for number, run, bars in rows)
     figure.add_traces([go.Bar(**look, y=[place] * len(bars)) for place, (look, bars) in enumerate(bars_of)])
     label = {"x": 0, "xref": "paper", "xanchor": "left", "yshift": 24, "showarrow": False}
-    named = [label | {"text": _text(run.name), "y": place} for place, (_, run, _) in enumerate(rows)]
+    # Of a long name the end tells most.
+    names = [run.name if len(run.name) <= _LETTERS else f"…{run.name[1 - _LETTERS :]}" for _, run, _ in rows]
+    named = [label | {"text": _text(name), "y": place} for place, name in enumerate(names)]
     figure.update_layout(annotations=named)
     figure.update_xaxes(title_text=unit, rangemode="tozero", tickformat=",")
     figure.update_yaxes(range=[len(rows) - 0.6, -0.8], showticklabels=False, showgrid=False)
@@ -297,9 +302,10 @@ def _by_length(runs: Sequence[Run], values: Callable[[Evaluation], dict[str, Any
             trained_to = evaluation.stage or run.reached
             symbols = [look.symbol if length <= trained_to else f"{look.symbol}-open" for length in segments]
             several = len(run.evaluations) > 1
+            label = {"name": _in_lines(f"{run.name}, {evaluation.label}")} if several else {}
             traces.append(
                 go.Scatter(
-                    **_identity(run, number) | ({"name": _text(f"{run.name}, {evaluation.label}")} if several else {}),
+                    **_identity(run, number) | label,
                     showlegend=several,
                     opacity=1 if evaluation.own else 0.6,
                     x=segments,
@@ -334,6 +340,10 @@ def _figure(**layout: Any) -> go.Figure:
 def _identity(run: Run, number: int) -> dict[str, Any]:
     # The page hides and shows all that belongs to a run at once.
     return {"name": _text(run.name), "meta": number}
+
+
+def _in_lines(name: str) -> str:
+    return "<br>".join(map(_text, wrap(name, _LETTERS)))
 
 
 def _text(name: str) -> str:

@@ -70,6 +70,7 @@ _LONG = re.compile(r"[A-Za-z0-9+/_=-]{20,}")
 _SHORT = re.compile(r"(?<![A-Za-z0-9])[A-Za-z0-9]{8,19}(?![A-Za-z0-9])")
 # Names are made of them, keys are not, however their letters are mixed: TinyRoFormer, Wav2Vec2Bert.
 _WRITTEN = re.compile(r"[A-Z][a-z]{2,}|[a-z]{3,}|[A-Z]{3,}")
+_NUMBER = re.compile(r"-?\d+(\.\d+)?(e[+-]?\d+)?")
 # The commit of this project looks like a key of W&B.
 _COMMIT = re.compile(r"[0-9a-f]{40}(-dirty)?")
 
@@ -96,6 +97,9 @@ def public(value: Any, name: str = "") -> Any:
 
 def public_text(text: str) -> str:
     """A text in which home folders are called ~ and keys are hidden."""
+    if _NUMBER.fullmatch(text):
+        # Most cells of a table, and the environment takes its time.
+        return text
     return _cleaned(text, *_home_and_user(*map(os.environ.get, ("HOME", "LOGNAME", "USER", "LNAME", "USERNAME"))))
 
 
@@ -122,6 +126,7 @@ def _cleaned(text: str, home: str, user: str) -> str:
     return _SHORT.sub(lambda found: HIDDEN if _is_mixed(found[0]) else found[0], text)
 
 
+@lru_cache
 def _is_secret(name: str) -> bool:
     words = {word.lower() for word in _WORDS.findall(name)}
     return bool(words & _SECRET_WORDS) or _SECRET_PART.search(name.lower()) is not None

@@ -14,7 +14,7 @@ from io import StringIO
 from itertools import chain, repeat
 from math import isfinite, isnan, nan
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import numpy as np
 import pandas as pd
@@ -94,8 +94,7 @@ class Stage:
     converged: bool | None
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """A logged value: at which optimizer step (the first is 1), and in which stage or phase."""
 
     step: int
@@ -372,8 +371,10 @@ def _table(path: Path, problems: list[str]) -> tuple[list[str], list[dict[str, s
 def _with_rows(phase: Phase, folder: Path, problems: list[str]) -> Phase:
     """A phase with the rows of its csv file, whatever its columns are, and nothing that a page must not tell."""
     # The name of the file stands in another, which may come from anybody.
-    rows = _table(folder / Path(phase.table).name, problems)[1] if phase.table else []
-    return replace(phase, title=public_text(phase.title), rows=public(rows))
+    columns, rows = _table(folder / Path(phase.table).name, problems) if phase.table else ([], [])
+    names = {column: public_text(column) for column in columns}
+    shown = [{names[column]: public(cell, column) for column, cell in row.items()} for row in rows]
+    return replace(phase, title=public_text(phase.title), rows=shown)
 
 
 def _numbers(path: Path, problems: list[str], *choices: Sequence[str]) -> list[Row]:
