@@ -9,10 +9,11 @@ import runpy
 from pathlib import Path
 
 from rmt_lightning.core.files import read_csv
-from rmt_lightning.reporting.figures import save
+from rmt_lightning.reporting.style import save, styled
 
 for script in sorted(Path(__file__).parent.glob("*/figure.py")):
     folder = script.parent
-    drawn = runpy.run_path(str(script))["figures"](lambda table, folder=folder: read_csv(folder / f"{table}.csv"))
-    for name, figure in drawn.items():
-        save(figure, folder / name)
+    with styled():
+        drawn = runpy.run_path(str(script))["figures"](lambda table, folder=folder: read_csv(folder / f"{table}.csv"))
+        for name, figure in drawn.items():
+            save(figure, folder / name)

@@ -524,7 +524,7 @@ def test_the_figure_of_all_stages_draws_chance_of_the_task(here: Path, monkeypat
     """A guess among two answers is right half of the time, whatever else the model knows to say."""
     (here / "qa.txt").write_text("".join(story for story in STORIES if "kitchen" in story or "garden" in story) * 10)
     drawn = []
-    monkeypatch.setattr("rmt_lightning.reporting.figures.save", lambda figure, _stem: drawn.append(figure))
+    monkeypatch.setattr("rmt_lightning.reporting.style.save", lambda figure, _stem: drawn.append(figure))
     evaluate(monkeypatch, "stages=true", "segments=[1]", "task=babi", "task.path=qa.txt")
     (axes,) = drawn[0].axes
     assert [list(line.get_ydata()) for line in axes.lines if line.get_linestyle() == ":"] == [[0.5, 0.5]]

@@ -19,7 +19,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from rmt_lightning.app.schema import CONF
 from rmt_lightning.core.files import read_csv
-from rmt_lightning.reporting.figures import save
+from rmt_lightning.reporting.style import save, styled
 
 EXPERIMENTS = ROOT / "experiments"
 # What is to be run on a GPU, and holds no results.
@@ -83,12 +83,22 @@ def test_all_figures_can_be_drawn_again(environment: dict[str, str], tmp_path: P
     assert all(path.stat().st_size > 0 for path in drawn)
     # The same bytes whenever it is drawn, so that version control sees no change.
     folder = tmp_path / "experiments" / "language_modeling"
-    (again,) = figure_of(folder.name)["figures"](lambda table: read_csv(folder / f"{table}.csv")).values()
-    save(again, tmp_path / "again")
+    with styled():
+        (again,) = figure_of(folder.name)["figures"](lambda table: read_csv(folder / f"{table}.csv")).values()
+        save(again, tmp_path / "again")
     for kind in ("png", "pdf"):
         assert (tmp_path / f"again.{kind}").read_bytes() == (folder / f"figure.{kind}").read_bytes()
     recipe = subprocess.run(["make", "--dry-run", "figures"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert f"python {command[1]}" in recipe.stdout
+
+
+def test_figures_hold_fonts_that_publishers_take() -> None:
+    """Type 42, which is TrueType, and none of the Type 3 that matplotlib writes by itself."""
+    figures = list(EXPERIMENTS.rglob("*.pdf"))
+    assert len(figures) > len(READMES)
+    for path in figures:
+        content = path.read_bytes()
+        assert b"/FontFile2" in content and b"/Type3" not in content, path
 
 
 @pytest.mark.parametrize("name", COMPARISON["MODELS"])

@@ -22,7 +22,7 @@ ROOMS = {
     "reporting": {"core"},
     "app": {"core", "tasks", "models", "training", "analysis", "reporting"},
 }
-DOORS = {"train", "evaluate", "attend", "flops", "export", "ask", "report", "dashboard", "lm_eval"}
+DOORS = {"train", "evaluate", "attend", "flops", "export", "ask", "plot", "report", "dashboard", "lm_eval"}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "conf" not in path.parts)
 
 

@@ -32,6 +32,7 @@ from rmt_lightning.models.rmt import RMTEncoder
 from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.models.tiny import TinyBert
 from rmt_lightning.reporting import figures
+from rmt_lightning.reporting.style import Place
 from rmt_lightning.tasks.corpus import Corpus
 from rmt_lightning.tasks.datamodule import FactDataset
 from rmt_lightning.tasks.facts import PLACES, Carried, Reasoning, Split, Task
@@ -286,9 +287,15 @@ def test_another_model_is_named() -> None:
 
 
 def test_the_figure() -> None:
-    lengths = [LengthResult(right, 100, n) for n, right in ((1, 100), (2, 97), (64, 50))]
-    figure = figures.curriculum([(5, 1, 0.5), (10, 1, 1.0), (15, 2, 0.9)], lengths, 2, 1 / 6, "task=detect")
+    results = [LengthResult(right, 100, n) for n, right in ((1, 100), (2, 97), (64, 50))]
+    tests = [Place(result.segments, result.accuracy, *result.interval) for result in results]
+    history = [(5, 1, 0.5), (10, 1, 1.0), (15, 2, 0.9)]
+    figure = figures.curriculum(history, tests, 2, 1 / 6, "task=detect", samples=100)
     left, right = figure.axes
     assert left.get_xlabel() == "optimizer step" and right.get_xlabel() == "segments of the input"
     assert [text.get_text() for text in right.get_xticklabels()] == ["1", "2", "64"]
-    assert len(left.lines) == 3  # two stages and chance
+    drawn = [line.get_xydata().tolist() for line in left.lines if line.get_marker() == "o"]
+    assert drawn == [[[5, 0.5], [10, 1]], [[15, 0.9]]]
+    assert [line.get_ydata()[0] for line in left.lines if line.get_linestyle() == ":"] == [1 / 6]
+    # The ends of their intervals.
+    assert len(left.collections) + len(left.containers) == 3

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from matplotlib.figure import Figure
 
+from rmt_lightning.reporting.style import canvas, name
+
 COLORS = {
     "ours": "#0072b2", "ours, compiled": "#cc79a7", "ours, graphs": "#d55e00", "ours, bf16": "#009e73",
     "ours, checkpointing": "#56b4e9", "published, eager": "#e69f00",
@@ -23,24 +25,22 @@ def speeds(rows: list[dict[str, str]]) -> Figure:
         cases.setdefault(row["case"], []).append(row)
     # Not what is compared with ourselves alone.
     compared = {name: v[1:] for name, v in cases.items() if len(v) > 1 and not v[0]["variant"].startswith("ours")}
-    figure = Figure(figsize=(9, 0.9 + 0.22 * sum(len(v) + 0.6 for v in compared.values())), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = canvas(1, 0.7 + 0.15 * sum(len(v) + 0.6 for v in compared.values()))
     place, ticks = 0.0, []
-    for name, variants in compared.items():
-        ticks.append((place + (len(variants) - 1) / 2, name))
+    for case, variants in compared.items():
+        ticks.append((place + (len(variants) - 1) / 2, case))
         for row in variants:
             times = float(row["times_as_fast"])
             axes.barh(place, times, 0.9, color=COLORS[row["variant"]], label=row["variant"])
-            axes.text(times, place, f" {times:.2f}", va="center", fontsize=7)
+            axes.text(times, place, f" {times:.2f}", va="center", fontsize="x-small")
             place += 1
         place += 0.6
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks(*zip(*ticks, strict=True), fontsize=8)
+    axes.set_yticks(*zip(*ticks, strict=True))
     axes.invert_yaxis()
     axes.set(xlabel="times as fast as the first variant of the case")
-    axes.spines[["top", "right"]].set_visible(False)
     named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    figure.legend(named.values(), named.keys(), fontsize=8, frameon=False, loc="outside upper right", ncols=4)
+    name(figure, [axes], [], [*named.values()])
     return figure
 
 

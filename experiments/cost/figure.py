@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from rmt_lightning.reporting import style
 from rmt_lightning.reporting.figures import flops
 
 
@@ -16,23 +17,20 @@ def cost(rows: Sequence[Mapping[str, Any]]) -> Figure:
     Args:
         rows: model, segments, seconds and megabytes of each measurement.
     """
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    panels = figure.subplots(1, 2)
-    for name in dict.fromkeys(row["model"] for row in rows):
-        own = [row for row in rows if row["model"] == name]
-        segments = [int(row["segments"]) for row in own]
-        costs = [[float(row[column]) for row in own] for column in ("seconds", "megabytes")]
-        for axes, values in zip(panels, costs, strict=True):
-            axes.plot(segments, values, "o-", markersize=3.5, label=name)
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(segments, [str(number) for number in segments])
-            axes.set_yscale("log")
-            axes.minorticks_off()
-            axes.set_xlabel("segments of the input")
-            axes.spines[["top", "right"]].set_visible(False)
+    figure, panels = style.canvas(2)
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    curves: list[style.Curve] = []
+    for axes, column in zip(panels, ("seconds", "megabytes"), strict=True):
+        curves = [
+            style.curve(name, look, (row for row in rows if row["model"] == name), ("segments", column))
+            for name, look in zip(names, style.looks(names), strict=True)
+        ]
+        style.draw(axes, curves)
+        style.lengths(axes, {int(row["segments"]) for row in rows})
+        axes.set_yscale("log")
     panels[0].set(ylabel="seconds of one core", title="Time")
     panels[1].set(ylabel="MB beyond program and weights", title="Peak memory")
-    panels[0].legend(fontsize=8, frameon=False)
+    style.name(figure, panels, curves)
     return figure
 
 

@@ -6,21 +6,33 @@ from collections.abc import Callable
 
 from matplotlib.figure import Figure
 
+from rmt_lightning.core.statistics import LossRate
+from rmt_lightning.reporting.style import Curve, Place, canvas, draw, looks, name
+
+# Rows of hold.csv that make a point.
+_TOGETHER = 4
+
 
 def losses(rows: list[dict[str, str]], stages: list[dict[str, str]]) -> Figure:
     """The share of memories that is lost a segment, against steps of the phase; a line for each run."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    axes = figure.subplots()
-    for run in dict.fromkeys(row["run"] for row in rows):
-        own = [row for row in rows if row["run"] == run]
-        steps = [int(row["step"]) for row in own]
+    runs = list(dict.fromkeys(row["run"] for row in rows))
+    curves = []
+    for run, look in zip(runs, looks(runs), strict=True):
         begun = sum(int(row["steps"]) for row in stages if row["run"] == run)
-        rates = [int(row["lost"]) / int(row["segments"]) for row in own]
-        axes.plot([step - begun for step in steps], rates, "o-", markersize=2.5, linewidth=1, label=run)
+        own = [row for row in rows if row["run"] == run]
+        places = []
+        for at in range(0, len(own), _TOGETHER):
+            of = own[at : at + _TOGETHER]
+            found = LossRate(sum(int(row["lost"]) for row in of), sum(int(row["segments"]) for row in of))
+            places.append(Place(int(of[-1]["step"]) - begun, found.rate, *found.interval))
+        curves.append(Curve(run, look, places))
+    figure, (axes,) = canvas()
+    draw(axes, curves)
     axes.set_yscale("symlog", linthresh=1e-4)
-    axes.set(xlabel="steps of the phase", ylabel="memories lost a segment, in training", ylim=(-5e-6, None))
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right center", fontsize=8, frameon=False)
+    axes.set(
+        xlabel="steps of the phase", ylabel="memories lost a segment,\nin training (95% interval)", ylim=(-5e-6, None)
+    )
+    name(figure, [axes], curves)
     return figure
 
 

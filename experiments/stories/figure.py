@@ -6,27 +6,36 @@ from collections.abc import Callable
 
 from matplotlib.figure import Figure
 
+from rmt_lightning.core.statistics import LossRate, Proportion
+from rmt_lightning.reporting.style import Curve, Place, canvas, draw, looks, name
+
 # Rows of hold.csv, each of 25 steps, that make a point.
 _TOGETHER = 10
 
 
 def losses(rows: list[dict[str, str]]) -> Figure:
-    """Left: memories lost a segment, amid fragments; right: facts missed that were told late. A line for each seed."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for number, seed in enumerate(dict.fromkeys(row["seed"] for row in rows)):
+    """Memories lost a segment, amid fragments, and facts missed that were told late. A line for each seed."""
+    seeds = list(dict.fromkeys(row["seed"] for row in rows))
+    lost, missed = list[Curve](), list[Curve]()
+    for seed, look in zip(seeds, looks([f"seed {seed}" for seed in seeds]), strict=True):
         own = [row for row in rows if row["seed"] == seed]
-        points = [own[at : at + _TOGETHER] for at in range(0, len(own), _TOGETHER)]
-        steps = [25 * _TOGETHER * (place + 1) for place in range(len(points))]
-        for axes, part, whole in ((left, "lost", "segments"), (right, "missed", "told")):
-            shares = [sum(int(row[part]) for row in of) / sum(int(row[whole]) for row in of) for of in points]
-            axes.plot(steps, shares, "osD^v"[number] + "-", markersize=3.5, linewidth=1, label=f"seed {seed}")
-    left.set(ylabel="memories lost a segment, in training", yscale="log")
-    right.set(ylabel="facts missed that were told late", yscale="log")
-    for axes in (left, right):
-        axes.set(xlabel="steps of the phase")
-        axes.spines[["top", "right"]].set_visible(False)
-    right.legend(fontsize=8, frameon=False)
+        rates, shares = [], []
+        for at in range(0, len(own), _TOGETHER):
+            of = {
+                key: sum(int(row[key]) for row in own[at : at + _TOGETHER])
+                for key in ("lost", "segments", "missed", "told")
+            }
+            rate, share = LossRate(of["lost"], of["segments"]), Proportion(of["missed"], of["told"])
+            rates.append(Place(25 * (at + _TOGETHER), rate.rate, *rate.interval))
+            shares.append(Place(25 * (at + _TOGETHER), share.accuracy, *share.interval))
+        lost.append(Curve(f"seed {seed}", look, rates))
+        missed.append(Curve(f"seed {seed}", look, shares))
+    figure, panels = canvas(2)
+    titles = ("memories lost a segment", "share of facts told late, missed")
+    for axes, curves, title in zip(panels, (lost, missed), titles, strict=True):
+        draw(axes, curves)
+        axes.set(xlabel="steps of the phase", ylabel=f"{title}\n(95% interval)", yscale="log")
+    name(figure, panels, lost)
     return figure
 
 

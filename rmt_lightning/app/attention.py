@@ -24,7 +24,7 @@ from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import read_csv, write_atomically, write_csv
 from rmt_lightning.core.run_folder import alone_in, findings
 from rmt_lightning.models.memory import MemoryTokens
-from rmt_lightning.reporting import figures
+from rmt_lightning.reporting import figures, style
 from rmt_lightning.tasks.placement import Placement, Sample
 from rmt_lightning.training.callbacks.hardware import make_fast
 
@@ -68,7 +68,7 @@ def _draw_maps(watched: tuple[Sample, str, list[AttentionMap]], config: DictConf
     get_console().print(table)
     stem = "attention" + "".join(f"-{name}-{config[name]}" for name in ("layer", "head") if config[name] != "mean")
     write_csv(folder / f"{stem}.csv", maps_to_rows(maps))
-    figures.save(figures.attention(maps, f"{title}   layer={config.layer}, head={config.head}"), folder / stem)
+    style.save(figures.attention(maps, f"{title}   layer={config.layer}, head={config.head}"), folder / stem)
 
 
 def _draw_curve(
@@ -90,4 +90,4 @@ def _draw_curve(
             means = np.average([(p.rewritten, p.cosine) for p in points], axis=0, weights=[p.texts for p in points])
             table.add_row(part, *(f"{mean:.3f}" for mean in means))
     console.print(table)
-    figures.save(figures.rewriting(curve, title), folder / "rewrite")
+    style.save(figures.rewriting(curve, title), folder / "rewrite")

@@ -116,8 +116,9 @@ def steady_screen(needed: Callable[[], bool]) -> Iterator[None]:
     """
     # Figures go to files, whatever draws on the screen of a notebook; and a screen without width would show nothing.
     os.environ.pop("MPLBACKEND", None)
-    # It tells of its fonts.
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)
+    # They tell of their fonts.
+    for name in ("matplotlib", "fontTools"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     if not os.environ.get("COLUMNS", "").strip("0"):
         os.environ.pop("COLUMNS", None)
     for descriptor in range(3):

@@ -40,7 +40,7 @@ from rmt_lightning.core.files import write_atomically, write_csv, write_jsonl
 from rmt_lightning.core.quoting import shown
 from rmt_lightning.core.run_folder import CHECKPOINTS, EVALUATION, PREDICTIONS, PROBES, alone_in, findings
 from rmt_lightning.core.statistics import Proportion, kept
-from rmt_lightning.reporting import figures
+from rmt_lightning.reporting import figures, style
 from rmt_lightning.tasks.facts import Finite, Task
 from rmt_lightning.tasks.placement import Key, Placement
 from rmt_lightning.tasks.probes import probes
@@ -92,7 +92,7 @@ def evaluate_stages(config: DictConfig, run_config: DictConfig, run: Path) -> No
         results = [(stage, result) for stage, one in found.items() for result in one.read().results().values()]
         rows = [{"stage": stage, **result.length, **result.row()} for stage, result in results]
         write_csv(folder / "results.csv", rows)
-        figures.save(figures.generalization(rows, chance=1 / len(task.answers)), folder / "figure")
+        style.save(figures.generalization(rows, chance=1 / len(task.answers)), folder / "figure")
     tell_folder(folder, "them all")
 
 

@@ -15,7 +15,7 @@ from rmt_lightning.app.results import tell_folder
 from rmt_lightning.app.schema import instantiate
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import write_csv
-from rmt_lightning.reporting import figures
+from rmt_lightning.reporting import figures, style
 
 
 def flops(config: DictConfig) -> None:
@@ -36,7 +36,7 @@ def _write(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
     figure = figures.flops(rows)
     try:
         write_csv(folder / "flops.csv", rows)
-        figures.save(figure, folder / "flops")
+        style.save(figure, folder / "flops")
     except OSError as error:
         raise UserError(f"folder={folder}: cannot be written to ({error.strerror}); choose another folder") from None
 

@@ -30,7 +30,7 @@ from rmt_lightning.core.run_folder import EVALUATION, PREDICTIONS
 from rmt_lightning.models.adapters import Finetuning
 from rmt_lightning.models.segment_model import SegmentModel, check_room, check_weights, state_size
 from rmt_lightning.models.sources import reads_backbone
-from rmt_lightning.reporting import figures
+from rmt_lightning.reporting import figures, style
 from rmt_lightning.tasks.corpus import Corpus
 from rmt_lightning.tasks.datamodule import FactDataModule, ShortEpochs
 from rmt_lightning.tasks.facts import Split, Task
@@ -168,13 +168,14 @@ class FactRecipe(Recipe):
         task, curriculum = self.data.placement.task, self.phase(SegmentCurriculum)
         figure = figures.curriculum(
             curriculum.history,
-            lengths,
+            [style.Place(result.segments, result.accuracy, *result.interval) for result in lengths],
             curriculum.num_segments,
             1 / len(task.answers),
             f"task={task.name}",
             "segments" if curriculum.grow == "segments" else "stages",
+            self.data.validation_samples,
         )
-        write_atomically(folder / "curriculum.png", figures.rendered(figure))
+        write_atomically(folder / "curriculum.png", style.rendered(figure))
 
     def idle(self, config: DictConfig) -> Iterator[tuple[str, str]]:
         yield from super().idle(config)
@@ -243,7 +244,7 @@ class TextRecipe(Recipe):
         get_console().print(table)
         history = self.phase(FixedSteps).history
         figure = figures.perplexity(history, together.perplexity, type(self.model).__name__)
-        write_atomically(folder / "perplexity.png", figures.rendered(figure))
+        write_atomically(folder / "perplexity.png", style.rendered(figure))
 
 
 def build_recipe(config: DictConfig, run: Path | None = None, trained: bool = False) -> Recipe:

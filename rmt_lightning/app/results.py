@@ -19,7 +19,7 @@ from rmt_lightning.core.quoting import shown
 from rmt_lightning.models.backbone import SPARSE
 from rmt_lightning.models.memory import MemoryTokens
 from rmt_lightning.models.segment_model import SegmentModel
-from rmt_lightning.reporting import figures
+from rmt_lightning.reporting import figures, style
 from rmt_lightning.tasks.facts import Split
 from rmt_lightning.tasks.placement import Key, Placement, Sample
 from rmt_lightning.tasks.published import Part
@@ -82,7 +82,7 @@ def draw_attention(placement: Placement, module: FactModule, device: torch.devic
         return
     module.to(device).eval()
     _, title, maps = watch_clearest(placement, module, model, 4, device)
-    write_atomically(folder / "attention" / "last.png", figures.rendered(figures.attention(maps, title)))
+    write_atomically(folder / "attention" / "last.png", style.rendered(figures.attention(maps, title)))
 
 
 def phase_table(phase: Phase) -> Table | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import NormalDist
+from statistics import NormalDist, fmean
 from typing import Any
 
 
@@ -78,6 +79,33 @@ class LossRate:
         """The columns of a csv file."""
         low, high = self.interval
         return {"lost": self.lost, "exposure": self.exposure, "rate": self.rate, "rate_low": low, "rate_high": high}
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over seeds.
+
+    Attributes:
+        value: the mean.
+        half: half of its 95% interval, by Student's t distribution; None with a single seed.
+    """
+
+    value: float
+    half: float | None
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Both ends; not numbers with a single seed."""
+        half = math.nan if self.half is None else self.half
+        return self.value - half, self.value + half
+
+
+def mean(values: Sequence[float]) -> Mean:
+    """The mean of some values, and how far it may be off, if they are drawn from a normal distribution."""
+    from scipy import stats
+
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values) if len(values) > 1 else None
+    return Mean(fmean(values), None if half is None else float(half))
 
 
 def kept(rate: float, segments: int) -> float:

@@ -1,144 +1,235 @@
-"""Data in, matplotlib Figure out."""
+"""Data in, matplotlib Figure out, in the style that is on (see style.py)."""
 
 from __future__ import annotations
 
-import io
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from itertools import accumulate, cycle, groupby
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
-from rmt_lightning.core.files import write_atomically
+from rmt_lightning.core.statistics import Proportion
+from rmt_lightning.reporting import style
+from rmt_lightning.reporting.style import CHANCE, Curve, Look, Place, canvas, looks, shade, styled
 
 if TYPE_CHECKING:
     from rmt_lightning.analysis.attention import AttentionMap, Rewriting
-    from rmt_lightning.analysis.extrapolation import LengthResult
     from rmt_lightning.reporting.sweeps import Sweep
 
-CHANCE = "0.6"
 # Of Okabe and Ito's palette, which color-blind people can tell apart.
 PART_COLORS = {"[CLS]": "black", "memory": "#0072b2", "fact": "#d55e00", "question": "#008060"}
 OTHER_COLOR = "0.55"
+_ACCURACY = "test accuracy\n(95% interval)"
 
 
+@styled()
+def lengths(
+    curves: Sequence[Curve],
+    memory: Sequence[Curve] = (),
+    chances: Iterable[float] = (),
+    trained_to: float | None = None,
+    axis: str = "segments of the input",
+    lowest: float = 0,
+) -> Figure:
+    """Accuracy against the length of the input, and in a panel of its own the memory that it takes.
+
+    Args:
+        curves: of accuracy.
+        memory: of megabytes; there may be none.
+        chances: accuracies of guessing.
+        trained_to: the longest inputs of training, if they are the same for all curves.
+        axis: what lengths are counted in.
+        lowest: accuracy that is drawn.
+    """
+    figure, panels = canvas(1 + bool(memory))
+    style.draw(panels[0], curves)
+    named = style.accuracy(panels[0], _ACCURACY, chances, lowest)
+    for axes, drawn in zip(panels, (curves, memory), strict=False):
+        numbers = [place.x for curve in drawn for place in curve.places]
+        style.lengths(axes, numbers, axis)
+        if trained_to:
+            axes.axvspan(min(numbers), trained_to, color="0.94", zorder=0)
+    if memory:
+        style.draw(panels[1], memory)
+        panels[1].set(ylabel="peak memory (MB)", ylim=(0, 1.05 * panels[1].get_ylim()[1]))
+    style.name(figure, panels, curves, named)
+    return figure
+
+
+@styled()
+def retention(curves: Sequence[Curve], chances: Iterable[float] = ()) -> Figure:
+    """Which share of memories still answers, by the number of segments they have read."""
+    figure, (axes,) = canvas()
+    style.draw(axes, curves)
+    named = style.accuracy(axes, "memories that answer\n(95% interval)", chances)
+    axes.set(xlabel="segments read since", xlim=(0, None))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    style.name(figure, [axes], curves, named)
+    return figure
+
+
+@styled()
+def stages(steps: Sequence[Curve], accuracies: Sequence[Curve], chances: Iterable[float] = ()) -> Figure:
+    """How long each stage of a curriculum took to be passed, and how right the answers were at its end."""
+    figure, panels = canvas(2)
+    style.draw(panels[0], steps)
+    style.draw(panels[1], accuracies)
+    panels[0].set(ylabel="optimizer steps\nuntil it is passed", ylim=(0, None))
+    panels[0].yaxis.set_major_formatter("{x:,.0f}")
+    named = style.accuracy(panels[1], "accuracy at its end\n(95% interval)", chances)
+    for axes in panels:
+        axes.set_xlabel("stage")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    style.name(figure, panels, steps, named)
+    return figure
+
+
+@styled()
+def capacity(curves: Sequence[Curve], title: str = "", dots: Sequence[Curve] = ()) -> Figure:
+    """How many pairs are held, of how many that were told.
+
+    Args:
+        title: what the names of curves are values of.
+        dots: single results behind means.
+    """
+    figure, (axes,) = canvas()
+    told = sorted({place.x for curve in curves for place in curve.places})
+    (all_of_them,) = axes.plot(told, told, ":", color=CHANCE, linewidth=1, label="all")
+    style.draw(axes, curves)
+    for curve in dots:
+        x, y, *_ = zip(*curve.places, strict=True)
+        axes.plot(x, y, curve.look.marker, color=curve.look.color, alpha=0.4)
+    style.lengths(axes, told, "pairs told")
+    axes.set_ylabel("pairs held\n(95% interval)")
+    style.name(figure, [axes], curves, [all_of_them], title)
+    return figure
+
+
+@styled()
 def curriculum(
     history: Sequence[tuple[int, int, float]],
-    lengths: Sequence[LengthResult],
+    tests: Sequence[Place],
     trained_to: int,
-    chance: float,
+    chance: float | None,
     title: str,
     grown: str = "segments",
+    samples: int | None = None,
 ) -> Figure:
     """How a run learnt, stage by stage, and what it can do afterwards.
 
     Args:
         history: (step, stage, accuracy) of every validation.
-        lengths: accuracy at each length of the final test.
+        tests: accuracy at each length of the final test.
         trained_to: segments of the last stage.
         chance: accuracy of guessing.
         title: names the run.
         grown: what the numbers of stages count.
+        samples: of a validation; None if that is not known.
     """
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    figure.suptitle(title)
+    figure, (left, right) = canvas(2)
+    figure.suptitle(title, x=0.01, ha="left", parse_math=False)
+    chances = [] if chance is None else [chance]
 
-    stages = sorted({stage for _, stage, _ in history})
-    for stage in stages:
-        points = [(step, accuracy) for step, of, accuracy in history if of == stage]
-        shade = 0.25 + 0.75 * stage / max(stages)
-        left.plot(*zip(*points, strict=True), "o-", color=(0.1, 0.3, 0.6, shade), markersize=3.5)
-        left.annotate(str(stage), points[-1], textcoords="offset points", xytext=(0, 5), ha="center", fontsize=8)
-    left.set(
-        xlabel="optimizer step", ylabel="validation accuracy", ylim=(0, 1.1), title=f"Curriculum (numbers: {grown})"
-    )
+    numbers = sorted({stage for _, stage, _ in history})
+    for stage in numbers:
+        own = [(step, accuracy) for step, of, accuracy in history if of == stage]
+        places = [Place(step, accuracy, *_interval(accuracy, samples)) for step, accuracy in own]
+        style.draw(left, [Curve("", Look(shade(stage / max(numbers))), places)])
+        left.annotate(str(stage), own[-1], xytext=(0, 5), textcoords="offset points", ha="center", fontsize="small")
+    style.accuracy(left, "validation accuracy\n(95% interval)", chances)
+    left.set(xlabel="optimizer step", ylim=(0, 1.1), title=f"Curriculum (numbers: {grown})")
 
-    # Those that were asked for in tokens stand among the others.
-    lengths = sorted(lengths, key=lambda result: result.segments)
-    numbers = [result.segments for result in lengths]
-    accuracy = [result.accuracy for result in lengths]
-    below = [result.accuracy - result.interval[0] for result in lengths]
-    above = [result.interval[1] - result.accuracy for result in lengths]
-    right.errorbar(numbers, accuracy, yerr=(below, above), fmt="o-", color="tab:orange", capsize=3, markersize=4)
-    right.axvspan(min(numbers), trained_to, color="0.93", zorder=0)
-    right.set_xscale("log", base=2)
-    right.set_xticks(numbers, [str(number) for number in numbers])
-    right.set(
-        xlabel="segments of the input", ylabel="test accuracy", ylim=(0, 1.1), title="Test (gray: lengths trained on)"
-    )
-    for axes in (left, right):
-        axes.axhline(chance, color=CHANCE, linestyle=":", linewidth=1)
-        axes.spines[["top", "right"]].set_visible(False)
+    style.draw(right, [Curve("", looks([""])[0], sorted(tests))])
+    style.accuracy(right, _ACCURACY, chances)
+    style.lengths(right, [place.x for place in tests])
+    right.axvspan(min(place.x for place in tests), trained_to, color="0.94", zorder=0)
+    right.set(ylim=(0, 1.1), title="Test (gray: lengths trained on)")
     return figure
 
 
+def curriculum_of(
+    stages: Sequence[Mapping[str, str]], logged: Sequence[Mapping[str, str]], tests: Sequence[Mapping[str, str]],
+    chance: float, title: str, samples: int,
+) -> Figure:  # fmt: skip
+    """The same from csv files: stages.csv, metrics.csv and evaluation.csv of a run."""
+    ends = list(accumulate(int(row["steps"]) for row in stages))
+    validations = [(int(row["step"]), float(row["val/accuracy"])) for row in logged if row["val/accuracy"]]
+    # Steps are counted from 0 there.
+    history = [(step + 1, 1 + sum(step >= end for end in ends), accuracy) for step, accuracy in validations]
+    places = style.curve("", looks([""])[0], tests).places
+    return curriculum(history, places, len(stages), chance, title, samples=samples)
+
+
+def _interval(accuracy: float, samples: int | None) -> tuple[float, float]:
+    return Proportion(round(accuracy * samples), samples).interval if samples else (np.nan, np.nan)
+
+
+@styled()
 def flops(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """What a longer input costs: full attention against RMT (RMT-2023, figure 3).
 
     Args:
         rows: of flops.csv: model, tokens, the FLOPs of full_attention and of rmt, and their ratio.
     """
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    lengths = list(dict.fromkeys(int(row["tokens"]) for row in rows))
+    figure, (left, right) = canvas(2, 3.2)
+    tokens = list(dict.fromkeys(int(row["tokens"]) for row in rows))
     models = list(dict.fromkeys(row["model"] for row in rows))
     starts, ends = [], []
     for number, model in enumerate(models):
         own = [row for row in rows if row["model"] == model]
         full, rmt, ratio = ([float(row[column]) for row in own] for column in ("full_attention", "rmt", "ratio"))
-        color = colormaps["viridis"](0.8 - 0.8 * (number + 1) / len(models))
-        look: Any = {"color": color, "marker": "o", "markersize": 3, "markevery": [0, -1]}
-        left.plot(lengths, full, "-", **look)
-        left.plot(lengths, rmt, "--", linewidth=1, **look)
-        right.plot(lengths, ratio, "-", **look)
-        starts.append((model, lengths[0], full[0], color))
-        ends.append((f"{model}  {times(ratio[-1])}", lengths[-1], ratio[-1], color))
-    ticks = lengths[:: max(1, len(lengths) // 4)]
+        color = shade((number + 1) / len(models))
+        look: Any = {"color": color, "marker": "o", "markevery": [0, -1]}
+        left.plot(tokens, full, "-", **look)
+        left.plot(tokens, rmt, "--", **look)
+        right.plot(tokens, ratio, "-", **look)
+        starts.append((model, (tokens[0], full[0]), color))
+        ends.append((f"{model}  {times(ratio[-1])}", (tokens[-1], ratio[-1]), color))
+    ticks = tokens[:: max(1, len(tokens) // 3)]
     for axes in (left, right):
         axes.set(xlabel="tokens of the input", xscale="log", yscale="log")
-        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=9)
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes.minorticks_off()
         axes.grid(color="0.93")
-        axes.spines[["top", "right"]].set_visible(False)
     left.set(ylabel="FLOPs of a forward pass", title="Full attention (solid) and RMT (dashed)")
-    left.set_xlim(lengths[0] / 12)
-    right.set(ylabel="FLOPs of full attention / FLOPs of RMT", title="What RMT saves")
+    left.set_xlim(tokens[0] / 40)
+    right.set(ylabel="FLOPs of full attention\nover those of RMT", title="What RMT saves")
     right.yaxis.set_major_formatter("×{x:g}")
-    _label(left, starts, "right")
-    _label(right, ends, "left")
+    style.label(figure, right, ends)
+    style.label(figure, left, starts, left=True)
     return figure
 
 
+@styled()
 def generalization(rows: Sequence[Mapping[str, Any]], chance: float) -> Figure:
     """How far each stage of a curriculum generalizes (RMT-2023, figure 5).
 
     Args:
-        rows: stage, segments and accuracy of each stage's checkpoint on inputs of each length.
+        rows: stage, segments and accuracy of each stage's checkpoint on inputs of each length, and the ends of its 95%
+            interval, low and high.
         chance: accuracy of guessing.
     """
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    stages = sorted({int(row["stage"]) for row in rows})
-    for stage in stages:
-        own = sorted((int(row["segments"]), float(row["accuracy"])) for row in rows if int(row["stage"]) == stage)
-        color = colormaps["viridis"](0.9 * (1 - stage / max(stages)))
-        axes.plot(*zip(*own, strict=True), "o-", color=color, markersize=4, label=str(stage))
-    lengths = sorted({int(row["segments"]) for row in rows})
-    axes.axhline(chance, color=CHANCE, linestyle=":", linewidth=1)
-    axes.set(xlabel="segments of the input", ylabel="test accuracy", ylim=(0, 1.04), xticks=lengths)
-    axes.legend(title="trained on", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+    figure, (axes,) = canvas()
+    numbers = sorted({int(row["stage"]) for row in rows})
+    curves = [
+        style.curve(
+            str(stage), Look(shade(stage / max(numbers)), marker), (r for r in rows if int(r["stage"]) == stage)
+        )
+        for stage, marker in zip(numbers, cycle(style.MARKERS), strict=False)
+    ]
+    style.draw(axes, curves)
+    named = style.accuracy(axes, _ACCURACY, [chance])
+    axes.set(xlabel="segments of the input", xticks=sorted({int(row["segments"]) for row in rows}))
+    style.name(figure, [axes], curves, named, "trained on")
     return figure
 
 
+@styled()
 def perplexity(history: Sequence[tuple[int, float]], test: float, title: str) -> Figure:
     """How a language model learnt.
 
@@ -147,15 +238,12 @@ def perplexity(history: Sequence[tuple[int, float]], test: float, title: str) ->
         test: perplexity of the final test.
         title: names the run.
     """
-    figure = Figure(figsize=(5, 3.6), layout="constrained")
-    axes = figure.subplots()
-    steps, values = [step for step, _ in history], [value for _, value in history]
-    axes.plot(steps, values, "o-", color="tab:blue", markersize=3.5, label="validation")
-    axes.axhline(test, color="tab:orange", linestyle="--", linewidth=1, label=f"test: {test:.2f}")
-    axes.set(xlabel="optimizer step", ylabel="perplexity", title=title)
-    axes.set_yscale("log")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+    figure, (axes,) = canvas()
+    (line,) = axes.plot(*zip(*history, strict=True), "o-", color=looks([""])[0].color, label="validation")
+    end = axes.axhline(test, color=CHANCE, linestyle="--", linewidth=1, label=f"test: {test:.2f}")
+    axes.set(xlabel="optimizer step", ylabel="perplexity", yscale="log")
+    axes.set_title(title, parse_math=False)
+    style.name(figure, [axes], [], [line, end])
     return figure
 
 
@@ -164,155 +252,131 @@ def times(ratio: float) -> str:
     return f"×{ratio:,.{0 if ratio >= 10 else 1}f}"
 
 
-def _label(axes: Axes, points: Iterable[tuple[str, float, float, Any]], align: Literal["left", "right"]) -> None:
-    """Write a text beside each point (text, x, y, color), pushed down where it would overlap the one above."""
-    low, high = np.log10(axes.get_ylim())
-    place = math.inf
-    for text, x, y, color in sorted(points, key=lambda point: -point[2]):
-        place = min(math.log10(y), place - 0.04 * (high - low))
-        offset = 6 if align == "left" else -6
-        axes.annotate(
-            text, (x, 10**place), xytext=(offset, 0), textcoords="offset points", ha=align, va="center",
-            color=color, fontsize=8, annotation_clip=False,
-        )  # fmt: skip
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write `<path>.png` and `<path>.pdf`, each whole or not at all. The same figure gives the same bytes."""
-    for kind in ("png", "pdf"):
-        write_atomically(path.with_name(f"{path.name}.{kind}"), rendered(figure, kind))
-
-
-def rendered(figure: Figure, kind: Literal["png", "pdf"] = "png") -> bytes:
-    """A figure as a picture."""
-    content = io.BytesIO()
-    figure.savefig(content, format=kind, dpi=150, metadata={"CreationDate": None} if kind == "pdf" else {})
-    return content.getvalue()
-
-
-def sweep(sweep: Sweep) -> Figure:
+@styled()
+def sweep(sweep: Sweep, chances: Iterable[float] = ()) -> Figure:
     """What came of a sweep: curves along one axis, a heat map over two, else points along each axis.
 
     Args:
         sweep: with at least one result.
+        chances: accuracies of guessing.
     """
-    panels = len(sweep.axes or sweep.values) if sweep.form == "slices" else 1
-    figure = Figure(figsize=(1.5 + 4.5 * panels, 4.2), layout="constrained")
-    axes = figure.subplots(1, panels, squeeze=False, sharey=True)[0]
-    figure.suptitle(sweep.name, fontsize=10)
-    if sweep.form == "map":
-        _sweep_map(axes[0], sweep)
-        return figure
     if sweep.form == "capacity":
-        _sweep_capacity(axes[0], sweep)
-        return figure
-    if sweep.form == "curves":
-        _sweep_curves(axes[0], sweep)
-    else:
-        _sweep_slices(axes, sweep)
-    for part in axes:
-        part.spines[["top", "right"]].set_visible(False)
-        if sweep.of_accuracy:
-            part.set_ylim(0, 1.04)
-    axes[0].set_ylabel("test accuracy" if sweep.of_accuracy else sweep.drawn[-1])
-    return figure
+        return _sweep_capacity(sweep)
+    if sweep.form == "map":
+        return _sweep_map(sweep)
+    return _sweep_curves(sweep, chances) if sweep.form == "curves" else _sweep_slices(sweep, chances)
 
 
-def _sweep_curves(axes: Axes, sweep: Sweep) -> None:
+def _sweep_curves(sweep: Sweep, chances: Iterable[float]) -> Figure:
     """A line through the means over seeds for each measure, with 95% intervals, and a dot for each seed."""
     from rmt_lightning.reporting.sweeps import in_words  # brings pandas
 
     (axis,) = sweep.axes
-    places = {str(value): place for place, value in enumerate(sweep.tried(axis))}
+    where = {str(value): place for place, value in enumerate(sweep.tried(axis))}
+    figure, (axes,) = canvas()
+    curves = []
     for number, name in enumerate(sweep.drawn):
-        color = colormaps["viridis"](0.9 - 0.9 * number / max(1, len(sweep.drawn) - 1))
-        means = [
-            (places[str(group.values[axis])], found) for group in sweep.groups if (found := group.scores.get(name))
+        look = Look(shade(number / max(1, len(sweep.drawn) - 1)), style.MARKERS[number % len(style.MARKERS)])
+        places = [
+            Place(where[str(group.values[axis])], found.value, *group.interval(name))
+            for group in sweep.groups
+            if (found := group.scores.get(name))
         ]
-        axes.errorbar(
-            [place for place, _ in means], [found.value for _, found in means],
-            yerr=[found.half or 0 for _, found in means], fmt="-", color=color, capsize=3, label=in_words(name),
-        )  # fmt: skip
-        dots = [(places[str(job.values[axis])], job.scores[name]) for job in sweep.jobs if name in job.scores]
-        axes.plot(*zip(*dots, strict=True), "o", color=color, markersize=4, alpha=0.6)
-    axes.set_xticks(range(len(places)), list(places))
-    axes.set(xlabel=axis)
-    if len(sweep.drawn) > 1:
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+        curves.append(Curve(in_words(name), look, sorted(places)))
+        dots = [(where[str(job.values[axis])], job.scores[name]) for job in sweep.jobs if name in job.scores]
+        axes.plot(*zip(*dots, strict=True), look.marker, color=look.color, alpha=0.4)
+    style.draw(axes, curves)
+    axes.set_xticks(range(len(where)), list(where))
+    axes.set_xlabel(axis)
+    named = _sweep_scale(axes, sweep, chances)
+    style.name(figure, [axes], curves, named)
+    return figure
 
 
-def _sweep_capacity(axes: Axes, sweep: Sweep) -> None:
+def _sweep_scale(axes: Axes, sweep: Sweep, chances: Iterable[float]) -> list[Any]:
+    if sweep.of_accuracy:
+        return list(style.accuracy(axes, _ACCURACY, chances))
+    axes.set_ylabel(f"{sweep.drawn[-1]}\n(95% interval)")
+    return []
+
+
+def _sweep_capacity(sweep: Sweep) -> Figure:
     """How many pairs are held, of how many that were told: means over seeds with 95% intervals, a dot for each seed."""
     from rmt_lightning.reporting.sweeps import CAPACITY, PAIRS  # brings pandas
 
     (other,) = (axis for axis in sweep.axes if axis != PAIRS)
-    told = sorted(sweep.tried(PAIRS))
-    axes.plot(told, told, ":", color="0.6", label="all")
-    for number, value in enumerate(sweep.tried(other)):
-        means = sorted(
-            (group.values[PAIRS], found.value, found.half or 0)
+    tried = sweep.tried(other)
+    curves, dots = [], []
+    for value, look in zip(tried, looks([str(value) for value in tried]), strict=True):
+        places = [
+            Place(group.values[PAIRS], found.value, *group.interval(CAPACITY))
             for group in sweep.groups
             if group.values[other] == value and (found := group.scores.get(CAPACITY))
-        )
-        if not means:
-            continue
-        pairs, held, half = zip(*means, strict=True)
-        style: Any = {"color": f"C{number % 10}", "marker": _MARKERS[number % len(_MARKERS)], "markersize": 5}
-        axes.errorbar(pairs, held, yerr=half, capsize=3, label=str(value), **style)
-        dots = [job for job in sweep.jobs if job.values.get(other) == value and CAPACITY in job.scores]
-        axes.plot(
-            [job.values[PAIRS] for job in dots], [job.scores[CAPACITY] for job in dots], ls="", alpha=0.4, **style
-        )
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(told, [str(count) for count in told])
-    axes.set(xlabel="pairs told", ylabel="pairs held")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(title=other, frameon=False, fontsize=8)
+        ]
+        if places:
+            curves.append(Curve(str(value), look, sorted(places)))
+            done = [job for job in sweep.jobs if job.values.get(other) == value and CAPACITY in job.scores]
+            dots.append(Curve("", look, [Place(job.values[PAIRS], job.scores[CAPACITY]) for job in done]))
+    return capacity(curves, other, dots)
 
 
-def _sweep_map(axes: Axes, sweep: Sweep) -> None:
+def _sweep_map(sweep: Sweep) -> Figure:
     """Means over seeds of the measure that counts, in a cell for each pair of values."""
-    from rmt_lightning.reporting.sweeps import in_words, with_interval  # brings pandas
+    from rmt_lightning.reporting.sweeps import in_words, written  # brings pandas
 
     (across, up), name = sweep.axes, sweep.drawn[-1]
     columns, rows = ([str(value) for value in sweep.tried(axis)] for axis in (across, up))
+    figure, (axes,) = canvas()
     values = np.full((len(rows), len(columns)), np.nan)
     for group in sweep.groups:
         if found := group.scores.get(name):
             row, column = rows.index(str(group.values[up])), columns.index(str(group.values[across]))
             values[row, column] = found.value
-            text = with_interval(name, found).replace(" ± ", "\n± ")
-            axes.text(column, row, text, ha="center", va="center", fontsize=8, bbox=_ON_CELL)
+            text = written(name, found.value)
+            if found.half is not None:
+                text += f"\n± {written(name, found.half)}"
+            elif not np.isnan(group.interval(name)[0]):
+                text += "\n" + " – ".join(written(name, end) for end in group.interval(name))
+            axes.text(column, row, text, ha="center", va="center", fontsize="small", bbox=_ON_CELL)
     limits: Any = {"vmin": 0, "vmax": 1} if sweep.of_accuracy else {}
+    axes.spines[:].set_visible(True)
     image = axes.imshow(
         values, cmap="viridis" if sweep.of_accuracy else "viridis_r", origin="lower", aspect="auto", **limits
     )
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
     axes.set(xlabel=across, ylabel=up)
-    assert axes.figure is not None
-    axes.figure.colorbar(image, label=f"test accuracy {in_words(name)}" if sweep.of_accuracy else name)
+    figure.colorbar(image, label=f"test accuracy {in_words(name)}" if sweep.of_accuracy else name)
+    return figure
 
 
-_MARKERS = "osD^vP"
 _ON_CELL = {"boxstyle": "round", "facecolor": "white", "edgecolor": "none", "alpha": 0.7}
 
 
-def _sweep_slices(panels: Iterable[Axes], sweep: Sweep) -> None:
-    """The measure that counts along each axis, a dot for each job."""
+def _sweep_slices(sweep: Sweep, chances: Iterable[float]) -> Figure:
+    """The measure that counts along each axis, a dot with its interval for each job."""
     from rmt_lightning.reporting.sweeps import in_words  # brings pandas
 
     name = sweep.drawn[-1]
     done = [job for job in sweep.jobs if name in job.scores]
-    for axes, axis in zip(panels, sweep.axes or sweep.values, strict=True):
+    swept = sweep.axes or sweep.values
+    figure, panels = canvas(len(swept))
+    for axes, axis in zip(panels, swept, strict=True):
         scale = sweep.scale(axis)
         values = [job.values[axis] if scale else str(job.values[axis]) for job in done]
-        axes.plot(values, [job.scores[name] for job in done], "o", alpha=0.6)
+        scores = np.array([job.scores[name] for job in done])
+        ends = np.array([job.interval(name) for job in done]).T
+        color = looks([""])[0].color
+        axes.errorbar(values, scores, abs(ends - scores), fmt="o", color=color, alpha=0.6, elinewidth=0.6)
         if scale:
             axes.set_xscale(scale)
         axes.set(xlabel=axis, title=in_words(name) if sweep.of_accuracy else "")
+        named = _sweep_scale(axes, sweep, chances)
+    style.name(figure, panels, [], named)
+    return figure
 
 
+@styled()
 def attention(maps: Sequence[AttentionMap], title: str) -> Figure:
     """What [CLS], memory, facts and question attend to in each segment of an input (RMT-2023, figure 6).
 
@@ -343,6 +407,7 @@ def attention(maps: Sequence[AttentionMap], title: str) -> Figure:
         box = (x, top - cell * len(shown), cell * len(one.tokens), cell * len(shown))
         axes = figure.add_axes((box[0] / width, box[1] / height, box[2] / width, box[3] / height))
         image = axes.imshow(one.weights[shown], cmap="Greys", norm=norm, aspect="auto")
+        axes.spines[:].set_visible(True)
         _annotate(axes, one, shown)
         reader, sources = one.operation
         share = f"{reader} attends to {', '.join(sources)} with {one.share:.0%}"
@@ -380,6 +445,7 @@ def _runs(parts: Sequence[str], wanted: Sequence[str]) -> list[tuple[int, int]]:
     return [(run[0], run[-1] + 1) for run in runs if parts[run[0]] in wanted]
 
 
+@styled()
 def rewriting(curve: Sequence[Rewriting], title: str) -> Figure:
     """How much of its memory a model rewrites in each segment, and where facts stand.
 
@@ -387,28 +453,24 @@ def rewriting(curve: Sequence[Rewriting], title: str) -> Figure:
         curve: of segments in order; a segment in which texts differ comes once for each part.
         title: names the run.
     """
-    figure = Figure(figsize=(7, 3.8), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = canvas()
     longest = max(point.segment for point in curve)
     noise = [point for point in curve if point.part == "noise"]
     if noise:
         segments, mean, low, high = _binned([(p.segment, p.rewritten, p.low, p.high) for p in noise])
         color = PART_COLORS["memory"]
-        axes.plot(segments, mean, "-", color=color, linewidth=1.5, label="noise passes")
+        axes.plot(segments, mean, "-", color=color, label="noise passes")
         axes.fill_between(segments, low, high, color=color, alpha=0.2, linewidth=0, label="10% to 90%")
     for part, marker, label in (("fact", "o", "a fact is written"), ("question", "s", "the question is asked")):
         points = [(point.segment, point.rewritten) for point in curve if point.part == part]
         if points:
-            axes.plot(*zip(*points, strict=True), marker, color=PART_COLORS[part], markersize=4.5, label=label)
+            axes.plot(*zip(*points, strict=True), marker, color=PART_COLORS[part], label=label)
     axes.axhline(2**0.5, color=CHANCE, linestyle=":", linewidth=1)
-    axes.annotate("√2: unrelated to what it was", (1, 2**0.5), textcoords="offset points", xytext=(0, 3), fontsize=8)
-    axes.set_xscale("log", base=2)
-    ticks = [2**power for power in range((longest - 1).bit_length() + 1)]
-    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    axes.set(xlabel="segment", ylabel="rewritten  ‖m′ − m‖ / ‖m′‖", xlim=(0.9, 1.15 * longest), ylim=(0, None))
-    axes.set_title(title, fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    axes.annotate("√2: unrelated to what it was", (1, 2**0.5), (0, 3), textcoords="offset points", fontsize="small")
+    style.lengths(axes, [1, longest], "segment")
+    axes.set(ylabel="rewritten  ‖m′ − m‖ / ‖m′‖", xlim=(0.9, 1.15 * longest), ylim=(0, None))
+    axes.set_title(title, parse_math=False)
+    style.name(figure, [axes], [], axes.get_legend_handles_labels()[0])
     return figure
 
 

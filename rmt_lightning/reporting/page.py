@@ -18,7 +18,7 @@ from PIL import Image
 from plotly import graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from rmt_lightning.reporting import figures, plots
+from rmt_lightning.reporting import figures, plots, style
 from rmt_lightning.reporting.runs import ACCURACY, DEVICE_MEMORY, HOST_MEMORY, LOSS, SPEED, Run, differences, kind
 from rmt_lightning.reporting.sweeps import Sweep, in_words, with_interval
 
@@ -46,7 +46,7 @@ def page(runs: Sequence[Run], skipped: Sequence[str], sweeps: Sequence[Sweep] = 
         summary=[*shown, *((run, None) for run in others)],
         skipped=skipped,
         made=datetime.now(UTC),
-        sweeps=[(sweep, figures.rendered(figures.sweep(sweep)) if sweep.drawable else None) for sweep in sweeps],
+        sweeps=[(sweep, style.rendered(figures.sweep(sweep)) if sweep.drawable else None) for sweep in sweeps],
         metrics=metrics,
         probed=[
             (number, *pair, test) for number, pair in enumerate(shown) for test in pair[0].evaluations if test.probes

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from plotly import graph_objects as go
 
-from rmt_lightning.reporting.runs import Evaluation, Point, Row, Run
+from rmt_lightning.reporting.runs import Evaluation, Point, Row, Run, memory
 
 # Five colors that differ to color-blind eyes too (least CIELAB distance 21 with protanopia or deuteranopia simulated
 # after Machado et al. 2009), each with a contrast of 3 or more on the page's white and on its black.
@@ -278,14 +278,10 @@ def memory_by_length(runs: Sequence[Run]) -> go.Figure:
     """The largest memory while testing each length: of the GPU, or without one of the process."""
     figure = _by_length(
         runs,
-        lambda evaluation: {"y": [_memory(row) for row in evaluation.rows], "hovertemplate": "%{y:,.0f} MB"},
+        lambda evaluation: {"y": [memory(row) for row in evaluation.rows], "hovertemplate": "%{y:,.0f} MB"},
     )
     figure.update_yaxes(title_text="memory (MB)", rangemode="tozero")
     return figure
-
-
-def _memory(row: Row) -> float | None:
-    return row.get("device_memory_mb") or row.get("host_memory_mb")
 
 
 def _by_length(runs: Sequence[Run], values: Callable[[Evaluation], dict[str, Any]]) -> go.Figure:

@@ -114,6 +114,7 @@ class Evaluation:
         rows: the csv file, in the order of lengths.
         followed: memories that were asked on their way: age (in segments), right, streams.
         probes: what shows what has been learnt: name and numbers of each row of the csv file.
+        settings: the checkpoint, task and noise it names, without secrets and home folders.
     """
 
     label: str
@@ -123,6 +124,7 @@ class Evaluation:
     rows: list[Row]
     followed: list[Row]
     probes: list[tuple[str, Row]] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -219,6 +221,62 @@ def read_runs(places: Sequence[str]) -> tuple[list[Run], list[str]]:
     names = _names([folder.resolve() for folder, _ in runs])
     named = [replace(run, name=name) for (_, run), name in zip(runs, names, strict=True)]
     return named, [public_text(line) for line in skipped]
+
+
+class Tested(NamedTuple):
+    """What some weights can do.
+
+    Attributes:
+        run: whose they are.
+        config: its settings, and whatever else was tested: its task, its noise or its checkpoint.
+        tests: on what the run has learnt, if its folder was named; or the one whose folder was named.
+    """
+
+    run: Run
+    config: dict[str, Any]
+    tests: list[Evaluation]
+
+
+def read_tests(places: Sequence[str]) -> tuple[list[Tested], list[str]]:
+    """Read what runs have been found able to do.
+
+    Args:
+        places: as of `read_runs`; where there is no run, there may be evaluations, at any depth.
+
+    Returns:
+        One for each run and for each evaluation, and a line for each place that could not be read: where and why.
+    """
+    apart = {place: [path for match in matching(place) for path in _evaluations_in(match)] for place in places}
+    runs, skipped = read_runs([place for place in places if not apart[place]])
+    found = [Tested(run, run.config, [test for test in run.evaluations if test.own]) for run in runs]
+    for path in {path.resolve(): path for paths in apart.values() for path in paths}.values():
+        try:
+            _refuse_links_out(path.parent)
+            found.append(_tested(path))
+        except (OSError, UserError) as error:
+            skipped.append(public_text(f"{path.parent}: {_reason(error)}"))
+    return found, skipped
+
+
+def _evaluations_in(place: Path) -> list[Path]:
+    """Where evaluations stand that were written elsewhere than into a run, or were named without it."""
+    return [] if next(_run_folders(place, []), None) else sorted(place.rglob(EVALUATION))
+
+
+def _tested(path: Path) -> Tested:
+    """An evaluation, and its run if it stands in one; raises OSError or UserError if it cannot be read."""
+    # Without the key of its settings, which tells nobody anything.
+    name = public_text(re.sub(r"-[0-9a-f]{8}$", "", path.parent.name))
+    run = Run(name, {}, [], [], {}, [], [], None, [], {}, [])
+    home = path.resolve().parents[2]
+    if path.resolve().parents[1].name == "evaluations" and (home / CONFIG).is_file():
+        _refuse_links_out(home)
+        run = _read_run(home)
+        run = replace(run, name=f"{public_text(run.name)}/{name}")
+    problems: list[str] = []
+    if not (test := _evaluation(path, run.config, problems)):
+        raise UserError("; ".join(problems) or "has no row yet")
+    return Tested(run, run.config | test.settings, [test])
 
 
 def _find(places: Iterable[str]) -> tuple[list[Path], list[str]]:
@@ -539,26 +597,32 @@ def _evaluations(
     if at_the_end:
         yield Evaluation(AT_THE_END, True, None, "", sorted(at_the_end, key=lambda row: row["segments"]), [])
     for path in sorted(folder.glob(f"evaluations/*/{EVALUATION}")):
-        if not (rows := _rows(path, problems, _LENGTHS)):
-            continue
-        settings = _settings(path.with_suffix(".json"), problems)
-        other = [part for part in ("task", "noise") if settings.get(part) not in (None, config[part])]
-        checkpoint = str(settings.get("checkpoint", path.parent.name))
-        kinds = (kind(settings[part]) for part in other)
-        label = ", ".join([checkpoint, *kinds, f"{max(row['samples'] for row in rows):.0f} samples"])
-        stage = re.match(r"stage-(\d+)", checkpoint)
-        yield Evaluation(
-            label=label,
-            own=checkpoint == LAST and not other,
-            stage=int(stage[1]) if stage else None,
-            device=str(settings.get("device", "")),
-            rows=sorted(rows, key=lambda row: row["segments"]),
-            followed=_rows(path.with_name("retention.csv"), problems, ("age", "right", "streams")),
-            probes=[
-                (public_text(cells.get("probe", "–")), numbers)
-                for cells, numbers in _good_rows(path.with_name(PROBES), problems, _PROBED)
-            ],
-        )
+        if found := _evaluation(path, config, problems):
+            yield found
+
+
+def _evaluation(path: Path, config: dict[str, Any], problems: list[str]) -> Evaluation | None:
+    if not (rows := _rows(path, problems, _LENGTHS)):
+        return None
+    settings = _settings(path.with_suffix(".json"), problems)
+    other = [part for part in ("task", "noise") if settings.get(part) not in (None, config.get(part))]
+    checkpoint = str(settings.get("checkpoint", path.parent.name))
+    kinds = (kind(settings[part]) for part in other)
+    label = ", ".join([checkpoint, *kinds, f"{max(row['samples'] for row in rows):.0f} samples"])
+    stage = re.match(r"stage-(\d+)", checkpoint)
+    return Evaluation(
+        label=label,
+        own=checkpoint == LAST and not other,
+        stage=int(stage[1]) if stage else None,
+        device=str(settings.get("device", "")),
+        rows=sorted(rows, key=lambda row: row["segments"]),
+        followed=_rows(path.with_name("retention.csv"), problems, ("age", "right", "streams")),
+        probes=[
+            (public_text(cells.get("probe", "–")), numbers)
+            for cells, numbers in _good_rows(path.with_name(PROBES), problems, _PROBED)
+        ],
+        settings={name: settings[name] for name in ("checkpoint", "task", "noise") if name in settings},
+    )
 
 
 def differences(configs: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
@@ -576,6 +640,11 @@ def _flat(config: dict[str, Any], above: str = "") -> Iterable[tuple[str, str]]:
             yield from _flat(value, f"{above}{key}.")
         else:
             yield f"{above}{key}", value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def memory(row: Row) -> float | None:
+    """Megabytes that a test took: of the GPU, or without one of the process."""
+    return row.get("device_memory_mb") or row.get("host_memory_mb")
 
 
 def kind(part: Any) -> str:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -19,9 +19,10 @@ from rich.text import Text
 from rmt_lightning.core.files import write_atomically
 from rmt_lightning.core.quoting import shown
 from rmt_lightning.core.run_folder import JOB
+from rmt_lightning.core.statistics import Mean, mean
 from rmt_lightning.core.tokens import in_short
 from rmt_lightning.reporting.redaction import public, public_text
-from rmt_lightning.reporting.runs import AT_THE_END, Run, matching, read_runs
+from rmt_lightning.reporting.runs import AT_THE_END, Row, Run, matching, read_runs
 
 SEED = "seed"
 # A job that ended so has a result; the others are tried again when the sweep goes on.
@@ -58,6 +59,13 @@ class Job:
         name, score = list(self.scores.items())[-1]
         return score if name == PERPLEXITY else 1 - score
 
+    def interval(self, name: str) -> tuple[float, float]:
+        """The 95% interval of a score, as its test has it; not numbers if it has none."""
+        rows = {f"{ACCURACY_AT}{_length(row)}": row for row in _tested(self.run)} if self.run else {}
+        if name == CAPACITY and rows:
+            return held(list(rows.values())[-1], self.run.config["task"] if self.run else {})
+        return (rows[name]["low"], rows[name]["high"]) if name in rows else (math.nan, math.nan)
+
     def told(self) -> str:
         """How it ended, in a few words."""
         if self.status not in SETTLED:
@@ -73,27 +81,6 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Mean:
-    """A mean over seeds.
-
-    Attributes:
-        value: the mean.
-        half: half of its 95% interval, by Student's t distribution; None with a single seed.
-    """
-
-    value: float
-    half: float | None
-
-
-def mean(values: Sequence[float]) -> Mean:
-    """The mean of some values, and how far it may be off, if they are drawn from a normal distribution."""
-    from scipy import stats
-
-    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values) if len(values) > 1 else None
-    return Mean(fmean(values), None if half is None else float(half))
-
-
-@dataclass(frozen=True)
 class Group:
     """The jobs that differ in nothing but their seed.
 
@@ -106,6 +93,12 @@ class Group:
     values: dict[str, Any]
     jobs: list[Job]
     scores: dict[str, Mean]
+
+    def interval(self, name: str) -> tuple[float, float]:
+        """The 95% interval of a score: of the mean over seeds, or of the test of the only one."""
+        if self.scores[name].half is not None:
+            return self.scores[name].interval
+        return next(job.interval(name) for job in self.jobs if name in job.scores)
 
     def row(self) -> dict[str, Any]:
         """Its row of summary.csv."""
@@ -233,6 +226,7 @@ PERPLEXITY = "perplexity"
 # At the longest test.
 CAPACITY = "capacity"
 PAIRS = "task.pairs"
+PAIRS_TOLD = "pairs"
 
 
 def _order(name: str) -> tuple[bool, int, str]:
@@ -308,10 +302,23 @@ def read_job(folder: Path) -> Job:
 def _scores(run: Run) -> dict[str, float]:
     if run.text_score:
         return {"bits_per_byte": run.text_score["bits_per_byte"], PERPLEXITY: run.text_score["perplexity"]}
-    tests = [evaluation for evaluation in run.evaluations if evaluation.label == AT_THE_END]
-    rows = [row for test in tests for row in test.rows]
-    held = {CAPACITY: rows[-1][CAPACITY]} if rows and CAPACITY in rows[-1] else {}
-    return held | {f"{ACCURACY_AT}{_length(row)}": row["accuracy"] for row in rows}
+    rows = _tested(run)
+    capacity = {CAPACITY: rows[-1][CAPACITY]} if rows and CAPACITY in rows[-1] else {}
+    return capacity | {f"{ACCURACY_AT}{_length(row)}": row["accuracy"] for row in rows}
+
+
+def _tested(run: Run) -> list[Row]:
+    """What the test at the end of a run has found, by length."""
+    return [row for test in run.evaluations if test.label == AT_THE_END for row in test.rows]
+
+
+def held(row: Row, task: Mapping[str, Any]) -> tuple[float, float]:
+    """The 95% interval of how many pairs are held, from that of the accuracy of a task with so many values."""
+    values = task.get("values")
+    if not isinstance(values, int) or values < 2:
+        return math.nan, math.nan
+    low, high = (row[PAIRS_TOLD] * (values * row[end] - 1) / (values - 1) for end in ("low", "high"))
+    return low, high
 
 
 def _length(row: dict[str, float]) -> str:
@@ -347,12 +354,12 @@ def write(sweep: Sweep, folder: Path) -> None:
     """
     from rich import get_console
 
-    from rmt_lightning.reporting import figures
+    from rmt_lightning.reporting import figures, style
 
     for name, rows in (("sweep.csv", sweep.jobs), ("summary.csv", sweep.groups)):
         # What a row lacks is left empty; integers stay integers all the same.
         table = pd.DataFrame([row.row() for row in rows], dtype=object)
         write_atomically(folder / name, table.to_csv(index=False).encode())
     if sweep.drawable:
-        figures.save(figures.sweep(sweep), folder / "sweep")
+        style.save(figures.sweep(sweep), folder / "sweep")
     get_console().print(Text.assemble((shown(folder), "bold"), " holds all of it"), soft_wrap=True)
