@@ -42,7 +42,7 @@ def report(places: list[str], output: Path) -> None:
     # These take a second to import; --help should not have to wait for it.
     from rmt_lightning.core.files import write_atomically
     from rmt_lightning.reporting.page import page
-    from rmt_lightning.reporting.runs import read_runs
+    from rmt_lightning.reporting.reading import read_runs
     from rmt_lightning.reporting.sweeps import find_sweeps, read_sweep, show, write
 
     if output.suffix != ".html" or os.path.isdir(output):

@@ -28,7 +28,7 @@ from rmt_lightning.app.schema import CONF, check
 from rmt_lightning.app.trust import check_saved
 from rmt_lightning.models import segment_model
 from rmt_lightning.models.tiny import TinyBert
-from rmt_lightning.reporting.runs import read_runs
+from rmt_lightning.reporting.reading import read_runs
 from rmt_lightning.training.trainer import TimeBudget
 
 # What Lightning's Trainer takes and a run does not: the run sets it itself, or it would be of no effect.

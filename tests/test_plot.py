@@ -24,7 +24,7 @@ from rmt_lightning.app import plotting
 from rmt_lightning.core.files import write_csv
 from rmt_lightning.core.statistics import Proportion, mean
 from rmt_lightning.reporting import curves, figures, style
-from rmt_lightning.reporting.runs import read_tests
+from rmt_lightning.reporting.reading import read_tests
 from rmt_lightning.reporting.style import Curve, Place
 
 CONFIG: dict[str, Any] = {

@@ -30,8 +30,9 @@ from test_readme import COMMANDS
 
 from rmt_lightning import report as front_door
 from rmt_lightning.reporting import figures, plots
+from rmt_lightning.reporting.reading import read_runs
 from rmt_lightning.reporting.redaction import public, public_text
-from rmt_lightning.reporting.runs import LOSS, Point, Run, differences, read_runs
+from rmt_lightning.reporting.runs import LOSS, Point, Run, differences
 
 
 def rows(path: Path) -> list[dict[str, str]]:

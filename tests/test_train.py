@@ -16,7 +16,7 @@ from conftest import ROOT, SMALL, Run, final
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rmt_lightning.reporting.runs import read_runs
+from rmt_lightning.reporting.reading import read_runs
 from rmt_lightning.training.callbacks.checkpoints import read_checkpoint
 from rmt_lightning.training.phases.lessons import NOISY_LESSONS
 

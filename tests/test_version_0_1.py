@@ -14,7 +14,7 @@ from conftest import Run, final
 
 from rmt_lightning import LSTM, Answerer, RMTDecoder, RMTEncoder, SegmentModel, TransformerXL
 from rmt_lightning.core.names import public_name
-from rmt_lightning.reporting.runs import read_runs
+from rmt_lightning.reporting.reading import read_runs
 
 OLD = Path(__file__).parent / "version_0_1"
 # As that version did, which matters where dropout is drawn for all rows.

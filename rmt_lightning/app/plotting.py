@@ -21,7 +21,8 @@ from rmt_lightning.core.files import write_atomically
 from rmt_lightning.core.quoting import one_line, shown
 from rmt_lightning.reporting import curves, figures, style
 from rmt_lightning.reporting.curves import Group, PlacesOf
-from rmt_lightning.reporting.runs import Tested, read_tests
+from rmt_lightning.reporting.reading import read_tests
+from rmt_lightning.reporting.runs import Tested
 from rmt_lightning.reporting.style import Curve
 from rmt_lightning.reporting.sweeps import PAIRS, Sweep, find_sweeps, read_sweep
 

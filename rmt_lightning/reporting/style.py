@@ -198,17 +198,18 @@ def lengths(axes: Axes, numbers: Iterable[float], label: str = "segments of the 
     base = 2 if known[-1] < 2**13 * known[0] else 10
     low, high = math.floor(math.log(known[0], base) + 1e-9), math.ceil(math.log(known[-1], base) - 1e-9)
     powers = [float(base**power) for power in range(low, high + 1)]
-    ticks = known if 2 < len(known) <= 8 and _apart(known) else powers[:: math.ceil(len(powers) / 8)]
+    most = int(66 / rcParams["font.size"])
+    ticks = known if 2 < len(known) <= most and _apart(known, most) else powers[:: math.ceil(len(powers) / most)]
     axes.set_xscale("log", base=base)
     axes.set_xticks(ticks, list(map(_short, ticks)))
     axes.minorticks_off()
     axes.set_xlabel(label)
 
 
-def _apart(numbers: Sequence[float]) -> bool:
-    """Whether names of all of them fit on a logarithmic axis."""
+def _apart(numbers: Sequence[float], most: int) -> bool:
+    """Whether names of all of them fit on a logarithmic axis that has room for so many."""
     steps = [math.log2(after / before) for before, after in pairwise(numbers)]
-    return min(steps) * 12 >= sum(steps)
+    return min(steps) * 1.5 * most >= sum(steps)
 
 
 def _short(number: float) -> str:
@@ -278,7 +279,8 @@ def label(figure: Figure, axes: Axes, ends: Iterable[tuple[str, tuple[float, flo
     for (text, end, color, (x, y)), height in zip(points, heights, strict=True):
         across = (x - box.x0) / box.width - 0.02 if left else 1.03
         moved = abs((y - box.y0) / box.height - height) > gap / 2 or (not left and box.x1 - x > 0.1 * box.width)
-        line = {"arrowstyle": "-", "color": color, "linewidth": 0.5, "alpha": 0.6, "shrinkA": 1, "shrinkB": 2}
+        line: dict[str, Any] = {"arrowstyle": "-", "color": color, "linewidth": 0.5, "alpha": 0.6, "shrinkB": 2}
+        line |= {"shrinkA": 1, "relpos": (float(left), 0.5)}
         axes.annotate(
             text, end, xytext=(across, height), textcoords="axes fraction", fontsize=size, color=color, va="center",
             ha="right" if left else "left", annotation_clip=False, arrowprops=line if moved else None,

@@ -21,8 +21,9 @@ from rmt_lightning.core.quoting import shown
 from rmt_lightning.core.run_folder import JOB
 from rmt_lightning.core.statistics import Mean, mean
 from rmt_lightning.core.tokens import in_short
+from rmt_lightning.reporting.reading import matching, read_runs
 from rmt_lightning.reporting.redaction import public, public_text
-from rmt_lightning.reporting.runs import AT_THE_END, Row, Run, matching, read_runs
+from rmt_lightning.reporting.runs import AT_THE_END, Row, Run
 
 SEED = "seed"
 # A job that ended so has a result; the others are tried again when the sweep goes on.
