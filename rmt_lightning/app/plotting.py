@@ -117,9 +117,7 @@ def _lengths(groups: Sequence[Group], drawn: Sequence[Curve], axis: str, chances
 def _curriculum(tested: Tested, history: Sequence[tuple[int, int, float]], chances: Sequence[float]) -> Figure:
     """The picture that a run draws of itself."""
     tests = sorted(curves.accuracy("segments")(tested).values())
-    grown, samples = (
-        tested.config[part].get(name) for part, name in (("curriculum", "grow"), ("data", "validation_samples"))
-    )
+    grown, samples = (curves.at(tested.config, key) for key in ("curriculum.grow", "data.validation_samples"))
     return figures.curriculum(
         history, tests, tested.run.reached, chances[0] if chances else None, tested.run.name,
         "stages" if grown == "pairs" else "segments", samples,

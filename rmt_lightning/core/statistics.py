@@ -46,6 +46,13 @@ class Proportion:
         return counts | {"accuracy": self.accuracy, "low": low, "high": high}
 
 
+def wilson(share: float, samples: object) -> tuple[float, float]:
+    """The interval of a share of so many samples, as a file has them; not numbers if they are no number of samples."""
+    if not isinstance(samples, int) or samples < 1 or math.isnan(share):
+        return math.nan, math.nan
+    return Proportion(min(max(round(share * samples), 0), samples), samples).interval
+
+
 @dataclass(frozen=True)
 class LossRate:
     """Memories lost on the way.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
@@ -12,7 +11,7 @@ from itertools import groupby, takewhile
 from statistics import fmean
 from typing import Any
 
-from rmt_lightning.core.statistics import Proportion, mean
+from rmt_lightning.core.statistics import mean, wilson
 from rmt_lightning.reporting.runs import ACCURACY, Row, Tested, differences, kind, memory
 from rmt_lightning.reporting.style import Curve, Look, Place, looks, plain
 from rmt_lightning.reporting.sweeps import CAPACITY, PAIRS_TOLD, SEED, held
@@ -65,7 +64,7 @@ def groups(found: Iterable[Tested], but: Collection[str] = ()) -> list[Group]:
     seen: Counter[Hashable] = Counter()
     for tested in found:
         key = json.dumps(_that_matter(tested.config, but), sort_keys=True)
-        own = (key, *(json.dumps(_at(tested.config, name)) for name in (SEED, *but)))
+        own = (key, *(json.dumps(at(tested.config, name)) for name in (SEED, *but)))
         together.setdefault((key, seen[own]), []).append(tested)
         seen[own] += 1
     members = [*together.values()]
@@ -96,7 +95,8 @@ def _that_matter(config: Mapping[str, Any], but: Collection[str]) -> dict[str, A
     }
 
 
-def _at(config: Mapping[str, Any], key: str) -> Any:
+def at(config: Mapping[str, Any], key: str) -> Any:
+    """A setting by its dotted key; None if there is none."""
     value: Any = config
     for name in key.split("."):
         value = value.get(name) if isinstance(value, Mapping) else None
@@ -138,7 +138,7 @@ def by_length(tested: Tested) -> dict[Hashable, Row]:
 def in_tokens(found: Iterable[Tested]) -> bool:
     """Whether lengths are to be compared in tokens: some were asked for so, or segments are not as long everywhere."""
     rows = [(tested, row) for tested in found for row in by_length(tested).values()]
-    sizes = {_at(tested.config, "model.segment_length") for tested, _ in rows}
+    sizes = {at(tested.config, "model.segment_length") for tested, _ in rows}
     asked = any("tokens" in row for _, row in rows)
     return (asked or len(sizes) > 1) and all("text_tokens" in row for _, row in rows)
 
@@ -152,7 +152,7 @@ def accuracy(axis: str) -> PlacesOf:
 
 def trained_to(tested: Tested) -> int | None:
     """Segments of the longest inputs that the tested weights were trained on, if stages are lengths."""
-    grows = _at(tested.config, "curriculum.grow") in (None, "segments")
+    grows = at(tested.config, "curriculum.grow") in (None, "segments")
     stages = [test.stage for test in tested.tests if test.stage]
     return max(stages, default=tested.run.reached) or None if grows else None
 
@@ -172,8 +172,10 @@ def kept(tested: Tested) -> dict[Hashable, Place]:
         for _, rows in groupby(test.followed, key=lambda row: (row.get("follow"), row.get("every"), row["streams"]))
     ]
     followed = max(ways, key=lambda rows: (rows[0]["streams"], rows[-1]["age"]), default=[])
-    shares = {row["age"]: Proportion(int(row["right"]), int(row["streams"])) for row in followed if row["streams"] >= 1}
-    return {age: Place(age, share.accuracy, *share.interval) for age, share in shares.items()}
+    shares = {
+        row["age"]: (row["right"] / row["streams"], int(row["streams"])) for row in followed if row["streams"] >= 1
+    }
+    return {age: Place(age, share, *wilson(share, streams)) for age, (share, streams) in shares.items()}
 
 
 def steps(tested: Tested) -> dict[Hashable, Place]:
@@ -188,18 +190,12 @@ def steps(tested: Tested) -> dict[Hashable, Place]:
 
 def mastered(tested: Tested) -> dict[Hashable, Place]:
     """Points of the accuracy at the end of each stage."""
-    samples = _at(tested.config, "data.validation_samples")
+    samples = at(tested.config, "data.validation_samples")
     return {
-        stage.number: Place(stage.number, stage.accuracy, *of_validation(stage.accuracy, samples))
+        stage.number: Place(stage.number, stage.accuracy, *wilson(stage.accuracy, samples))
         for stage in tested.run.stages
         if stage.converged is not None
     }
-
-
-def of_validation(share: float, samples: Any) -> tuple[float, float]:
-    """The interval of an accuracy over so many samples, if that is known."""
-    known = isinstance(samples, int) and samples > 0
-    return Proportion(round(share * samples), samples).interval if known else (math.nan, math.nan)
 
 
 def pairs(tested: Tested) -> dict[Hashable, Place]:
@@ -216,4 +212,4 @@ def history(tested: Tested) -> list[tuple[int, int, float]]:
     """Step, stage and accuracy of each validation of a curriculum."""
     points = tested.run.curves.get(ACCURACY, [])
     stages = ((point, point.place.removeprefix("stage ")) for point in points)
-    return [(point.step, int(stage), point.value) for point, stage in stages if stage.isdecimal()]
+    return [(point.step, int(stage), point.value) for point, stage in stages if stage.isdecimal() and stage != "0"]

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from rmt_lightning.core.statistics import Proportion
+from rmt_lightning.core.statistics import wilson
 from rmt_lightning.reporting import style
 from rmt_lightning.reporting.style import CHANCE, Curve, Look, Place, canvas, looks, shade, styled
 
@@ -138,7 +138,7 @@ def curriculum(
     numbers = sorted({stage for _, stage, _ in history})
     for stage in numbers:
         own = [(step, accuracy) for step, of, accuracy in history if of == stage]
-        places = [Place(step, accuracy, *_interval(accuracy, samples)) for step, accuracy in own]
+        places = [Place(step, accuracy, *wilson(accuracy, samples)) for step, accuracy in own]
         style.draw(left, [Curve("", Look(shade(stage / max(numbers))), places)])
         left.annotate(str(stage), own[-1], xytext=(0, 5), textcoords="offset points", ha="center", fontsize="small")
     style.accuracy(left, "validation accuracy\n(95% interval)", chances)
@@ -163,10 +163,6 @@ def curriculum_of(
     history = [(step + 1, 1 + sum(step >= end for end in ends), accuracy) for step, accuracy in validations]
     places = style.curve("", looks([""])[0], tests).places
     return curriculum(history, places, len(stages), chance, title, samples=samples)
-
-
-def _interval(accuracy: float, samples: int | None) -> tuple[float, float]:
-    return Proportion(round(accuracy * samples), samples).interval if samples else (np.nan, np.nan)
 
 
 @styled()

@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from matplotlib import colormaps, rcParams
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -181,7 +182,7 @@ def draw(axes: Axes, curves: Iterable[Curve]) -> list[Line2D]:
     """Lines with bands of their intervals; a lone point has a bar."""
     lines = []
     for curve in curves:
-        x, y, low, high = zip(*curve.places, strict=True)
+        x, y, low, high = np.array(curve.places, dtype=float).T
         every = math.ceil(len(x) / 16)
         lines += axes.plot(x, y, **curve.look.line(), markevery=every, zorder=2.5)
         color = curve.look.color
@@ -194,7 +195,7 @@ def draw(axes: Axes, curves: Iterable[Curve]) -> list[Line2D]:
 
 def lengths(axes: Axes, numbers: Iterable[float], label: str = "segments of the input") -> None:
     """A logarithmic axis of lengths, with as many of them named as there is room for."""
-    known = sorted(set(numbers))
+    known = sorted({number for number in numbers if number > 0}) or [1]
     base = 2 if known[-1] < 2**13 * known[0] else 10
     low, high = math.floor(math.log(known[0], base) + 1e-9), math.ceil(math.log(known[-1], base) - 1e-9)
     powers = [float(base**power) for power in range(low, high + 1)]
