@@ -215,8 +215,15 @@ def _hidden_ticks(axes: Any) -> list[Text]:
     return ticks
 
 
-@pytest.mark.parametrize("width", ["column", "page"])
-@pytest.mark.parametrize("name", ["paper", "talk"])
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [
+        ("talk", "column"),
+        ("paper", "page"),
+        pytest.param("talk", "page", marks=pytest.mark.soak),
+        pytest.param("paper", "column", marks=pytest.mark.soak),
+    ],
+)
 def test_nothing_is_cut_or_covered(name: Any, width: Any, here: Path) -> None:
     with style.styled(name, width):
         for kind, places in KINDS.items():

@@ -297,5 +297,5 @@ def test_the_figure() -> None:
     drawn = [line.get_xydata().tolist() for line in left.lines if line.get_marker() == "o"]
     assert drawn == [[[5, 0.5], [10, 1]], [[15, 0.9]]]
     assert [line.get_ydata()[0] for line in left.lines if line.get_linestyle() == ":"] == [1 / 6]
-    # The ends of their intervals.
-    assert len(left.collections) + len(left.containers) == 3
+    # A band of intervals, and that of the lone validation.
+    assert len(left.collections) == 2

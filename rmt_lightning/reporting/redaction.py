@@ -97,7 +97,7 @@ def public(value: Any, name: str = "") -> Any:
 
 def public_text(text: str) -> str:
     """A text in which home folders are called ~ and keys are hidden."""
-    if _NUMBER.fullmatch(text):
+    if not text or _NUMBER.fullmatch(text):
         # Most cells of a table, and the environment takes its time.
         return text
     return _cleaned(text, *_home_and_user(*map(os.environ.get, ("HOME", "LOGNAME", "USER", "LNAME", "USERNAME"))))

@@ -66,6 +66,9 @@ def read_good_rows(path: Path, problems: list[str], *choices: Sequence[str]) -> 
 
 def _number(cell: str) -> float:
     """A cell as a number, NaN if it is none; a loss that is infinite has no place in a plot."""
+    if not cell:
+        # Most cells of what is logged.
+        return nan
     try:
         number = _TRUTHS[cell] if cell in _TRUTHS else float(cell)
     except ValueError:
@@ -73,7 +76,7 @@ def _number(cell: str) -> float:
     return number if isfinite(number) else nan
 
 
-_TRUTHS = {"True": 1.0, "False": 0.0, "": nan}
+_TRUTHS = {"True": 1.0, "False": 0.0}
 
 
 def read_rows(path: Path, problems: list[str], *choices: Sequence[str]) -> list[Row]:

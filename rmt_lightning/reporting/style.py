@@ -188,8 +188,8 @@ def draw(axes: Axes, curves: Iterable[Curve]) -> list[Line2D]:
         color = curve.look.color
         if len(x) > 1:
             axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
-        elif not math.isnan(low[0]):
-            axes.errorbar(x, y, ([y[0] - low[0]], [high[0] - y[0]]), color=color, fmt="none")
+        else:
+            axes.vlines(x, low, high, color=color)
     return lines
 
 
