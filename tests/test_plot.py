@@ -258,7 +258,17 @@ def test_chance_is_drawn_where_the_task_can_be_made(here: Path, caplog: pytest.L
     # Of classes from elsewhere nothing is imported, and files may have gone.
     make(here / "evil/run", 1, task={"_target_": "evil.Task"})
     make(here / "gone/run", 1, task={"_target_": "rmt_lightning.QA", "path": "absent.jsonl"})
+    inner = {"_target_": "pathlib.Path.touch", "self": "executed"}
+    for number, task in enumerate(
+        [
+            {"_target_": "rmt_lightning.QA", "path": inner},
+            {"_target_": "rmt_lightning.core.files.removed", "path": "runs"},
+        ]
+    ):
+        make(here / f"worse{number}/run", 1, task=task)
+        assert lines(f"worse{number}") == []
     assert lines("evil") == lines("gone") == []
+    assert Path("runs").is_dir() and not Path("executed").exists()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Sequence
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from rmt_lightning.app.console import start_logging
-from rmt_lightning.app.schema import instantiate
+from rmt_lightning.app.schema import check_parts, instantiate
+from rmt_lightning.app.trust import check_saved
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import write_atomically
 from rmt_lightning.core.quoting import one_line, shown
@@ -24,7 +26,7 @@ from rmt_lightning.reporting.curves import Group, PlacesOf
 from rmt_lightning.reporting.reading import read_tests
 from rmt_lightning.reporting.runs import Tested
 from rmt_lightning.reporting.style import Curve
-from rmt_lightning.reporting.sweeps import PAIRS, Sweep, find_sweeps, read_sweep
+from rmt_lightning.reporting.sweeps import PAIRS, find_sweeps, read_sweep
 
 log = logging.getLogger(__name__)
 
@@ -65,11 +67,8 @@ def _of_sweep(places: Sequence[str]) -> Figure:
     if not sweep.drawable:
         raise UserError(f"runs={','.join(places)}: no job of the sweep has a result yet; let it go on")
     get_console().print(sweep.table())
-    return figures.sweep(sweep, _chances(_tasks(sweep)) if sweep.of_accuracy else ())
-
-
-def _tasks(sweep: Sweep) -> list[Any]:
-    return [job.run.config.get("task") for job in sweep.jobs if job.run and job.scores]
+    tasks = [job.run.config.get("task") for job in sweep.jobs if job.run and job.scores]
+    return figures.sweep(sweep, _chances(tasks) if sweep.of_accuracy else ())
 
 
 def _of_runs(places: Sequence[str], kind: str) -> Figure:
@@ -131,13 +130,14 @@ def _chances(tasks: Iterable[Any]) -> list[float]:
 
 
 def _chance(task: Any) -> float | None:
-    # What was saved may come from anybody: of other modules nothing is imported.
-    if not isinstance(task, dict) or not str(task.get("_target_")).startswith("rmt_lightning."):
-        return None
+    config = OmegaConf.create({"task": task})
     try:
-        answers = getattr(instantiate(OmegaConf.create({"task": task}).task, _convert_="all"), "answers", ())
-    except Exception as error:  # whatever is wrong with its settings, or with the files they name
-        log.warning("no line for chance: the task cannot be made here (%.100s)", one_line(str(error)))
+        # It comes from a run folder, which may come from anybody.
+        check_saved(OmegaConf.to_container(config), Path("task"), None)
+        check_parts(config, ["task"])
+        answers = getattr(instantiate(config.task, _convert_="all"), "answers", ())
+    except Exception as error:  # whatever is wrong with it, or with the files it names
+        log.warning("no line for chance: the task cannot be made here (%.150s)", one_line(str(error)))
         return None
     return 1 / len(answers) if answers else None
 
@@ -153,8 +153,7 @@ def _tell(groups: Sequence[Group], drawn: Sequence[Curve], places_of: PlacesOf) 
             )
         runs = ", ".join(member.run.name for member in group.members)
         seeds = ", ".join(str(member.config.get("seed", "–")) for member in group.members)
-        x, y, low, high = curve.places[-1]
-        table.add_row(
-            escape(curve.label or "–"), escape(runs), seeds, f"{x:,.0f}", f"{y:.3g}", f"{low:.3g} – {high:.3g}"
-        )
+        x, y, *ends = curve.places[-1]
+        between = "–" if isnan(ends[0]) else " – ".join(f"{end:.3g}" for end in ends)
+        table.add_row(escape(curve.label or "–"), escape(runs), seeds, f"{x:,.0f}", f"{y:.3g}", between)
     get_console().print(table)

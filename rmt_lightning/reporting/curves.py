@@ -69,7 +69,9 @@ def groups(found: Iterable[Tested], but: Collection[str] = ()) -> list[Group]:
         seen[own] += 1
     members = [*together.values()]
     configs = [_that_matter(of[0].config, but) for of in members]
-    labels = _labels(configs, [_name([tested.run.name for tested in of]) for of in members])
+    names = [_name([tested.run.name for tested in of]) for of in members]
+    unclear = len(set(names)) < len(names)
+    labels = _labels(configs, [of[0].run.name for of in members] if unclear else names)
     parts = [[kind(config.get(part)) for config in configs] for part in ("model", "task")]
     # Where many have the same model or task, that tells them no more apart.
     alike = next((names for names in parts if len(set(names)) > 1 and len(names) <= 2 * len(set(names))), labels)
