@@ -67,6 +67,12 @@ WINDOWED: dict[str, PreTrainedConfig] = {
         **SMALL, **HEADS, num_key_value_heads=2, use_sliding_window=True, sliding_window=4, layer_types=MIXED
     ),
 }
+# Rotations are others where any text of a batch is longer than 24 tokens.
+STRETCHED = Phi3Config(
+    **SMALL, **HEADS, num_key_value_heads=2, pad_token_id=0, original_max_position_embeddings=24,
+    rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 2, "long_factor": [2.0, 8.0],
+                     "original_max_position_embeddings": 24},
+)  # fmt: skip
 CONV = {"layer_types": ["conv", "full_attention"]}
 LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 # What they hand from token to token beside attention is not masked, or positions cannot be told.
@@ -201,6 +207,18 @@ def test_a_window_of_the_text_is_kept(make_decoder: Make, kind: str) -> None:
     # Weights of attention are looked at through the same windows.
     with model.recorded():
         assert_close(model.step(Segment(ids), memory)[0], hidden)
+
+
+@pytest.mark.fault("rotations that depend on the longest text of a batch", "segments are not longer than they hold")
+def test_rotations_do_not_depend_on_other_rows(tokenizer: PreTrainedTokenizerBase) -> None:
+    torch.manual_seed(0)
+    decoder = Decoder(AutoModelForCausalLM.from_config(STRETCHED), tokenizer)
+    with pytest.raises(UserError, match=r"^data.segment_length=25: the backbone sees at most 24 tokens"):
+        RMTDecoder(decoder, 25, memory_size=0)
+    model = RMTDecoder(decoder, 24, memory_size=0).double().eval()
+    ids, mask = texts(2, 24), torch.ones(2, 24)
+    mask[0, 9:] = 0
+    assert_close(model(ids, mask.long())[0][0, :9], model(ids[:1, :9])[0][0, :9])
 
 
 @pytest.mark.fault("a backbone that does not obey a mask", "it is refused in one line")

@@ -172,7 +172,12 @@ class Transformer(nn.Module, ABC):
         """How many tokens the backbone can see at once."""
         known = getattr(self.model.config, "max_position_embeddings", None)
         # Families whose positions are relative have no such number, or -1, as XLNet does.
-        return sys.maxsize if known is None or known < 0 else int(known)
+        known = sys.maxsize if known is None or known < 0 else int(known)
+        # Rotations of this kind are others for all texts of a batch as soon as one of them, or its padding, is longer.
+        ropes = getattr(self.model.config, "rope_parameters", None) or {}
+        kinds = [rope for rope in (ropes, *ropes.values()) if isinstance(rope, dict)]
+        ends = [rope["original_max_position_embeddings"] for rope in kinds if rope.get("rope_type") == "longrope"]
+        return min([known, *ends])
 
     @property
     def untied(self) -> list[nn.Parameter]:
