@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.core.tokens import token_ids
+from rmt_lightning.core.tokens import encode, token_ids
 from rmt_lightning.models.tiny import TinyBert
 from rmt_lightning.tasks.corpus import Corpus, OnDisk, tokenize
 from rmt_lightning.tasks.facts import PEOPLE, PLACES, Detect, Split
@@ -126,9 +126,13 @@ def trained(kind: str, *texts: str) -> PreTrainedTokenizerBase:
     """A tokenizer of the kind that some models have."""
     unknown = {"special_tokens": ["<unk>"], "show_progress": False}
     metaspace = pre_tokenizers.Metaspace(prepend_scheme="always")
-    if kind == "unigram":
+    if kind in ("unigram", "xlm-roberta"):
         tokenizer = Tokenizer(models.Unigram())
         tokenizer.pre_tokenizer = metaspace
+        if kind == "xlm-roberta":
+            # Line breaks are spaces to it.
+            tokenizer.normalizer = normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC()])
+            tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), metaspace])
         trainer = trainers.UnigramTrainer(vocab_size=99, unk_token="<unk>", **unknown)
     elif kind == "wordpiece":
         tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
@@ -153,8 +157,11 @@ def trained(kind: str, *texts: str) -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=None if kind == "byte level" else "<unk>")
 
 
+KINDS = ["llama", "metaspace", "unigram", "xlm-roberta", "byte level", "wordpiece"]
+
+
 @pytest.mark.fault("a tokenizer puts a space before each text", "tokens are those of the whole text")
-@pytest.mark.parametrize("kind", ["llama", "metaspace", "unigram", "byte level", "wordpiece"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "text",
     [
@@ -180,6 +187,16 @@ def test_tokens_of_sentences_are_those_of_the_text(kind: str, text: str, tmp_pat
     assert told == tokenizer(plain, add_special_tokens=False)["input_ids"]
     if kind == "wordpiece":
         assert corpus.words[:].sum() == (14 if text.startswith("The") else 16)
+
+
+@pytest.mark.fault("a text is read in pieces that begin with line breaks", "tokens are those of the whole text")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("space", [" ", "\n", "\n\n", "\n  ", "\t"])
+def test_tokens_of_pieces_are_those_of_the_text(kind: str, space: str) -> None:
+    text = "The dog went home. He was late. The day was long."
+    tokenizer = trained(kind, *[text, "The\n\ndog\nwent\n\n\thome."] * 9)
+    ids = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text, text + space + text)]
+    assert ids[0] + next(iter(encode(tokenizer, [space + text])))[0] == ids[1]
 
 
 @pytest.mark.fault("the tokenizer does not know the noise", "one line says so, and names it")

@@ -72,7 +72,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Iterator[tup
     """The tokens of texts that stand in running text, and where each of them begins and ends in its text.
 
     Some tokenizers take the space before a word for a part of it; the others do not see it. Some put one before
-    whatever they are given: they are given a line break before it, so that the text itself is read as it is written.
+    whatever they are given, and line breaks that follow each other may be one token: something that stands before it is
+    given too, so that the text itself is read as it is written.
     """
     if not texts:
         return
@@ -81,12 +82,19 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Iterator[tup
         plain = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         yield from ((ids, [(0, len(text))] * len(ids)) for text, ids in zip(texts, plain, strict=True))
         return
-    found = tokenizer(
-        [f"\n{text}" for text in texts], add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )
+    # A word that no space is before must not go on with a letter.
+    before = "x" if _breaks_are_spaces(tokenizer) else "\n"
+    behind = [f"{'x' if text[:1].isspace() else before}{text}" for text in texts]
+    found = tokenizer(behind, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     for ids, offsets in zip(found["input_ids"], found["offset_mapping"], strict=True):
         first = next((place for place, (_, end) in enumerate(offsets) if end > 1), len(ids))
         yield ids[first:], [(max(0, start - 1), end - 1) for start, end in offsets[first:]]
+
+
+def _breaks_are_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a line break before a word makes another token of it, as a space does. XLM-RoBERTa's is such a one."""
+    spaced, broken, inside, apart = tokenizer([" x", "\nx", ",x", ", x"], add_special_tokens=False)["input_ids"]
+    return bool(spaced == broken and inside != apart and len(inside) > 1)
 
 
 def whole_words(pieces: Iterable[str]) -> Iterator[str]:

@@ -121,7 +121,7 @@ def tokenize(
     """
     if cache_dir is None:
         cache_dir = os.environ.get("RMT_LIGHTNING_CACHE", "~/.cache/rmt_lightning")
-    key = hashlib.sha256(f"{noise.fingerprint()}|{_tokenizer_fingerprint(tokenizer)}|v5".encode()).hexdigest()[:32]
+    key = hashlib.sha256(f"{noise.fingerprint()}|{_tokenizer_fingerprint(tokenizer)}|v6".encode()).hexdigest()[:32]
     size = len(tokenizer)
     with ExitStack() as held:
         try:
