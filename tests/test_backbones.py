@@ -91,7 +91,11 @@ LOCAL = ["sliding_attention"] * 2
 WINDOWED: dict[str, PreTrainedConfig] = {
     "modernbert": ModernBertConfig(**CONFIGS["modernbert"][0].to_dict() | {"local_attention": 4, "layer_types": LOCAL}),
     "longformer": LongformerConfig(**CONFIGS["longformer"][0].to_dict() | {"attention_window": 4}),
-}
+    "openai_privacy_filter": AutoConfig.for_model(
+        "openai_privacy_filter", vocab_size=1000, sliding_window=2, head_dim=8, num_key_value_heads=2,
+        num_local_experts=2, num_experts_per_tok=2, pad_token_id=0, **SMALL,
+    ),
+}  # fmt: skip
 
 # They mix tokens beside attention, ignore masks, or take no embeddings.
 DISOBEDIENT: dict[str, tuple[PreTrainedConfig, str]] = {

@@ -87,7 +87,10 @@ class Encoder(Transformer):
 
     @property
     def _has_windows(self) -> bool:
-        return "sliding_attention" in (getattr(self.model.config, "layer_types", None) or ())
+        config = self.model.config
+        kinds: list[str] | None = getattr(config, "layer_types", None)
+        # Where there are no kinds of layers, all of them have the window.
+        return "sliding_attention" in kinds if kinds else getattr(config, "sliding_window", None) is not None
 
     @property
     def max_positions(self) -> int:
@@ -147,7 +150,7 @@ class Encoder(Transformer):
         return hidden
 
     def _masks(self, embeddings: Tensor, attention_mask: Tensor | None, memory: slice) -> Any:
-        """The mask (B, N), or those of each kind of layers if some see a window of the text, and memory beside it."""
+        """The mask (B, N), or those of each kind of layers if they see a window of the text, and memory beside it."""
         config = self.model.config
         places = range(embeddings.shape[1])[memory]
         if not places or not self._has_windows:
@@ -156,15 +159,16 @@ class Encoder(Transformer):
         def is_memory(place: Tensor) -> Tensor:
             return (place >= places.start) & (place < places.stop)
 
-        return {
-            "full_attention": create_bidirectional_mask(config, embeddings, attention_mask),
-            "sliding_attention": create_bidirectional_sliding_window_mask(
-                config,
-                embeddings,
-                attention_mask,
-                or_mask_function=lambda _batch, _head, reader, seen: is_memory(reader) | is_memory(seen),
-            ),
-        }
+        window = create_bidirectional_sliding_window_mask(
+            config,
+            embeddings,
+            attention_mask,
+            or_mask_function=lambda _batch, _head, reader, seen: is_memory(reader) | is_memory(seen),
+        )
+        if not getattr(config, "layer_types", None):
+            return window
+        full = create_bidirectional_mask(config, embeddings, attention_mask)
+        return {"full_attention": full, "sliding_attention": window}
 
     def _choose_attention(self, length: int) -> None:
         """Sparse attention takes more than 5 blocks and 2 for each random one.
