@@ -168,14 +168,18 @@ def test_questions_that_have_changed(
     (tmp_path / "qa.txt").write_text(told)
     begun = train("task=babi", "task.path=qa.txt", "hydra.run.dir=run", "trainer.max_steps=1")
     assert begun.returncode == 0, begun.stderr
-    (tmp_path / "qa.txt").write_text(told.replace("hallway", "cellar"))
+    # Files may move.
+    (tmp_path / "qa.txt").rename(tmp_path / "moved.txt")
+    moved = train("resume=run", "task.path=moved.txt", "trainer.max_steps=2", small=False)
+    assert moved.returncode == 0 and "are not those" not in moved.stdout, moved.stderr
+    (tmp_path / "moved.txt").write_text(told.replace("hallway", "cellar"))
     line = "error: task: its answers are not those that the run has learnt (gone: hallway, new: cellar); put its files"
-    assert line in refused("resume=run", "trainer.max_steps=2")
-    (tmp_path / "qa.txt").write_text(told + story.format("Ann", "attic"))
-    assert "that the run has learnt (new: attic); put its files" in refused("resume=run", "trainer.max_steps=2")
+    assert line in refused("resume=run", "trainer.max_steps=3")
+    (tmp_path / "moved.txt").write_text(told + story.format("Ann", "attic"))
+    assert "that the run has learnt (new: attic); put its files" in refused("resume=run", "trainer.max_steps=3")
     names = json.loads((tmp_path / "run/text.json").read_text())
-    (tmp_path / "qa.txt").write_text(told.replace("Ann", "Eve"))
-    present = {"sha256": names["sha256"], "questions": questions_digest(Babi(str(tmp_path / "qa.txt")))}
+    (tmp_path / "moved.txt").write_text(told.replace("Ann", "Eve"))
+    present = {"sha256": names["sha256"], "questions": questions_digest(Babi(str(tmp_path / "moved.txt")))}
     capsys.readouterr()
     assert begun_with(tmp_path / "run", names) == names == begun_with(tmp_path / "run", present)
     assert not other_text(tmp_path / "run", names, OmegaConf.create())

@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 # Settings of a model that neither its weights nor its state depend on.
 _FREE = {"bptt_depth", "gradient_checkpointing", "memory_attention", "dropout", "schedule"}
+# Files may have moved; what is asked in them is compared.
+_FILES = re.compile(r"task\.(path|validation_path|test_path|folder)")
 _PARTS = ("task", "noise", "backbone", "model")
 _CHOSEN = ("task", "backbone", "model", "finetune", "experiment")
 # Where a row of running text stands is counted in num_segments, and where an epoch stands in steps_per_epoch.
@@ -450,7 +452,7 @@ def as_typed(changed: Sequence[str], config: DictConfig, typed: Iterable[str]) -
 
 
 def _is_kept(key: str) -> bool:
-    free = key.startswith("model.") and key.rpartition(".")[2] in _FREE
+    free = _FILES.fullmatch(key) or (key.startswith("model.") and key.rpartition(".")[2] in _FREE)
     return _KEPT.fullmatch(key) is not None and not free
 
 
