@@ -256,6 +256,7 @@ MACHINE: list[tuple[dict[str, Any], str]] = [
     ({"max_time": "soon"}, "trainer.max_time=soon: is no time; give days:hours:minutes:seconds, such as 00:08:00:00"),
     ({"max_time": "08:00"}, "trainer.max_time=08:00: is no time"),
     ({"max_time": "00:00:00:-1"}, "trainer.max_time=00:00:00:-1: is no time"),
+    ({"max_time": "-00:00:00:09"}, "trainer.max_time=-00:00:00:09: is no time"),
     ({"max_time": {"fortnights": 1}}, "trainer.max_time={'fortnights': 1}: is no time"),
     ({"max_time": "99999999999:00:00:00"}, "trainer.max_time=99999999999:00:00:00: is no time"),
     (

@@ -255,7 +255,11 @@ class TimeBudget(Callback):
         self.over = False
         try:
             if isinstance(limit, str):
-                days, hours, minutes, seconds = map(int, limit.split(":"))
+                parts = limit.split(":")
+                if not all(map(str.isdecimal, parts)):
+                    # int would read -00 as 0.
+                    raise ValueError
+                days, hours, minutes, seconds = map(int, parts)
                 limit = {"days": days, "hours": hours, "minutes": minutes, "seconds": seconds}
             self.seconds = timedelta(**limit).total_seconds()
             if self.seconds < 0:
