@@ -87,6 +87,11 @@ def test_train_and_test_file_are_never_mixed(babi: Path) -> None:
         ("qa1", "notes.txt", "task.folder=FOLDER/notes.txt: cannot be read (Not a directory); give the folder"),
         ("qa5", "", "task.folder=FOLDER: holds qa5_one_test.txt and qa5_two_test.txt; give a folder with one of them"),
         ("qa6", "", "task.folder=FOLDER/qa6_train.txt: line 2 asks without a tab before the answer"),
+        (
+            "qa7", "", "task.folder=FOLDER/qa7_train.txt: holds 1 bAbI stories; at least 10 are needed to hold some "
+            "back; give more, or a file for validation, such as qa1_valid.txt",
+        ),
+        ("qa8", "", "task.name=qa8: task.folder=FOLDER has no train file of it; whole there: qa1, qa7"),
     ],
 )  # fmt: skip
 def test_which_files_there_are(babi: Path, name: str, folder: str, message: str) -> None:
@@ -95,6 +100,10 @@ def test_which_files_there_are(babi: Path, name: str, folder: str, message: str)
             (babi / f"qa5_{part}_test.txt").write_text(stories())
     for part in ("train", "test"):
         (babi / f"qa6_{part}.txt").write_text("1 Mary left.\n2 Where is Mary?\n")
+    if name in ("qa7", "qa8"):
+        for part in ("train", "test"):
+            (babi / f"qa7_{part}.txt").write_text("1 Mary left.\n2 Who left?\tMary\t1\n")
+            (babi / f"qa8_{part}.txt").mkdir()
     if name != "qa6":
         for part in ("train", "test"):
             (babi / f"qa6_{part}.txt").unlink()

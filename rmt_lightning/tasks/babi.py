@@ -78,6 +78,7 @@ class Babilong(Questions):
 
     name = "babilong"
     STORIES = "bAbI stories"
+    GIVE = "a file for validation, such as qa1_valid.txt"
 
     def __init__(self, folder: str, name: str = "qa1") -> None:
         there = _tasks_in(folder)
@@ -104,7 +105,7 @@ def _tasks_in(folder: str) -> dict[str, dict[str, str]]:
     """
     place = os.path.expanduser(folder)
     try:
-        names = sorted(os.listdir(place))
+        names = sorted(entry.name for entry in os.scandir(place) if not entry.is_dir())
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise UserError(f"task.folder={folder}: cannot be read ({why}); give the folder of the bAbI files") from None

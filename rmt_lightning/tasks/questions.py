@@ -37,8 +37,9 @@ class Questions:
 
     name: str
     where: Where = "anywhere"
-    # What a story is called.
+    # What a story is called, and what is given where there are too few to hold some back.
     STORIES = "stories"
+    GIVE = "task.validation_path and task.test_path"
 
     def __init__(
         self,
@@ -53,7 +54,7 @@ class Questions:
         self._sentences = tuple(dict.fromkeys([*told(answering or everything), *self.answers]))
         self._sources = sources
         given = {split: stories[split] for split in HELD_BACK if split in stories}
-        parts = _split(f"{shown}: holds", self.STORIES, list(stories.get("train", [])), given)
+        parts = _split(f"{shown}: holds", self.STORIES, self.GIVE, list(stories.get("train", [])), given)
         self._examples = {split: tuple(chain.from_iterable(part)) for split, part in parts.items()}
         for split in HELD_BACK:
             if split not in given:
@@ -225,7 +226,9 @@ def told(examples: Iterable[Example]) -> Iterator[str]:
     return (sentence for example in examples for sentence in (*example.facts, example.question))
 
 
-def _split(holds: str, kind: str, stories: list[Story], given: dict[Split, list[Story]]) -> dict[Split, list[Story]]:
+def _split(
+    holds: str, kind: str, give: str, stories: list[Story], given: dict[Split, list[Story]]
+) -> dict[Split, list[Story]]:
     """The stories of each split: those that are `given`, or one in ten of `stories`, of which equal ones go together.
 
     Raises:
@@ -235,8 +238,7 @@ def _split(holds: str, kind: str, stories: list[Story], given: dict[Split, list[
     numbers = {story: number for number, story in enumerate(dict.fromkeys(stories))}
     if 0 < len(stories) < 10 and len(given) < len(HELD_BACK):
         raise UserError(
-            f"{holds} {len(stories)} {kind}; at least 10 are needed to hold some back; give more, or "
-            "task.validation_path and task.test_path"
+            f"{holds} {len(stories)} {kind}; at least 10 are needed to hold some back; give more, or {give}"
         )
     for place, story in enumerate(stories):
         # With fewer different ones, some are on both sides.
