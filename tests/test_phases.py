@@ -61,8 +61,21 @@ def test_a_third_phase_is_two_files(
     assert wrong.startswith("error: cooldown.steps=x: must be a valid integer")
 
 
-def test_what_is_no_part_of_a_run_is_refused(refused: Callable[..., str]) -> None:
+@pytest.mark.fault("a preset, a phase or a task of one's own that would do nothing", "it is refused in one line")
+def test_what_is_no_part_of_a_run_is_refused(
+    refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert refused(*SMALL, "+fases.steps=3").startswith("error: fases: is no part of a run")
+    (tmp_path / "mine/experiment").mkdir(parents=True)
+    (tmp_path / "mine/experiment/fast.yaml").write_text("optim:\n  lr: 0.1\n")
+    told = refused("--config-dir=mine", *SMALL, "experiment=fast")
+    assert told == "error: experiment: its yaml would change nothing; begin it with the line '# @package _global_'\n"
+    told = refused(*SMALL, "+cooldown._target_=rmt_lightning.FixedSteps", "+cooldown.steps=2", "hydra.run.dir=a")
+    assert told == "error: cooldown: a FixedSteps does not go with task=detect; leave out cooldown=…\n"
+    (tmp_path / "unfinished.py").write_text("class Mine:\n    def draw(self): ...\n    def sentences(self): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    told = refused(*SMALL, "task._target_=unfinished.Mine", "hydra.run.dir=b")
+    assert told == "error: task: a Mine has no name, as every task has; give it one\n"
 
 
 @pytest.mark.fault("next to no question fits into a segment", "training is refused before it begins")

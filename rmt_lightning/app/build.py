@@ -141,6 +141,9 @@ def build_answering(
         UserError: if something cannot be built.
     """
     task: Task = instantiate(config.task, _convert_="all")
+    if missing := [name for name in Task.__annotations__ if not hasattr(task, name)]:
+        # Those of one's own may set them when they are made.
+        raise UserError(f"task: a {type(task).__name__} has no {missing[0]}, as every task has; give it one")
     base = build_foundation(config, run, trained, task.sentences())
     placement = Placement(task, base.corpora, base.tokenizer, base.model.text_length, config.seed)
     placement.check_words()

@@ -44,6 +44,7 @@ from rmt_lightning.training.optimization import at_stage
 from rmt_lightning.training.phases.curriculum import SegmentCurriculum
 from rmt_lightning.training.phases.fixed_steps import FixedSteps
 from rmt_lightning.training.phases.phase import Phase, Phases
+from rmt_lightning.training.phases.state_passing import StatePassing
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class Recipe(ABC):
 
     Attributes:
         NEEDS: of which kind the choices of some groups must be.
+        OTHERS: phases of the other kind of runs.
         phases: what it goes through.
         data: where its samples come from.
         module: what is trained.
@@ -67,6 +69,7 @@ class Recipe(ABC):
     """
 
     NEEDS: ClassVar[dict[str, type]]
+    OTHERS: ClassVar[tuple[type, ...]]
     task: Task | None = None
     phases: Phases
     data: ShortEpochs
@@ -120,6 +123,7 @@ class FactRecipe(Recipe):
     """Questions about facts, at growing lengths."""
 
     NEEDS: ClassVar = {"data": FactDataModule, "curriculum": SegmentCurriculum, "test": LengthTest}
+    OTHERS = (FixedSteps,)
     data: FactDataModule
     module: FactModule
 
@@ -213,6 +217,7 @@ class TextRecipe(Recipe):
     """Running text, for a number of steps."""
 
     NEEDS: ClassVar = {"data": DocumentDataModule, "curriculum": FixedSteps, "test": DocumentTest}
+    OTHERS = (SegmentCurriculum, StatePassing)
     data: DocumentDataModule
     module: LanguageModeler
 
@@ -255,12 +260,13 @@ def build_recipe(config: DictConfig, run: Path | None = None, trained: bool = Fa
     """
     task = get_object(config.task._target_)
     recipe = TextRecipe if _is_kind(task, LanguageModeling) else FactRecipe
-    for group, kind in recipe.NEEDS.items():
+    for group, kind in [*recipe.NEEDS.items(), *((name, Phase) for name in phase_groups(config))]:
         given = get_object(config[group]._target_)
-        if not _is_kind(given, kind):
+        if not _is_kind(given, kind) or issubclass(given, recipe.OTHERS):
+            needs = f", which needs a {kind.__name__}" if group in recipe.NEEDS else ""
             raise UserError(
-                f"{group}: a {given.__name__} does not go with task={getattr(task, 'name', task.__name__)}, which "
-                f"needs a {kind.__name__}; leave out {group}=…"
+                f"{group}: a {given.__name__} does not go with task={getattr(task, 'name', task.__name__)}{needs}; "
+                f"leave out {group}=…"
             )
     built = recipe(config, run, trained)
     _check_sparse(built.model)

@@ -94,6 +94,9 @@ def check(config: DictConfig, root: type) -> None:
             raise UserError(f"{name}: names no class; choose one with {name}=…, or give its yaml a _target_")
         if "_target_" in config[name] and name in _NAMED:
             raise UserError(f"{name}._target_: there may be several; give it a name, as in {name}.mine._target_=…")
+        if name in ("experiment", "sweep"):
+            # What a preset sets stands where it belongs, unless it lacks that line.
+            raise UserError(f"{name}: its yaml would change nothing; begin it with the line '# @package _global_'")
         if alone and "_target_" not in config[name] and (CONF / name).is_dir():
             # There is no class whose setting it could be.
             raise UserError(f"{name}.{alone[0]}: no such setting; {suggest(alone[0], [])}")
