@@ -385,6 +385,15 @@ def test_however_a_set_is_laid_out(layout: str, tmp_path: Path) -> None:
     assert [*map(str, some.parts)] == ["qa1 0k", "qa10 0k", "qa1 1M", "qa10 1M"]
 
 
+@pytest.mark.fault("a file of a published set names a length of 1.5k tokens", "it is refused, not read as 5k")
+def test_a_set_of_half_thousands(tmp_path: Path) -> None:
+    write_set(tmp_path, "{task}_{length}.jsonl", ("qa1",), ("0k", "1.5k"))
+    with pytest.raises(UserError, match=r"^set: 1\.5k is no number of tokens; give whole numbers"):
+        PublishedSet(str(tmp_path))
+    (tmp_path / "qa1_1.5k.jsonl").rename(tmp_path / "v1.0_qa1.64k.jsonl")
+    assert [*map(str, PublishedSet(str(tmp_path)).parts)] == ["qa1 0k", "qa1 64k"]
+
+
 def test_a_set_whose_names_tell_nothing(tmp_path: Path) -> None:
     write_set(tmp_path, "questions.jsonl", ("qa1",), ("0k",))
     for given in (tmp_path, tmp_path / "questions.jsonl", tmp_path / "*.jsonl"):

@@ -51,7 +51,7 @@ TABLE = [
     ("test.segments=[]", r"test.segments=[]: names no length"),
     ("test.samples=0", r"test.samples=0: must be greater than or equal to 1"),
     ("test.tokens=1k", r"test.tokens=1k: must be a valid list"),
-    ("test.tokens=[-1]", r"test.tokens=[-1]: must be "),
+    ("test.tokens=[-1]", "test.tokens=[-1]: must be greater than or equal to 0 or must be a valid string\n"),
     ("test.tokens=[1.5]", r"test.tokens=[1.5]: must be "),
     ("test.tokens=[1G]", r"test.tokens: 1G is no number of tokens; give whole numbers up to 1000M, with k for thou"),
     (

@@ -195,7 +195,11 @@ def _check_settings(target: Callable[..., Any], given: dict[str, Any], path: str
         key = str(error.errors()[0]["loc"][0])
         # A setting that may be of several kinds fails in several ways.
         ways = [_say(way) for way in error.errors() if way["loc"][0] == key]
-        needs_text = any(way["type"] == "string_type" for way in error.errors())
+        # In a list, a text is typed as it is.
+        needs_text = any(
+            way["type"] == "string_type" and not any(isinstance(place, int) for place in way["loc"])
+            for way in error.errors()
+        )
         hint = _as_text(f"{path}{key}") if needs_text else ""
         raise UserError(f"{path}{key}={given[key]}: {' or '.join(dict.fromkeys(ways))}{hint}") from None
     for name in plain:

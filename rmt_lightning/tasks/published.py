@@ -179,9 +179,15 @@ class PublishedSet:
 
 
 def _part(path: PurePath) -> Part:
-    """The task and the length that a file's name tells, or a folder's that is named so; the nearest one counts."""
+    """The task and the length that a file's name tells, or a folder's that is named so; the nearest one counts.
+
+    Raises:
+        UserError: if a length is no whole number of tokens.
+    """
     words = [*path.parts[:-1], *re.split(r"[^0-9A-Za-z]+", path.stem)]
     tasks = [word.lower() for word in words if re.fullmatch(r"(?i)qa[0-9]+", word)]
     lengths = [word for word in words if re.fullmatch(r"[0-9]{1,4}[kK]|[0-9]{1,3}M", word)]
+    # They are whole numbers: in 1.5k there is no 5k.
+    lengths += re.findall(r"(?<![0-9A-Za-z.])[0-9]+\.[0-9]+[kKM](?![0-9A-Za-z])", path.stem)
     length = in_short(token_count("set", lengths[-1])) if lengths else ""
     return Part(tasks[-1] if tasks else path.stem, length)
