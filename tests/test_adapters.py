@@ -133,22 +133,43 @@ def test_what_peft_hands_over_is_saved_and_opened(
             "its adapters are merged, and would count twice when it is",
         ),
         (
-            {"peft_type": "VERA"},
+            {"peft_type": "VERA", "r": 2},
             "",
             "its adapters could not be put in again (`inject_adapter_in_model`",
+        ),
+        (
+            {"peft_type": "SHIRA", "r": 2},
+            "",
+            "its adapters could not be put in again (NotImplementedError: ",
+        ),
+        (
+            {},
+            "scale_layer",
+            "its adapters are scaled, and would not be when it is",
+        ),
+        (
+            {"peft_type": "LORA", "alora_invocation_tokens": [7]},
+            "",
+            "its adapters wait for certain words (alora_invocation_tokens), and",
         ),
     ],
 )
 def test_what_would_be_opened_otherwise_is_refused(
-    config: dict[str, str], change: str, told: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    config: dict[str, Any], change: str, told: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    kind = peft.VeraConfig if config else peft.LoraConfig
-    wrapped = peft.get_peft_model(TinyBert(**SIZE).encoder(tokenizer).model, kind(r=2, target_modules=["query"]))
-    model = RMTEncoder(Encoder(wrapped, tokenizer), 24, memory_size=2)
-    if change:
-        getattr(wrapped.base_model, change)()
-    with pytest.raises(UserError, match=f"^backbone: {re.escape(told)}"):
+    made = peft.PeftConfig.from_peft_type(**{"peft_type": "LORA"} | config, target_modules=["query"])
+    wrapped = peft.get_peft_model(TinyBert(**SIZE).encoder(tokenizer).model, made)
+
+    def save() -> None:
+        model = RMTEncoder(Encoder(wrapped, tokenizer), 24, memory_size=2)
+        if change == "scale_layer":
+            backbone(model).encoder.layer[1].attention.self.query.scale_layer(0.5)
+        elif change:
+            getattr(wrapped.base_model, change)()
         model.save_pretrained(tmp_path / "model")
+
+    with pytest.raises(UserError, match=f"^backbone: {re.escape(told)}"):
+        save()
     assert not (tmp_path / "model/config.json").exists()
 
 
@@ -159,6 +180,70 @@ def test_adapters_of_embeddings(tokenizer: PreTrainedTokenizerBase, tmp_path: Pa
     expected = read(model)
     model.save_pretrained(tmp_path / "model")
     torch.testing.assert_close(read(RMTEncoder.from_pretrained(tmp_path / "model")), expected, rtol=0, atol=0)
+
+
+@pytest.mark.fault("adapters share weights with other layers", "all are saved; merging them is refused in one line")
+@pytest.mark.parametrize(
+    ("config", "shares"),
+    [
+        ({"peft_type": "LORA", "target_modules": ["c_attn"], "trainable_token_indices": [7, 8]}, True),
+        ({"peft_type": "LORA", "target_modules": ["wte", "c_attn"]}, True),
+        ({"peft_type": "TRAINABLE_TOKENS", "target_modules": ["wte"], "token_indices": [7]}, True),
+        ({"peft_type": "RANDLORA", "target_modules": ["c_attn"]}, False),
+    ],
+)
+def test_what_is_shared(
+    config: dict[str, Any], shares: bool, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    made = peft.PeftConfig.from_peft_type(**config)
+    wrapped = peft.get_peft_model(TinyGPT(**SIZE).decoder(tokenizer).model, made)
+    model = RMTDecoder(Decoder(wrapped, tokenizer), 24, memory_size=2)
+    for _, weight in wrapped.named_parameters():
+        if weight.requires_grad:
+            nn.init.normal_(weight, std=0.3)
+    expected = read(model)
+    model.save_pretrained(tmp_path / "model")
+    torch.testing.assert_close(read(RMTDecoder.from_pretrained(tmp_path / "model")), expected, rtol=0, atol=0)
+    if shares:
+        with pytest.raises(UserError, match=r"^merge=true: other layers share the weights of .*; give merge=false$"):
+            merge_all(model)
+    else:
+        merge_all(model)
+    torch.testing.assert_close(read(model), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.fault("adapter/ names code, or what this PEFT does not know", "refused unimported, or said in one line")
+def test_adapters_from_elsewhere(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, caplog: pytest.LogCaptureFixture, recwarn: Any
+) -> None:
+    model = make(RMTEncoder, tokenizer)
+    LoRA(r=2)(backbone(model))
+    model.save_pretrained(tmp_path)
+    place = tmp_path / "adapter/adapter_config.json"
+    plain = json.loads(place.read_text())
+    place.write_text(json.dumps(plain | {"runtime_config": {}, "of_tomorrow": 3, "also_of_tomorrow": None}))
+    RMTEncoder.from_pretrained(tmp_path)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path}/adapter: PEFT {peft.__version__} does not know its of_tomorrow, and leaves that out"
+    ]
+    assert not [warning for warning in recwarn if "PEFT" in str(warning.message) or "config" in str(warning.message)]
+    place.write_text(json.dumps(plain | {"megatron_config": {"a": 1}, "megatron_core": "antigravity"}))
+    with pytest.raises(UserError, match=r"/adapter: names code \(megatron_core=antigravity\), which is not imported$"):
+        RMTEncoder.from_pretrained(tmp_path)
+    assert "antigravity" not in sys.modules
+
+
+@pytest.mark.fault("backbone.name is a folder with adapters beside its weights", "refused in one line")
+def test_a_backbone_with_adapters_beside_it(
+    tokenizer: PreTrainedTokenizerBase, refused: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    inside = TinyBert(**SIZE).encoder(tokenizer).model
+    for part in (inside, tokenizer):
+        part.save_pretrained("model")
+    peft.get_peft_model(inside, peft.LoraConfig(r=2)).save_pretrained("model")
+    capsys.readouterr()
+    told = refused("backbone=minilm", "backbone.name=model", "finetune=lora", "noise.documents=20")
+    assert told.startswith("error: backbone.name=model: has adapters beside its weights (adapter_config.json); give")
 
 
 def test_fast_ways_have_adapters_too(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -225,6 +310,13 @@ def test_a_run_with_adapters(train: Run, command: Run, tmp_path: Path) -> None:
         result = command("rmt_lightning.export", "checkpoint=whole", f"folder={folder}", f"merge={merge}")
         assert result.returncode == 0, result.stderr
         assert (tmp_path / folder / "adapter").is_dir() == (merge == "false")
+    place = tmp_path / "whole/adapter/adapter_config.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"lora_alpha": 32}))
+    result = command("rmt_lightning.export", "checkpoint=whole", "folder=changed")
+    assert result.stderr == (
+        "error: finetune=lora: the backbone has other adapters already (lora_alpha=32); leave it out, or put back the "
+        "run's adapter/\n"
+    )
     texts = ["Mary went to the garden. Where is Mary?", "John went to the kitchen. Where is John?"]
     merged, apart = (Answerer.from_pretrained(tmp_path / folder) for folder in ("merged", "apart"))
     torch.testing.assert_close(*(answerer.scores(texts) for answerer in (merged, apart)), rtol=1e-5, atol=1e-5)

@@ -73,8 +73,7 @@ def build_foundation(config: DictConfig, run: Path | None, trained: bool, senten
         config.cache_dir,
     )
     tokenizer = (earlier or fresh).tokenizer(text)
-    model = _model(config.model, earlier if earlier and trained else fresh, tokenizer)
-    choose_trained(config, model)
+    model = _model(config, earlier if earlier and trained else fresh, tokenizer)
     return Foundation(tokenizer, model, tokenize(noise, tokenizer, config.cache_dir))
 
 
@@ -91,15 +90,17 @@ def construct(config: DictConfig, **given: Any) -> Any:
 
 
 def _model(config: DictConfig, backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> SegmentModel[Any]:
-    """Build the model, handing it of the backbone what its constructor asks for by name."""
-    parts = parts_for(get_object(config._target_), backbone, tokenizer)
-    if "update" in config:
+    """Build the model of a run, handing it of the backbone what its constructor asks for by name."""
+    own = config.model
+    parts = parts_for(get_object(own._target_), backbone, tokenizer)
+    if "update" in own:
         # Only the model knows how wide its memory is.
-        width = next(iter(inspect.signature(get_object(config["update"]._target_)).parameters))
-        if width in config["update"]:
+        width = next(iter(inspect.signature(get_object(own["update"]._target_)).parameters))
+        if width in own["update"]:
             raise UserError(f"model.update.{width}: is set by the run itself; leave it out")
-        parts["update"] = instantiate(config["update"], _partial_=True, _convert_="all")
-    model: SegmentModel[Any] = instantiate(config, _convert_="all", **parts)
+        parts["update"] = instantiate(own["update"], _partial_=True, _convert_="all")
+    model: SegmentModel[Any] = instantiate(own, _convert_="all", **parts)
+    choose_trained(config, model)
     return model
 
 
@@ -113,6 +114,7 @@ def choose_trained(config: DictConfig, model: nn.Module) -> None:
         backbones = [part.model for part in model.modules() if isinstance(part, Transformer)]
         if not backbones:
             raise UserError(f"finetune={group}: a {type(model).__name__} has no backbone; leave it out")
+        check_parts(config, [group])
         finetuning: Finetuning = instantiate(config[group], _convert_="all")
         finetuning(*backbones)
 
@@ -237,7 +239,7 @@ def open_answering(config: DictConfig, run: Path, checkpoint: Path) -> tuple[Fac
     """
     saved = _answers_in(checkpoint)
     backbone = Restored(run)
-    model = _model(config.model, backbone, backbone.tokenizer([]))
+    model = _model(config, backbone, backbone.tokenizer([]))
     module: FactModule = construct(
         config.answer, model=model, answers=saved["answers"], phases=None, metrics=None, optimization=None
     )
@@ -269,7 +271,7 @@ def open_trained(run: Path, checkpoint: Path, trust: Trust) -> Answerer | Segmen
     backbone = Restored(run)
     config = saved_config(run, trust)
     check_parts(config, ["model"])
-    model = _model(config.model, backbone, backbone.tokenizer([]))
+    model = _model(config, backbone, backbone.tokenizer([]))
     weights = {name: value for name, value in saved["state_dict"].items() if name.startswith(("model.", "head."))}
     whole: nn.Module = nn.ModuleDict({"model": model})
     if "head.weight" in weights:

@@ -6,12 +6,15 @@ Memory, and all else that a model has beside its backbone, is always trained.
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 from annotated_types import Ge, Gt, Lt
 from safetensors.torch import save_file
 from torch import nn
@@ -19,14 +22,19 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.run_folder import ADAPTER
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
+log = logging.getLogger(__name__)
+
 # GPT-2 has linear layers of a kind of its own.
 _LINEAR = (nn.Linear, Conv1D)
 # As PEFT calls its files.
-WEIGHTS = "adapter_model.safetensors"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# What a config tells of where adapters are, and of who has made it.
+_OF_LAYERS = ("target_modules", "base_model_name_or_path", "peft_version")
 
 
 class Finetuning(ABC):
@@ -78,24 +86,39 @@ class LoRA(Finetuning):
 
     def __call__(self, backbone: nn.Module) -> None:
         assert isinstance(backbone, PreTrainedModel)
-        # Those of a run that is gone on with are there already.
-        if list(adapters(backbone)):
+        if there := list(adapters(backbone)):
+            # Those of a run that is gone on with.
+            self._check_same(there)
             return
-        peft = _peft("finetune=lora")
         head = backbone.get_output_embeddings()
         linear = (name for name, part in backbone.named_modules() if isinstance(part, _LINEAR) and part is not head)
         own = {name.rpartition(".")[2] for name in linear}
         targets = [self.targets] if isinstance(self.targets, str) and self.targets != "all-linear" else self.targets
         if isinstance(targets, list) and (absent := [name for name in targets if name not in own]):
             raise UserError(f"lora.targets={absent[0]}: is no linear layer of the backbone; {_choose(own)}")
-        config = peft.LoraConfig(
-            r=self.r, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=targets,
-            base_model_name_or_path=getattr(backbone, "name_or_path", None) or None,
-        )  # fmt: skip
+        name = getattr(backbone, "name_or_path", None) or None
+        config = self._config(target_modules=targets, base_model_name_or_path=name)
         try:
             add(backbone, config)
         except ValueError:
             raise UserError(f"lora.targets: PEFT knows none for this backbone; {_choose(own)}") from None
+
+    def _config(self, **options: Any) -> PeftConfig:
+        config: PeftConfig = _peft("finetune=lora").LoraConfig(
+            r=self.r, lora_alpha=self.alpha, lora_dropout=self.dropout, **options
+        )
+        return config
+
+    def _check_same(self, there: list[PeftConfig]) -> None:
+        """Raise a UserError unless adapters are those that these settings make, whichever their layers are."""
+        own = self._config().to_dict()
+        for found in there:
+            for name, value in found.to_dict().items():
+                if name not in _OF_LAYERS and own.get(name) != value:
+                    raise UserError(
+                        f"finetune=lora: the backbone has other adapters already ({name}={value}); leave it out, or "
+                        f"put back the run's {ADAPTER}/"
+                    )
 
 
 def add(backbone: nn.Module, config: PeftConfig) -> None:
@@ -114,13 +137,25 @@ def adapters(backbone: nn.Module) -> Iterator[PeftConfig]:
     yield from (getattr(backbone, "peft_config", None) or {}).values()
 
 
-def check_on(backbone: nn.Module) -> None:
-    """Raise a UserError if adapters are not in use as they will be when they are opened again."""
-    for _, layer in _layers(backbone):
+def check_kind(backbone: nn.Module) -> None:
+    """Raise a UserError if adapters need to see words, for a backbone is given embeddings."""
+    if any(getattr(config, "alora_invocation_tokens", None) for config in adapters(backbone)):
+        raise UserError(
+            "backbone: its adapters wait for certain words (alora_invocation_tokens), and it is given embeddings "
+            "alone; give others, such as plain LoRA"
+        )
+
+
+def check_on(backbone: nn.Module, again: nn.Module) -> None:
+    """Raise a UserError if adapters are not in use as they will be in the backbone that is opened again."""
+    told = dict(_layers(again))
+    for name, layer in _layers(backbone):
         if layer.merged:
             what, remedy = "merged, and would count twice", "unmerge_adapter or merge_and_unload"
         elif layer.disable_adapters:
             what, remedy = "switched off, and would be on", "enable_adapter_layers, or unload"
+        elif getattr(layer, "scaling", None) != getattr(told[name], "scaling", None):
+            what, remedy = "scaled, and would not be", "unscale_layer or merge_and_unload"
         else:
             continue
         raise UserError(f"backbone: its adapters are {what} when it is opened again; call PEFT's {remedy}")
@@ -136,8 +171,19 @@ def _layers(backbone: nn.Module) -> list[tuple[str, Any]]:
 
 
 def saved(folder: Path) -> PeftConfig:
-    """What `save_pretrained` of one of them has left."""
-    config: PeftConfig = _peft(f"{folder.parent}: has adapters, and").PeftConfig.from_pretrained(str(folder))
+    """What `save_pretrained` of one of them has left.
+
+    Raises:
+        UserError: if it names code that would be imported, as PEFT before 0.20 does.
+    """
+    peft = _peft(f"{folder.parent}: has adapters, and")
+    with warnings.catch_warnings(action="ignore"):
+        config: PeftConfig = peft.PeftConfig.from_pretrained(str(folder))
+        given = config.from_json_file(str(folder / CONFIG))
+    if getattr(config, "megatron_config", None):
+        raise UserError(f"{folder}: names code (megatron_core={given.get('megatron_core')}), which is not imported")
+    if unknown := ", ".join(sorted(name for name, value in given.items() if value and not hasattr(config, name))):
+        log.warning("%s: PEFT %s does not know its %s, and leaves that out", folder, peft.__version__, unknown)
     config.inference_mode = False
     return config
 
@@ -145,13 +191,25 @@ def saved(folder: Path) -> PeftConfig:
 def save_weights(backbone: nn.Module, folder: Path) -> None:
     """Write those of adapters beside their config, so that `PeftModel.from_pretrained(backbone, folder)` opens them."""
     weights = _peft("backbone: has adapters, and").get_peft_model_state_dict(backbone)
-    save_file({f"base_model.model.{name}": value.contiguous() for name, value in weights.items()}, folder / WEIGHTS)
+    # Of those that are shared each is written.
+    whole = {name: value.clone(memory_format=torch.contiguous_format) for name, value in weights.items()}
+    save_file({f"base_model.model.{name}": value for name, value in whole.items()}, folder / WEIGHTS)
 
 
 def merge_all(model: nn.Module) -> None:
-    """Add the adapters in a model to the weights that they stand beside, and take them out."""
+    """Add the adapters in a model to the weights that they stand beside, and take them out.
+
+    Raises:
+        UserError: if other layers share these weights.
+    """
     for backbone in model.modules():
-        for name, layer in (layers := _layers(backbone)):
+        layers = _layers(backbone)
+        users = backbone.named_parameters(remove_duplicate=False) if layers else ()
+        shared = Counter(id(weight) for _, weight in users)
+        for name, layer in layers:
+            if shared[id(layer.get_base_layer().weight)] > 1:
+                raise UserError(f"merge=true: other layers share the weights of {name}; give merge=false")
+        for name, layer in layers:
             layer.merge()
             backbone.set_submodule(name, layer.get_base_layer())
         if layers:

@@ -77,6 +77,7 @@ class Transformer(nn.Module, ABC):
         self.tokenizer = tokenizer
         # Whether layers hand on tuples, which is not known before they have been taken apart.
         self._in_tuples: bool | None = None
+        adapters.check_kind(model)
         for name, weight in model.named_parameters():
             if not weight.sum(dtype=torch.float64).isfinite():
                 raise UserError(f"backbone: its weights are damaged ({name} is not finite); give whole ones")
@@ -128,12 +129,11 @@ class Transformer(nn.Module, ABC):
             for adapter in adapters.adapters(self.model):
                 try:
                     adapters.add(again, adapter)
-                except ValueError as error:
+                except Exception as error:  # kinds fail in ways of their own
                     raise UserError(
                         f"backbone: its adapters could not be put in again ({told(error)}); merge them with "
                         "merge_and_unload"
                     ) from None
-        adapters.check_on(self.model)
         given, weights = ({name: x.shape for name, x in m.state_dict().items()} for m in (again, self.model))
         names = {name for name in given.keys() | weights.keys() if not name.startswith("pooler.")}
         if strange := sorted(name for name in names if given.get(name) != weights.get(name)):
@@ -142,6 +142,7 @@ class Transformer(nn.Module, ABC):
                 "could not be opened again; merge adapters with merge_and_unload, and give what "
                 f"{self.AUTO.__name__} makes of a config"
             )
+        adapters.check_on(self.model, again)
 
     @property
     def _words(self) -> nn.Embedding:

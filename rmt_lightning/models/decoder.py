@@ -141,7 +141,7 @@ class Decoder(Transformer):
     @property
     def width(self) -> int:
         """D, that of the states which words are read from. In the OPT of 350M it is smaller than the layers are."""
-        return self._to_words.in_features
+        return int(self._to_words.weight.shape[1])
 
     @property
     def untied(self) -> list[nn.Parameter]:

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as hf_logging
 
 from rmt_lightning.core.errors import UserError
@@ -164,6 +165,12 @@ class Pretrained:
                 f"backbone.name={self.name}: its weights are quantized, and such cannot be trained; give the model "
                 "that they were made from"
             )
+        # transformers would put them in, and train nothing else.
+        if find_adapter_config_file(self.name, local_files_only=self._is_beyond):
+            raise UserError(
+                f"backbone.name={self.name}: has adapters beside its weights (adapter_config.json); give a folder "
+                "without, or with what merge_and_unload makes of both"
+            )
         # from_pretrained would keep the checkpoint's precision; training needs full precision weights.
         model, found = self._load(
             auto_class, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
@@ -193,12 +200,16 @@ class Pretrained:
                 "a folder whose weights belong to its config.json"
             )
 
+    @property
+    def _is_beyond(self) -> bool:
+        """Whether it is on the Hub, and that cannot be asked: what was loaded before is in its cache."""
+        return not Path(self.name).is_dir() and bool(out_of_reach(f"backbone.name={self.name}"))
+
     def _load(self, auto_class: Any, **options: Any) -> Any:
         if os.sep in self.name and self.name.count("/") != 1 and not Path(self.name).is_dir():
             raise UserError(f"backbone.name={self.name}: no such folder; give a folder or a Hugging Face Hub id")
         hf_logging.disable_progress_bar()
-        if not Path(self.name).is_dir() and out_of_reach(f"backbone.name={self.name}"):
-            # What was loaded before is in the Hub's cache.
+        if self._is_beyond:
             options["local_files_only"] = True
         try:
             with _quiet():
