@@ -63,6 +63,10 @@ def test_adapters_begin_as_nothing_and_alone_are_trained(
     plain, before = read(model), {name for name, _ in model.named_parameters()}
     LoRA(r=4)(backbone(model))
     torch.testing.assert_close(read(model), plain, rtol=0, atol=0)
+    # Those of a run that is gone on with are there already.
+    LoRA(r=4)(backbone(model))
+    with pytest.raises(UserError, match=r"^finetune=lora: the backbone has other adapters already \(r=4\); leave"):
+        LoRA(r=5)(backbone(model))
     randomize(model)
     read(model).square().sum().backward()
     own = {id(weight) for weight in backbone(model).parameters()}

@@ -487,12 +487,39 @@ def test_the_published_layout(
     predictions = lines(folder / "predictions.jsonl")
     assert [row["length"] for row in predictions] == [name for name in ("qa1 0k", "qa5 0k", "qa1 1k") for _ in range(3)]
     assert all(row["right"] == (row["answer"] == row["target"]) for row in predictions)
+    # What another version has not measured is left empty.
+    part = {"task": "qa3", "length": "0k", "accuracy": 1.0}
+    known = json.loads((folder / "evaluation.json").read_text())
+    (folder / "evaluation.json").write_text(json.dumps(known | {"parts": known["parts"] | {"qa3 0k": part}}))
     # What has been asked is not asked again, but where files have changed.
-    monkeypatch.setattr("rmt_lightning.app.evaluation._ask_part", None)
-    assert evaluate("set=set", "tasks=[qa1]") == folder
-    (tmp_path / "set/data/qa1/0k.json").write_text("[]")
-    with pytest.raises(TypeError):
+    with monkeypatch.context() as patch:
+        patch.setattr("rmt_lightning.app.evaluation._ask_part", None)
+        assert evaluate("set=set", "tasks=[qa1]") == folder
+        (tmp_path / "set/data/qa1/0k.json").write_text("[]")
+        with pytest.raises(TypeError):
+            evaluate("set=set")
+    assert [row["f1"] for row in rows(folder / "set.csv") if row["task"] == "qa3"] == [""]
+    # Of that name there is another one elsewhere.
+    write_set(tmp_path / "elsewhere/set", "{task}_{length}.jsonl", ("qa1",), ("0k",))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    evaluate("set=set")
+    assert [path.name for path in Path("found/evaluations").iterdir()] != [folder.name]
+
+
+@pytest.mark.fault("the folder of results is removed or renamed in the meantime", "one line; none is made anew")
+def test_a_folder_of_results_that_is_gone(
+    evaluate: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(*_: Any) -> Any:
+        (tmp_path / "found").rename(tmp_path / "renamed")
+        return {}, []
+
+    write_set(tmp_path / "set", "{task}_{length}.jsonl", ("qa1",), ("0k",))
+    monkeypatch.setattr("rmt_lightning.app.evaluation._ask_part", ask)
+    with pytest.raises(SystemExit):
         evaluate("set=set")
+    assert "was removed or renamed in the meantime; start it again\n" in capsys.readouterr().err
+    assert not (tmp_path / "found").exists()
 
 
 @pytest.mark.fault("texts of a set are longer than a model can read", "they are left out, and said")

@@ -181,6 +181,7 @@ def test_damaged_results_are_named(
         '{"lengths": {"1": {"right": 1}}}',
         '{"lengths": {"x": {}}}',
         '{"probes": {"1 x": {}}}',
+        '{"parts": {"qa1 1z": {"task": "qa1", "length": "1z", "accuracy": 1.0}}}',
     ):
         (only(here) / "evaluation.json").write_text(content)
         with pytest.raises(SystemExit):

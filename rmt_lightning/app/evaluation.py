@@ -172,8 +172,11 @@ def evaluate_set(config: DictConfig, run_config: DictConfig, run: Path, checkpoi
     device, hardware = find_device(config.device)
     module, sha256 = open_answering(run_config, run, checkpoint)
     module.to(device).eval()
-    settings = {"checkpoint": checkpoint.name, "sha256": sha256, "set": config.set, "samples": config.samples}
-    name = Path(config.set).name
+    place = Path(config.set).expanduser()
+    # From another folder, the same name is that of another set.
+    named = str(place.resolve()) if place.exists() else config.set
+    settings = {"checkpoint": checkpoint.name, "sha256": sha256, "set": named, "samples": config.samples}
+    name = Path(named).name
     folder = findings(config.output or run, "evaluations", f"{checkpoint.stem}-{name}", settings | {"device": hardware})
     found = _Found(folder, settings | {"device": hardware, "model_name": run.name})
     for part in published.parts:
@@ -271,20 +274,25 @@ class _Found:
 
     def add(self, kind: Literal["lengths", "retention", "probes", "parts"], key: str, row: dict[str, Any]) -> None:
         """Add a row to what others may have found in the meantime."""
-        with alone_in(self.path.parent):
+        with self._alone():
             getattr(self.read(), kind)[key] = row
             self._write()
 
     def predict(self, length: str, rows: list[dict[str, Any]]) -> None:
         """Add the answers that were given at a length to those at others."""
         path = self.path.with_name(PREDICTIONS)
-        with alone_in(self.path.parent):
+        with self._alone():
             try:
                 lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
                 others = [row for row in map(json.loads, lines) if row["length"] != length]
             except (ValueError, TypeError, KeyError):
                 raise UserError(f"{shown(path)}: is damaged; remove it, and go on without its answers") from None
             write_jsonl(path, [*others, *rows])
+
+    def _alone(self) -> AbstractContextManager[None]:
+        if not (folder := self.path.parent).is_dir():
+            raise UserError(f"{shown(folder)}: was removed or renamed in the meantime; start it again")
+        return alone_in(folder)
 
     def read(self) -> _Found:
         try:
@@ -300,6 +308,7 @@ class _Found:
             self.probes = {key: dict(row) for key, row in found.get("probes", {}).items()}
             self.parts = {key: dict(row) for key, row in found.get("parts", {}).items()}
             # Whether all can be made of it that is.
+            self._sort()
             _ = self._tables(), [one.row() for one in self.results().values()]
             _ = self.probes and probe_table([*self.probes.values()])
             _ = self.parts and leaderboard_table([*self.parts.values()])
@@ -320,23 +329,26 @@ class _Found:
             for row in self.lengths.values()
         }  # fmt: skip
 
-    def _write(self) -> None:
+    def _sort(self) -> None:
         order = {key: ("tokens" in key, int(key.split()[0])) for key in self.lengths}
         self.lengths = {key: self.lengths[key] for key in sorted(self.lengths, key=order.__getitem__)}
         self.probes = dict(sorted(self.probes.items(), key=lambda item: int(item[0].split()[0])))
         parts = {Part(row["task"], row["length"]): key for key, row in self.parts.items()}
         self.parts = {parts[part]: self.parts[parts[part]] for part in sorted(parts, key=lambda part: part.order)}
+
+    def _write(self) -> None:
+        self._sort()
         found = {"lengths": self.lengths, "retention": self.retention, "probes": self.probes, "parts": self.parts}
         content = {"settings": self.settings, **found}
         write_atomically(self.path, json.dumps(content, indent=2).encode())
         for name, rows in self._tables().items():
-            write_csv(self.path.with_name(name), rows)
+            # Another version may have measured less.
+            columns = dict.fromkeys(column for row in rows for column in row)
+            write_csv(self.path.with_name(name), [columns | row for row in rows])
 
     def _tables(self) -> dict[str, list[dict[str, Any]]]:
         lengths = [(int(key.split()[0]), row) for key, row in self.lengths.items()]
         columns = [{k: v for k, v in row.items() if k not in ("distances", "finite")} for _, row in lengths]
-        # Earlier versions may have measured less.
-        names = dict.fromkeys(name for row in columns for name in row)
         return {
             "retention.csv": [
                 dict(zip(("follow", "every"), key.split()[::2], strict=False))
@@ -344,7 +356,7 @@ class _Found:
                 for key, row in self.retention.items()
                 for age, right in row["right"].items()
             ],
-            EVALUATION: [names | row for row in columns],
+            EVALUATION: columns,
             "distances.csv": [
                 {"segments": row["segments"], "tokens": row["tokens"]}
                 | {"from": 2 ** int(key) // 2, "to": 2 ** int(key) - 1, **part}

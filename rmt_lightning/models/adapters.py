@@ -11,6 +11,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,8 +34,8 @@ log = logging.getLogger(__name__)
 _LINEAR = (nn.Linear, Conv1D)
 # As PEFT calls its files.
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# What a config tells of where adapters are, and of who has made it.
-_OF_LAYERS = ("target_modules", "base_model_name_or_path", "peft_version")
+# What a config tells of how adapters act; which layers have some is told by the weights.
+_ACTS = ("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias")
 
 
 class Finetuning(ABC):
@@ -111,14 +112,13 @@ class LoRA(Finetuning):
 
     def _check_same(self, there: list[PeftConfig]) -> None:
         """Raise a UserError unless adapters are those that these settings make, whichever their layers are."""
-        own = self._config().to_dict()
-        for found in there:
-            for name, value in found.to_dict().items():
-                if name not in _OF_LAYERS and own.get(name) != value:
-                    raise UserError(
-                        f"finetune=lora: the backbone has other adapters already ({name}={value}); leave it out, or "
-                        f"put back the run's {ADAPTER}/"
-                    )
+        own = self._config()
+        for found, name in product(there, _ACTS):
+            if (value := getattr(found, name, None)) != getattr(own, name):
+                raise UserError(
+                    f"finetune=lora: the backbone has other adapters already ({name}={value}); leave it out, or put "
+                    f"back the run's {ADAPTER}/"
+                )
 
 
 def add(backbone: nn.Module, config: PeftConfig) -> None:
