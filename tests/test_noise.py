@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.tokens import encode, token_ids
 from rmt_lightning.models.tiny import TinyBert
-from rmt_lightning.tasks.corpus import Corpus, OnDisk, tokenize
+from rmt_lightning.tasks.corpus import Corpus, OnDisk, _checksums, tokenize
 from rmt_lightning.tasks.facts import PEOPLE, PLACES, Detect, Split
 from rmt_lightning.tasks.language import RunningText
 from rmt_lightning.tasks.noise import SPLITS, Files, Hub, Prose, sentences, spaced
@@ -504,6 +504,32 @@ def test_a_damaged_cache_is_built_again(
         assert said == [f"{next((tmp_path / 'noise').glob('*/'))} is damaged; tokenizing again"]
         said.clear()
     assert len([path for path in (tmp_path / "noise").iterdir() if path.is_dir()]) == 1
+
+
+@pytest.mark.fault("a tokenized text in the cache fits its checksums, but not itself", "it is built again")
+@pytest.mark.parametrize(
+    ("name", "forge"),
+    [
+        ("tokens", lambda x: x.astype(float)),
+        ("tokens", lambda x: -x.astype(np.int32)),
+        ("tokens", lambda x: x[:100]),
+        ("words", lambda x: x[:100]),
+        ("sentence_starts", lambda x: x[::-1]),
+        ("sentence_starts", lambda x: x * 0),
+        ("document_starts", lambda x: x[:1]),
+        ("document_starts", lambda x: x > 0),
+        ("document_bytes", lambda x: np.array("a")),
+    ],
+)
+def test_a_forged_cache_is_built_again(
+    name: str, forge: Any, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = tokenize(Prose(10), tokenizer, tmp_path)["train"].tokens[:].tolist()
+    path = next(tmp_path.rglob(f"train/{name}.npy"))
+    np.save(path, forge(np.load(path)))
+    (path.parent.parent / "checksums.json").write_text(json.dumps(_checksums(path.parent.parent)))
+    assert tokenize(Prose(10), tokenizer, tmp_path)["train"].tokens[:].tolist() == before
+    assert [record.getMessage() for record in caplog.records] == [f"{path.parent.parent} is damaged; tokenizing again"]
 
 
 @pytest.mark.fault("a text file has changed, and the time of its last change has not", "it is tokenized anew")

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import digest, removed
+from rmt_lightning.core.quoting import one_line
 from rmt_lightning.core.tokens import encode
 from rmt_lightning.tasks.facts import Split
 from rmt_lightning.tasks.noise import PIECE, SPLITS, Noise, counted, spaced
@@ -153,9 +154,9 @@ def tokenize(
 
 def _told(folder: Path, corpora: dict[Split, Corpus]) -> dict[Split, Corpus]:
     """Say what people should know of a text that is about to be used. Earlier versions did not keep it."""
-    with suppress(OSError, ValueError, TypeError, RecursionError):
+    with suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
         for remark in json.loads((folder / _REMARKS).read_text(encoding="utf-8")):
-            log.info("%s", remark)
+            log.info("%s", one_line(remark))
     return corpora
 
 
@@ -171,13 +172,26 @@ def _open(folder: Path, vocabulary_size: int) -> dict[Split, Corpus] | None:
             return None
         if json.loads((folder / _CHECKSUMS).read_text(encoding="utf-8")) != _checksums(folder):
             return None
-        if any(np.load(folder / split / "tokens.npy", mmap_mode="r").max() >= vocabulary_size for split in SPLITS):
-            return None
-        return {split: Corpus.open(folder / split, vocabulary_size) for split in SPLITS}
+        corpora: dict[Split, Corpus] = {split: Corpus.open(folder / split, vocabulary_size) for split in SPLITS}
+        return corpora if all(_is_whole(folder / split, corpora[split]) for split in SPLITS) else None
     except PermissionError:
         raise
-    except (OSError, ValueError, EOFError, RecursionError):
+    except Exception:  # whatever numpy makes of what is no array
         return None
+
+
+def _is_whole(folder: Path, corpus: Corpus) -> bool:
+    """Whether the parts of a corpus belong together: checksums tell only that they are what somebody has written."""
+    tokens, words = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "words"))
+    starts = (corpus.sentence_starts, len(tokens)), (corpus.document_starts, len(corpus.sentence_starts) - 1)
+    return (
+        tokens.ndim == 1
+        and tokens.dtype.kind in "iu"
+        and 0 <= tokens.min() <= tokens.max() < corpus.tokens.limit
+        and words.shape == tokens.shape
+        and corpus.document_bytes.shape == (corpus.num_documents,)
+        and all(x.dtype == np.int64 and x[0] == 0 and x[-1] == end and (np.diff(x) > 0).all() for x, end in starts)
+    )
 
 
 @contextmanager
