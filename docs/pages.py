@@ -24,7 +24,7 @@ GROUPS = (
     "task", "noise", "backbone", "model", "model.update", "finetune", "answer", "data", "curriculum", "hold", "metrics",
     "test", "optim", "trainer", "logger", "callbacks", "experiment", "sweep",
 )  # fmt: skip
-DOORS = ("train", "evaluate", "ask", "attend", "export", "flops")
+DOORS = ("train", "evaluate", "ask", "attend", "export", "flops", "plot")
 # What the run itself gives to what it builds.
 BY_THE_RUN = {"keys", "metrics", "optimization", "phases", "test_samples", "test_segments", "texts", "trust"}
 logging.getLogger("griffe").setLevel(logging.ERROR)

@@ -10,6 +10,7 @@ DOORS = {
     "evaluate": "test a run on inputs of any length, or on a published set",
     "ask": "ask an exported model about a text",
     "export": "make a folder of a run's model that from_pretrained opens",
+    "plot": "draw one figure of runs, for a paper or a talk",
     "report": "compare runs on one HTML page",
     "attend": "draw what memory attends to",
     "flops": "compare the FLOPs of full attention with those of a recurrent model",

@@ -41,7 +41,11 @@ def report(places: list[str], output: Path) -> None:
     """
     # These take a second to import; --help should not have to wait for it.
     from rmt_lightning.core.files import write_atomically
-    from rmt_lightning.reporting.page import page
+
+    try:
+        from rmt_lightning.reporting.page import page
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name}: is missing; pip install 'rmt-lightning[report]'") from None
     from rmt_lightning.reporting.reading import read_runs
     from rmt_lightning.reporting.sweeps import find_sweeps, read_sweep, show, write
 

@@ -26,9 +26,11 @@ import yaml
 from conftest import ROOT
 from PIL import Image
 from plotly.offline import get_plotlyjs
-from test_readme import COMMANDS
+from test_docs import COMMANDS
 
 from rmt_lightning import report as front_door
+from rmt_lightning.core.errors import UserError
+from rmt_lightning.report import report
 from rmt_lightning.reporting import figures, plots
 from rmt_lightning.reporting.reading import read_runs
 from rmt_lightning.reporting.redaction import public, public_text
@@ -935,3 +937,10 @@ def test_ticks_are_powers_of_two() -> None:
     axis = plots._powers_of_two([1, 3, 4096])
     assert axis["tickvals"] == [1, 4, 16, 64, 256, 1024, 4096]
     assert axis["range"][0] < 0 and axis["range"][1] > log(4096, 10)
+
+
+def test_an_extra_that_is_missing_is_named(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "rmt_lightning.reporting.page", raising=False)
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    with pytest.raises(UserError, match=r"plotly: is missing; pip install 'rmt-lightning\[report\]'"):
+        report([str(finished_run)], Path("report.html"))
