@@ -12,12 +12,14 @@ import torch
 from reference import read_causal_segment, read_causal_text
 from test_recurrence import assert_same, gradients, probe
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     CohereConfig,
     FalconConfig,
     FalconH1Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -36,6 +38,7 @@ from transformers import (
 )
 
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.models.armt import ARMT
 from rmt_lightning.models.decoder import Decoder
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.rmt import RMTDecoder
@@ -219,6 +222,28 @@ def test_rotations_do_not_depend_on_other_rows(tokenizer: PreTrainedTokenizerBas
     ids, mask = texts(2, 24), torch.ones(2, 24)
     mask[0, 9:] = 0
     assert_close(model(ids, mask.long())[0][0, :9], model(ids[:1, :9])[0][0, :9])
+
+
+@pytest.mark.fault("a backbone that sees images too", "its sizes are those of what reads text, which alone is trained")
+def test_what_sees_images_too(tokenizer: PreTrainedTokenizerBase) -> None:
+    torch.manual_seed(0)
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    text = WINDOWED["gemma3_text"].to_dict()
+    config = Gemma3Config(text_config=text, vision_config=vision | {"image_size": 8, "patch_size": 4})
+    decoder = Decoder(AutoModelForCausalLM.from_config(config), tokenizer)
+    with pytest.raises(UserError, match=r"^data.segment_length=49: the backbone sees at most 48 tokens"):
+        RMTDecoder(decoder, 49)
+    for kind in (RMTDecoder, ARMT):
+        model = kind(decoder, 40, memory_size=3)
+        hidden, state = model(texts(2, 60))
+        (hidden.sum() + sum(part.sum() for part in tree_leaves(state))).backward()
+        left = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None]
+        assert not [name for name in left if "vision" in name or "projector" in name]
+        assert model.step(Segment(texts(1, 9)), model.initial_state(1))[0].shape == (1, 9, 16)
+    model = RMTDecoder(decoder, 40, memory_size=3)
+    with model.recorded() as maps:
+        model.step(Segment(texts(1, 9)), model.initial_state(1))
+    assert maps[0].shape[:2] == (2, 1)
 
 
 @pytest.mark.fault("a backbone that does not obey a mask", "it is refused in one line")

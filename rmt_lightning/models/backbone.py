@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.models import adapters
@@ -82,6 +82,12 @@ class Transformer(nn.Module, ABC):
             if not weight.sum(dtype=torch.float64).isfinite():
                 raise UserError(f"backbone: its weights are damaged ({name} is not finite); give whole ones")
         self._try()
+        if self.config is not model.config:
+            # What sees images never gets a gradient, and DDP does not like that.
+            parts = [part for part in model.modules() if getattr(part, "config", None) is self.config]
+            reading = {id(weight) for part in [*parts, *_head(model)] for weight in part.parameters()}
+            for weight in model.parameters():
+                weight.requires_grad_(weight.requires_grad and id(weight) in reading)
         # from_pretrained hands models over for inference, with dropout off.
         model.train()
 
@@ -104,7 +110,7 @@ class Transformer(nn.Module, ABC):
 
     def some_words(self, length: int) -> Tensor:
         """Two rows of ids without special ones (2, length), drawn at random; no word stands in both."""
-        config, tokenizer = self.model.config, self.tokenizer
+        config, tokenizer = self.config, self.tokenizer
         special = {*tokenizer.all_special_ids, *(getattr(config, f"{name}_token_id", None) for name in _SPECIAL)}
         ordinary = [i for i in range(min(len(self._words.weight), 10_000)) if i not in special]
         drawn = torch.tensor(random.Random(0).sample(ordinary, len(ordinary)), device=self._words.weight.device)
@@ -145,13 +151,18 @@ class Transformer(nn.Module, ABC):
         adapters.check_on(self.model, again)
 
     @property
+    def config(self) -> PreTrainedConfig:
+        """That of the part which reads text. Models that see images too, as larger Gemma 3 do, have others."""
+        return self.model.config.get_text_config()
+
+    @property
     def _words(self) -> nn.Embedding:
         return cast(nn.Embedding, self.model.get_input_embeddings())
 
     @property
     def layer_width(self) -> int:
         """That of the layers."""
-        return int(self.model.config.hidden_size)
+        return int(self.config.hidden_size)
 
     @property
     def width(self) -> int:
@@ -171,11 +182,11 @@ class Transformer(nn.Module, ABC):
     @property
     def max_positions(self) -> int:
         """How many tokens the backbone can see at once."""
-        known = getattr(self.model.config, "max_position_embeddings", None)
+        known = getattr(self.config, "max_position_embeddings", None)
         # Families whose positions are relative have no such number, or -1, as XLNet does.
         known = sys.maxsize if known is None or known < 0 else int(known)
         # Rotations of this kind are others for all texts of a batch as soon as one of them, or its padding, is longer.
-        ropes = getattr(self.model.config, "rope_parameters", None) or {}
+        ropes = getattr(self.config, "rope_parameters", None) or {}
         kinds = [rope for rope in (ropes, *ropes.values()) if isinstance(rope, dict)]
         ends = [rope["original_max_position_embeddings"] for rope in kinds if rope.get("rope_type") == "longrope"]
         return min([known, *ends])
@@ -215,11 +226,11 @@ class Transformer(nn.Module, ABC):
         fast = model.config._attn_implementation
         hook = model.base_model.register_forward_hook(keep)
         model.set_attn_implementation("eager")
-        model.config.output_attentions = True
+        self.config.output_attentions = True
         try:
             yield weights
         finally:
-            model.config.output_attentions = False
+            self.config.output_attentions = False
             model.set_attn_implementation(fast)
             hook.remove()
 
@@ -253,7 +264,7 @@ class Transformer(nn.Module, ABC):
         """What the model itself makes of the inputs of `forward`, all of it: (B, N, D)."""
 
     def _layers(self) -> nn.ModuleList:
-        size = self.model.config.num_hidden_layers
+        size = self.config.num_hidden_layers
         (layers,) = (part for part in self.model.modules() if isinstance(part, nn.ModuleList) and len(part) == size)
         return layers
 
@@ -325,6 +336,12 @@ class _Call(NamedTuple):
 
 class _AllNoted(Exception):
     """The last layer has been reached."""
+
+
+def _head(model: PreTrainedModel) -> list[nn.Module]:
+    """What words are read off with, if anything is."""
+    head = model.get_output_embeddings()
+    return [] if head is None else [head]
 
 
 def inside(model: PreTrainedModel) -> PreTrainedModel:

@@ -173,7 +173,7 @@ class Decoder(Transformer):
 
     def reads_pieces(self, size: int) -> bool:
         """Whether a segment of so many tokens may be read by `go_on`."""
-        if self.model.training or self.model.config.output_attentions:
+        if self.model.training or self.config.output_attentions:
             # Dropout would stay with a token, layers that compute activations again take no cache, and maps of
             # attention are those of whole segments.
             return False
