@@ -275,6 +275,28 @@ def test_results_stay_in_the_run_folder_whatever_a_task_is_called(tmp_path: Path
     assert found.parent == tmp_path / "evaluations"
 
 
+@pytest.mark.fault("a part of a run folder is somebody else's alone", "said in one line; it is not taken for missing")
+@pytest.mark.parametrize(
+    ("name", "doors"),
+    [
+        ("checkpoints", DOORS), ("config.yaml", DOORS), ("overrides.yaml", ["train"]), ("text.json", ["evaluate"]),
+        ("tokenizer", ["export", "evaluate"]), ("backbone/config.json", ["export"]), ("adapter", ["export"]),
+    ],
+)  # fmt: skip
+def test_what_may_not_be_read(
+    name: str, doors: Any, foreign: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name == "adapter":
+        (foreign / name).mkdir()
+    (foreign / "text.json").touch()
+    access = os.access
+    # The superuser may read all.
+    monkeypatch.setattr(os, "access", lambda path, mode: access(path, mode) and Path(path) != place)
+    place = foreign / name
+    for door in doors:
+        assert refused(door) == f"error: run/{name}: cannot be read (Permission denied); ask whose it is for that\n"
+
+
 @pytest.mark.fault("a logger is called by a path", "refused in one line, nothing is written")
 def test_a_logger_stays_in_the_run_folder(foreign: Path, refused: Callable[..., str]) -> None:
     (foreign / "overrides.yaml").unlink()

@@ -25,6 +25,7 @@ from rmt_lightning.app.console import steady_screen, trouble
 from rmt_lightning.app.processes import forget_leftovers
 from rmt_lightning.app.schema import CONF, may_be_added, suggest
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.files import check_readable
 from rmt_lightning.core.quoting import for_shell, literal, one_line, quoted, setting
 
 # What Hydra tells in words alone; tests/test_hydra_errors.py holds them against the version that is installed.
@@ -99,6 +100,8 @@ def front_door(
             sys.argv[1:] = words([_as_meant(word) for word in sys.argv[1:]])
             for word in sys.argv[1:] if config_name != "train" else ():
                 _check_door(word, config_name)
+            # Hydra finds nothing in it, and says nothing.
+            check_readable(*map(Path, _own_choices()))
             # What is wrong there is told in a line of its own.
             warnings.filterwarnings("ignore", "provider=.* is not available")
             try:

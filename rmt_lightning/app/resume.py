@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rmt_lightning.app.schema import CONF, check_parts
 from rmt_lightning.app.trust import Trust, check_saved, check_words, given_trust
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.core.files import write_atomically
+from rmt_lightning.core.files import check_readable, write_atomically
 from rmt_lightning.core.names import public_name
 from rmt_lightning.core.quoting import for_shell, literal, literals, quoted, setting, shown, to_type
 from rmt_lightning.core.run_folder import CHECKPOINTS, CONFIG, LAST, TEXT, TYPED, in_the_way, locate
@@ -69,12 +69,11 @@ def saved_config(run: Path, trust: Trust) -> DictConfig:
         UserError: if it names what it may not (see trust.py).
     """
     place = Path(os.path.relpath(run)) / CONFIG
+    # What cannot be read is not written anew.
+    check_readable(run / CONFIG)
     try:
         config = OmegaConf.load(run / CONFIG)
         content = OmegaConf.to_container(config)
-    except PermissionError as error:
-        # What cannot be read is not written anew.
-        raise UserError(f"{place}: cannot be read ({error.strerror}); ask whose it is for that") from None
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError):
         content = None
     if (
@@ -179,6 +178,7 @@ def _others(begun: Mapping[str, str], names: Mapping[str, str]) -> list[str]:
 
 
 def _saved_names(run: Path) -> dict[str, str]:
+    check_readable(run / TEXT)
     try:
         names = json.loads((run / TEXT).read_text(encoding="utf-8"))
         return {name: str(names[name]) for name in _CHANGED if name in names}
@@ -274,6 +274,7 @@ def key_of(word: str) -> str:
 
 
 def _typed(run: Path, trust: Trust) -> list[str]:
+    check_readable(run / TYPED)
     try:
         words = yaml.safe_load((run / TYPED).read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -127,6 +127,13 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def check_readable(*paths: Path) -> None:
+    """Raise a UserError that names the first path that is there and may not be read, which others take for missing."""
+    for path in paths:
+        if path.exists() and not os.access(path, os.R_OK | os.X_OK if path.is_dir() else os.R_OK):
+            raise UserError(f"{shown(path)}: cannot be read (Permission denied); ask whose it is for that")
+
+
 def digest(path: Path) -> bytes:
     """The SHA-256 of a file's content."""
     with path.open("rb") as file:

@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.core.files import forget_unfinished, own_file
+from rmt_lightning.core.files import check_readable, forget_unfinished, own_file
 from rmt_lightning.core.quoting import shown
 
 CONFIG = "config.yaml"
@@ -62,6 +62,7 @@ def locate(path: str, key: str) -> tuple[Path, Path | None]:
     except OSError:
         raise UserError(f"{key}={path}: no run there; give a run folder or one of its {CHECKPOINTS}/*.ckpt") from None
     refuse_pipes(run)
+    check_readable(run / CHECKPOINTS)
     if given.is_file():
         return run, given
     return run, run / CHECKPOINTS / LAST if any((run / CHECKPOINTS).glob("*.ckpt")) else None

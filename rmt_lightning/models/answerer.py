@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.core.files import write_atomically
+from rmt_lightning.core.files import check_readable, write_atomically
 from rmt_lightning.core.tokens import CHARACTERS, encode, plain_ids, token_ids, whole_words
 from rmt_lightning.models import state as tree
 from rmt_lightning.models.pretrained import CONFIG, opened
@@ -86,6 +86,7 @@ class Memory:
             UserError: if there is no such file, or it holds something else.
         """
         _check_plain(path)
+        check_readable(Path(path))
         try:
             with safe_open(path, framework="pt") as file:
                 told, names = file.metadata() or {}, file.keys()

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.files import check_readable
 from rmt_lightning.core.hub import out_of_reach
 from rmt_lightning.core.names import public_name
 from rmt_lightning.core.run_folder import ADAPTER, BACKBONE, TOKENIZER, refuse_pipes
@@ -152,6 +153,7 @@ def opened(name_or_path: str | Path, **options: Any) -> Iterator[Path]:
     if not folder.is_dir():
         folder = _download(str(name_or_path), **options)
     refuse_pipes(folder)
+    check_readable(folder, folder / CONFIG, *folder.glob("*.safetensors"))
     try:
         yield folder
     except UserError:

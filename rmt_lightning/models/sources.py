@@ -25,6 +25,7 @@ from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as hf_logging
 
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.files import check_readable
 from rmt_lightning.core.hub import out_of_reach
 from rmt_lightning.core.run_folder import ADAPTER, BACKBONE, TOKENIZER
 from rmt_lightning.models import adapters
@@ -208,6 +209,8 @@ class Pretrained:
     def _load(self, auto_class: Any, **options: Any) -> Any:
         if os.sep in self.name and self.name.count("/") != 1 and not Path(self.name).is_dir():
             raise UserError(f"backbone.name={self.name}: no such folder; give a folder or a Hugging Face Hub id")
+        folder = Path(self.name)
+        check_readable(folder, *folder.glob("*.json"), *folder.glob("*.safetensors"))
         hf_logging.disable_progress_bar()
         if self._is_beyond:
             options["local_files_only"] = True
@@ -276,7 +279,9 @@ class Restored:
 
     @contextmanager
     def _whole(self, name: str) -> Iterator[None]:
-        """Tell which part is damaged, if that is found out while it is open."""
+        """Tell which part is damaged or may not be read, if that is found out while it is open."""
+        part = self.folder / name
+        check_readable(part, *part.glob("*"))
         try:
             yield
         except UserError:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.core.files import digest
+from rmt_lightning.core.files import check_readable, digest
 
 log = logging.getLogger(__name__)
 
@@ -164,6 +164,7 @@ class TextFiles:
             raise UserError(f"noise.field={field}: {file} has no such column; it has {', '.join(columns)}")
 
     def _rows(self, file: Path, fields: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        check_readable(file)
         try:
             yield from _READERS[_kind(file)](file, fields)
         except Exception as error:  # each library has classes of its own for each kind of damage
