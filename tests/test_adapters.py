@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -99,7 +100,11 @@ def test_adapters_are_opened_again_or_merged(
     merge_all(model)
     assert not list(adapters(backbone(model))) and not any("lora" in name for name in model.state_dict())
     torch.testing.assert_close(read(model), expected, rtol=1e-5, atol=1e-5)
+    # Where another model stands, nothing of it is left.
+    shutil.copytree(tmp_path / "apart", tmp_path / "merged")
+    (tmp_path / "merged/head.safetensors").touch()
     model.save_pretrained(tmp_path / "merged")
+    assert not (tmp_path / "merged/head.safetensors").exists()
     assert not (tmp_path / "merged/adapter").exists()
     torch.testing.assert_close(read(kind.from_pretrained(tmp_path / "merged")), read(model), rtol=0, atol=0)
 
@@ -235,6 +240,11 @@ def test_adapters_from_elsewhere(
     with pytest.raises(UserError, match=r"/adapter: names code \(megatron_core=antigravity\), which is not imported$"):
         RMTEncoder.from_pretrained(tmp_path)
     assert "antigravity" not in sys.modules
+    place.write_text(json.dumps(plain))
+    place = tmp_path / "backbone/config.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"attn_implementation": "kernels-community/any"}))
+    with pytest.raises(UserError, match=r"/backbone: names code \(attn_implementation=kernels-community/any\), which"):
+        RMTEncoder.from_pretrained(tmp_path)
 
 
 @pytest.mark.fault("backbone.name is a folder with adapters beside its weights", "refused in one line")

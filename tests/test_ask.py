@@ -210,6 +210,23 @@ def test_what_is_no_memory_of_this_model(change: dict[str, Any], answerer: Answe
             use()
 
 
+def test_what_is_no_memory_at_all(answerer: Answerer) -> None:
+    with pytest.raises(UserError, match=r"^memory: is a str; give what read or Memory.load returns$"):
+        answerer.ask("book.memory", "Who?")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\nb"])
+def test_names_that_no_folder_has(name: str) -> None:
+    with pytest.raises(UserError, match=r"^(x{300}|a\\nb): no such folder, and cannot be loaded from"):
+        Answerer.from_pretrained(name)
+
+
+def test_a_head_without_bias_is_opened_again(answerer: Answerer, tmp_path: Path) -> None:
+    plain = Answerer(answerer.model, nn.Linear(answerer.model.width, 2, bias=False), ["yes", "no"])
+    plain.save_pretrained(tmp_path)
+    assert torch.equal(Answerer.from_pretrained(tmp_path).head.weight, plain.head.weight)
+
+
 def test_no_device_is_taken_for_a_memory(answerer: Answerer, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")

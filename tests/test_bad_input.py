@@ -177,6 +177,10 @@ TABLE = [
     ("backbone=minilm", r"backbone.name=sentence-transformers/all-MiniLM-L6-v2: cannot be loaded"),
     ("backbone=minilm backbone.name=notes", r"backbone.name=notes: cannot be loaded"),
     ("backbone=minilm backbone.name=code", r"backbone.name=code: brings code of its own, which is not executed; give"),
+    (
+        "backbone=minilm backbone.name=kernel",
+        "backbone.name=kernel: names code (attn_implementation=some/kernel), which is not executed; take that out",
+    ),
     ("backbone=minilm backbone.name=bare", r"backbone.name=bare: its tokenizer knows 0 words, and the model 40; put"),
     ("backbone=minilm backbone.name=greek", r"backbone: its tokenizer (greek) knows 0% of the characters of the noise"),
     (
@@ -237,6 +241,9 @@ def backbones(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempP
     tokenizer.save_pretrained(folder / "code")
     auto = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}
     (folder / "code" / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": auto}))
+    tokenizer.save_pretrained(folder / "kernel")
+    named = {"model_type": "bert", "attn_implementation": "some/kernel"}
+    (folder / "kernel" / "config.json").write_text(json.dumps(named))
     (folder / "code" / "code.py").write_text("raise SystemExit('executed')")
     return folder
 
@@ -258,7 +265,7 @@ def here(
     (tmp_path / "short.txt").write_text("One sentence. Another one. A third one.")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "evaluation.csv").write_text("mine")
-    for name in ("bert", "bare", "greek", "code", "gpt"):
+    for name in ("bert", "bare", "greek", "code", "kernel", "gpt"):
         (tmp_path / name).symlink_to(backbones / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RMT_LIGHTNING_CACHE", environment["RMT_LIGHTNING_CACHE"])

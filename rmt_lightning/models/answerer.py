@@ -28,11 +28,10 @@ from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import check_readable, write_atomically
 from rmt_lightning.core.tokens import CHARACTERS, encode, plain_ids, token_ids, whole_words
 from rmt_lightning.models import state as tree
-from rmt_lightning.models.pretrained import CONFIG, opened
+from rmt_lightning.models.pretrained import CONFIG, HEAD, opened
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.segment_model import SegmentModel
 
-HEAD = "head.safetensors"
 # What says that a file holds a memory.
 _KIND = "rmt_lightning memory"
 # How many questions are asked at once.
@@ -259,6 +258,8 @@ class Answerer(nn.Module, ModelHubMixin, library_name="rmt_lightning"):
 
     def _state(self, memory: Memory) -> Any:
         """The state that a memory holds, on this device and in this precision."""
+        if not isinstance(memory, Memory):
+            raise UserError(f"memory: is a {type(memory).__name__}; give what read or Memory.load returns")
         if memory.model != self._fingerprint():
             raise UserError("memory: was read by another model; read the text again with this one")
         first = self.model.initial_state(1)
@@ -302,8 +303,8 @@ class Answerer(nn.Module, ModelHubMixin, library_name="rmt_lightning"):
                 )
             with safe_open(folder / HEAD, framework="pt") as file:
                 answers = json.loads(file.metadata()["answers"])
-                head = nn.Linear(model.width, len(answers))
-                head.load_state_dict({name: file.get_tensor(name) for name in ("weight", "bias")})
+                head = nn.Linear(model.width, len(answers), bias="bias" in file.keys())  # noqa: SIM118
+                head.load_state_dict({name: file.get_tensor(name) for name in head.state_dict()})
             return cls(model, head, answers).eval()
 
 

@@ -7,6 +7,7 @@ and, if there is a Hugging Face model inside, backbone/ (its config) and perhaps
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -21,9 +22,10 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.core.files import check_readable
+from rmt_lightning.core.files import check_readable, removed
 from rmt_lightning.core.hub import out_of_reach
 from rmt_lightning.core.names import public_name
+from rmt_lightning.core.quoting import one_line
 from rmt_lightning.core.run_folder import ADAPTER, BACKBONE, TOKENIZER, refuse_pipes
 from rmt_lightning.models import adapters
 from rmt_lightning.models.backbone import Transformer
@@ -32,6 +34,7 @@ from rmt_lightning.models.update import Update
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+HEAD = "head.safetensors"
 _CARD = """---
 {{ card_data }}
 ---
@@ -87,6 +90,9 @@ class SavedModel(ModelHubMixin, library_name="rmt_lightning", model_card_templat
         check_reopens(self)
         arguments = cast(dict[str, Any], self._hub_mixin_config or {})
         settings = {"model": public_name(f"{type(self).__module__}.{type(self).__qualname__}"), **arguments}
+        # What an earlier model has left there would be taken for a part of this one.
+        for name in (TOKENIZER, BACKBONE, ADAPTER, HEAD):
+            removed(save_directory / name)
         (save_directory / CONFIG).write_text(json.dumps(settings, indent=2))
         for name, part in self.parts.items():
             part.save_pretrained(save_directory / name)
@@ -150,7 +156,7 @@ def opened(name_or_path: str | Path, **options: Any) -> Iterator[Path]:
         UserError: if there is neither, or what is in it cannot be read.
     """
     folder = Path(name_or_path)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         folder = _download(str(name_or_path), **options)
     refuse_pipes(folder)
     check_readable(folder, folder / CONFIG, *folder.glob("*.safetensors"))
@@ -172,6 +178,6 @@ def _download(name: str, **options: Any) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.safetensors"], **options | local))
     except Exception as error:  # the Hub's client raises a different class for each way of being out of reach
         raise UserError(
-            f"{name}: no such folder, and cannot be loaded from the Hugging Face Hub ({type(error).__name__}); "
-            "give a folder, or the id of a model while the network is there"
+            f"{one_line(name)}: no such folder, and cannot be loaded from the Hugging Face Hub "
+            f"({type(error).__name__}); give a folder, or the id of a model while the network is there"
         ) from None

@@ -98,6 +98,13 @@ def _usable(loaded: Any) -> Any:
     return loaded
 
 
+def _refuse_kernels(config: PreTrainedConfig, place: str) -> None:
+    """Raise a UserError if a config names attention whose code would be fetched from the Hub, and executed."""
+    for part in (config, config.get_text_config()):
+        if "/" in (named := str(part._attn_implementation)):
+            raise UserError(f"{place}: names code (attn_implementation={named}), which is not executed; take that out")
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep transformers from warning, in tables and guesses: what matters of it is told once, by us."""
@@ -124,6 +131,7 @@ class Pretrained:
 
     def config(self) -> PreTrainedConfig:
         config: PreTrainedConfig = self._load(AutoConfig)
+        _refuse_kernels(config, f"backbone.name={self.name}")
         return config
 
     def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
@@ -254,6 +262,7 @@ class Restored:
 
     def config(self) -> PreTrainedConfig:
         config: PreTrainedConfig = self._load(AutoConfig, BACKBONE)
+        _refuse_kernels(config, f"{self.folder / BACKBONE}")
         return config
 
     def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
