@@ -26,7 +26,7 @@ GROUPS = (
 )  # fmt: skip
 DOORS = ("train", "evaluate", "ask", "attend", "export", "flops", "plot")
 # What the run itself gives to what it builds.
-BY_THE_RUN = {"keys", "metrics", "optimization", "phases", "test_samples", "test_segments", "texts", "trust"}
+BY_THE_RUN = {"metrics", "trust"}
 logging.getLogger("griffe").setLevel(logging.ERROR)
 
 

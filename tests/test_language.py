@@ -321,7 +321,7 @@ def test_two_processes_are_one_with_all_rows(train_here: Callable[..., str], tra
         ("data=documents", r"data: a DocumentDataModule does not go with task=detect, which needs a FactDataModule; "),
         (
             "task=language_modeling hold=state_passing",
-            r"hold=state_passing: asks about facts amid noise, which neither running text nor",
+            r"hold: a StatePassing does not go with task=language_modeling; leave out hold=…",
         ),
         ("task=language_modeling data.num_segments=0", r"data\.num_segments=0: must be greater than or equal to 1"),
         ("task=language_modeling curriculum.max_segments=3", r"curriculum\.max_segments: no such setting"),

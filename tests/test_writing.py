@@ -12,6 +12,7 @@ from test_decoder import CONFIGS, WINDOWED
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from rmt_lightning.core.errors import UserError
 from rmt_lightning.models import state as tree
 from rmt_lightning.models.armt import ARMT
 from rmt_lightning.models.decoder import Decoder, SegmentCache
@@ -162,11 +163,12 @@ def test_whole_segments_where_a_cache_would_not_do(
         assert model.open_segment() is None
     for kind in WINDOWED:
         assert make(kind, whole=True).open_segment() is None
-    # Its rotations are others as soon as a text reaches beyond twelve positions.
+    # Its rotations are others as soon as a text reaches beyond twelve positions, so no segment does.
     factors = {"long_factor": [4.0, 5.0], "short_factor": [1.0, 1.0], "original_max_position_embeddings": 12}
     rotation = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.8, **factors}
     monkeypatch.setattr(WIDE["llama"], "rope_parameters", rotation)
-    assert make("llama").open_segment() is None
+    with pytest.raises(UserError, match="the backbone sees at most 12 tokens"):
+        make("llama")
     assert make("llama", memory_size=1).open_segment() is not None
     backbone = make().decoder
     assert _Own(backbone, S + 6, 3).open_segment() is None

@@ -401,7 +401,7 @@ def _own_choices() -> list[str]:
     words = sys.argv[1:]
     return [
         option.partition("=")[2] or value
-        for option, value in zip(words, [*words[1:], ""], strict=True)
+        for option, value in zip(words, [*words, ""][1:], strict=True)
         if option.partition("=")[0] in ("--config-dir", "-cd")
     ]
 

@@ -23,6 +23,7 @@ from pydantic import ConfigDict, ValidationError, create_model
 
 import rmt_lightning
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.names import BY_THE_RUN
 from rmt_lightning.core.quoting import for_shell, literals, setting
 
 # It prints what it cannot import, which is told in a line here.
@@ -166,9 +167,12 @@ def _check_kind(target: Callable[..., Any], name: str, path: str) -> None:
 
 def _check_settings(target: Callable[..., Any], given: dict[str, Any], path: str) -> None:
     parameters = inspect.signature(target).parameters
+    hints = type_hints(target.__init__ if inspect.isclass(target) else target)
     # What has to be given and is not in the config, the run gives itself.
     allowed = [
-        name for name, parameter in parameters.items() if name in given or parameter.default is not parameter.empty
+        name
+        for name, parameter in parameters.items()
+        if name in given or (parameter.default is not parameter.empty and _can_be_typed(hints.get(name, Any)))
     ]
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     # A logger hands what it does not know on to what it is made of, when the run has begun.
@@ -176,7 +180,6 @@ def _check_settings(target: Callable[..., Any], given: dict[str, Any], path: str
     for name in given:
         if name not in parameters and not takes_any:
             raise UserError(f"{path}{name}: no such setting; {suggest(name, allowed)}")
-    hints = type_hints(target.__init__ if inspect.isclass(target) else target)
     # A part of a part has a signature of its own.
     plain = [name for name, value in given.items() if not (path and isinstance(value, dict) and "_target_" in value)]
     for name in plain:
@@ -234,7 +237,7 @@ def _can_be_typed(hint: Any) -> bool:
     """Whether a yaml can hold a value of such a type: a number, a text, or lists and mappings of them."""
     kind, parts = get_origin(hint), get_args(hint)
     if kind is Annotated:
-        return _can_be_typed(parts[0])
+        return BY_THE_RUN not in parts[1:] and _can_be_typed(parts[0])
     if kind is Union or kind is UnionType:
         return any(_can_be_typed(part) for part in parts if part is not NoneType)
     if kind is Literal or not inspect.isclass(kind or hint):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import rmt_lightning
 
+# Marks, in an `Annotated`, what a run sets itself, so that no yaml holds it and nobody types it.
+BY_THE_RUN = "set by the run itself"
+
 # What saved runs call by an earlier name.
 _RENAMED = {"CarriedStates": "StatePassing"}
 _REPLACED = {"lightning.Trainer": "rmt_lightning.RunTrainer"}

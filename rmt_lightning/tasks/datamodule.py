@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.names import BY_THE_RUN
 from rmt_lightning.tasks.facts import Split
 from rmt_lightning.tasks.placement import Key, Placement
 
@@ -319,8 +320,8 @@ class FactDataModule(SampleDataModule):
         num_workers: Annotated[int, Ge(0)] = 0,
         steps_per_epoch: Annotated[int, Ge(1)] = 25,
         validation_samples: Annotated[int, Ge(1), Le(10**6)] = 512,
-        test_segments: Sequence[int] = (),
-        test_samples: int | None = 256,
+        test_segments: Annotated[Sequence[int], BY_THE_RUN] = (),
+        test_samples: Annotated[int | None, BY_THE_RUN] = 256,
     ) -> None:
         super().__init__(keys, segment_length or placement.text_length, batch_size, num_workers, steps_per_epoch)
         self.placement: Placement = placement
