@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from rmt_lightning.core.errors import UserError
@@ -91,6 +92,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Iterator[tup
         yield ids[first:], [(max(0, start - 1), end - 1) for start, end in offsets[first:]]
 
 
+@lru_cache(maxsize=8)
 def _breaks_are_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a line break before a word makes another token of it, as a space does. XLM-RoBERTa's is such a one."""
     spaced, broken, inside, apart = tokenizer([" x", "\nx", ",x", ", x"], add_special_tokens=False)["input_ids"]
