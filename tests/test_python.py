@@ -68,6 +68,10 @@ def curriculum(**settings: Any) -> SegmentCurriculum:
 ONE = curriculum(max_segments=1)
 
 
+def pairs(rows: list[Any]) -> tuple[Any, ...]:
+    return tuple(zip(*rows, strict=True))
+
+
 @pytest.fixture
 def classifier(make_model: Callable[..., RMTEncoder]) -> FactClassifier:
     model = make_model(segment_length=34)
@@ -238,6 +242,7 @@ def test_texts_of_training_are_gone_through(tokenizer: PreTrainedTokenizerBase) 
         ([], DataLoader(TEXTS, batch_size=2), {"max_epochs": -1}, r"max_epochs: says no end of training, over which"),
         ([], DataLoader(["a"], batch_size=1), {}, r"batch: is \['a'\]; give texts and labels, such as a loader of"),
         ([], DataLoader([(1, "Mary")], batch_size=1), {}, r"batch: holds tensor\(\[1\]\); give a list of texts"),
+        ([], DataLoader([("a", ["Mary"])], collate_fn=pairs), {}, r"batch, row 0: has the label \['Mary'\]; give"),
         ([], DataLoader([("a", "Bill")], batch_size=1), {}, r"batch, row 0: has the label 'Bill'; give one of Mary"),
     ],
 )  # fmt: skip
@@ -250,7 +255,11 @@ def test_what_does_not_go_together(
     make_trainer: Callable[..., L.Trainer],
 ) -> None:
     module = FactClassifier(make_model(segment_length=34), PEOPLE)
-    data = texts if isinstance(texts, DataLoader) else TextDataModule(texts, TEXTS, batch_size=4)
+    data = (
+        texts
+        if isinstance(texts, DataLoader) or (texts and isinstance(texts[0], list))
+        else TextDataModule(texts, TEXTS, batch_size=4)
+    )
     with pytest.raises(UserError, match=message):
         make_trainer(*callbacks, **{"max_epochs": 1} | settings).fit(module, data)
 

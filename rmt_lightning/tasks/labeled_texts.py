@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -94,8 +95,7 @@ class LabeledTexts:
         if split != "train":
             return pool[key.number]
         times, place = divmod(key.number, len(pool))
-        rng = np.random.Generator(np.random.Philox(key=[self.seed, 2**35], counter=[0, 0, key.num_segments, times]))
-        return pool[int(rng.permutation(len(pool))[place])]
+        return pool[int(_order(self.seed, key.num_segments, times, len(pool))[place])]
 
     def asked(self, split: Split, samples: int | None, key: Key) -> int:
         there = len(self.by_length[split][self.length(split, key.num_segments)])
@@ -107,6 +107,13 @@ class LabeledTexts:
     def fits(self, split: Split, like: Key) -> float:
         counts = {length: len(numbers) for length, numbers in self.by_length[split].items()}
         return sum(count for length, count in counts.items() if length <= like.num_segments) / sum(counts.values())
+
+
+@lru_cache(maxsize=16)
+def _order(seed: int, num_segments: int, times: int, size: int) -> np.ndarray:
+    """In which order so many texts are gone through, having been gone through so many times."""
+    rng = np.random.Generator(np.random.Philox(key=[seed, 2**35], counter=[0, 0, num_segments, times]))
+    return rng.permutation(size)
 
 
 class TextDataModule(SampleDataModule):
@@ -149,10 +156,9 @@ class TextDataModule(SampleDataModule):
         self.seed = seed
 
     def setup(self, stage: str) -> None:
-        module: Any = self.trainer.lightning_module if self.trainer else None
-        self.segment_length = module.model.text_length
-        texts: Any = self.texts
-        self.placement = LabeledTexts(texts, module.model.tokenizer, self.segment_length, self.seed)
+        model = cast(Any, self.trainer).lightning_module.model
+        self.segment_length = model.text_length
+        self.placement = LabeledTexts(cast(Any, self.texts), model.tokenizer, self.segment_length, self.seed)
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self._loader("train", TrainingKeys(self))

@@ -171,13 +171,14 @@ class FactModule(SegmentModule, ABC):
 
     def _class(self, label: Any, where: str) -> int:
         """The place of a label among the answers."""
-        known = dict(enumerate(self.answers)) | {answer: answer for answer in self.answers}
-        if isinstance(label, bool) or label not in known:
-            raise UserError(
-                f"{where}: has the label {label!r:.40}; give one of {', '.join(self.answers[:8])}"
-                f"{' …' if len(self.answers) > 8 else ''}, or its place from 0 to {len(self.answers) - 1}"
-            )
-        return self.answers.index(str(known[label]))
+        if isinstance(label, str) and label in self.answers:
+            return self.answers.index(label)
+        if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(self.answers):
+            return label
+        raise UserError(
+            f"{where}: has the label {label!r:.40}; give one of {', '.join(self.answers[:8])}"
+            f"{' …' if len(self.answers) > 8 else ''}, or its place from 0 to {len(self.answers) - 1}"
+        )
 
     def _texts(self, texts: Sequence[str]) -> list[Segment]:
         """Texts, cut into segments."""
@@ -202,20 +203,21 @@ class FactModule(SegmentModule, ABC):
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """The loss, and the `Outcome` for the phase."""
-        if not isinstance(batch, FactBatch):
-            return self._step_on_texts(batch)
-        start = self.phases.start(batch, self.model, self.global_rank)
-        batch = start.batch
-        state = self.model.initial_state(len(batch.answers)) if start.state is None else start.state
+        state = None
+        if self.led_by is not None:
+            batch, state = self.led_by.start(batch, self.model, self.global_rank)
+        asked = self._asked(batch)
+        if state is None:
+            state = self.model.initial_state(len(asked.answer))
         states = [state]
-        for reading in self.model.read(batch.input_ids, state=state):
+        for reading in self.model.read(asked.inputs, state=state):
             states.append(reading.state)
-        verdict = self.judge(reading, batch.answer)
-        loss, others = verdict.loss, batch.questions.shape[1] - 1
-        if self.all_questions and others:
+        verdict = self.judge(reading, asked.answer)
+        loss = verdict.loss
+        if self.all_questions and isinstance(batch, FactBatch) and (others := batch.questions.shape[1] - 1):
             loss = (loss + others * self._loss_of_others(batch, reading, states[-2])) / (1 + others)
         self.checked(loss)
-        self.log("train/loss", loss.detach())
+        self.log("train/loss", loss.detach(), batch_size=len(asked.answer))
         return {"loss": loss, "outcome": Outcome(verdict.right, states[:-1])}
 
     def _loss_of_others(self, batch: FactBatch, end: Reading[Any], state: Any) -> Tensor:
@@ -230,19 +232,6 @@ class FactModule(SegmentModule, ABC):
         asked = torch.where(questions >= 0, questions, last).flatten(0, 1)
         before = tree.repeat(state, questions.shape[1])
         return self.judge(next(self.model.read(asked[:, None], state=before)), answers.flatten(0, 1)).loss
-
-    def _step_on_texts(self, batch: Any) -> dict[str, Any]:
-        """The same for texts and labels."""
-        asked = self._asked(batch)
-        state = self.model.initial_state(len(asked.answer))
-        if self.led_by is not None:
-            self.led_by.start(batch, self.model, self.global_rank)
-        states = [state]
-        for reading in self.model.read(asked.inputs, state=state):
-            states.append(reading.state)
-        verdict = self.judge(reading, asked.answer)
-        self.log("train/loss", self.checked(verdict.loss).detach(), batch_size=len(asked.answer))
-        return {"loss": verdict.loss, "outcome": Outcome(verdict.right, states[:-1])}
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if isinstance(batch, FactBatch):
