@@ -14,7 +14,6 @@ from typing import Any
 import hydra
 import peft  # noqa: F401
 from hydra._internal.hydra import Hydra
-from hydra.types import RunMode
 
 import rmt_lightning.app.training  # noqa: F401
 from rmt_lightning.app.schema import CONF
@@ -26,7 +25,7 @@ def get_mode(self: Hydra, config_name: str | None, overrides: Sequence[str]) -> 
     """Save half of the time that Hydra takes: it composes a config first to see whether it is that of a sweep."""
     own = any("sweep" in word or "hydra.mode" in word for word in overrides)
     own |= any(word.startswith(("-cd", "--config-dir")) for word in sys.argv)
-    return _get_mode(self, config_name, list(overrides)) if own else RunMode.RUN
+    return _get_mode(self, config_name, list(overrides)) if own else None
 
 
 def command(program: str, words: list[str], folder: str, environment: dict[str, str], output: list[str]) -> None:
