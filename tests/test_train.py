@@ -62,10 +62,11 @@ def test_a_run_learns_and_leaves_everything_behind(train: Run, environment: dict
     told = [result.stdout.encode(), *(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())]
     assert not any(key.encode() in text for key in keys.values() for text in told)
 
-    # Both tables are shown, and where everything is.
+    # Both tables are shown, and where everything is; the log holds them too.
+    log = (folder / "train.log").read_text()
     for word in ("Curriculum", "Test on unseen text, 128 samples each", "converged", str(folder.relative_to(tmp_path))):
-        assert word in result.stdout
-    assert "stage 2 converged" in (folder / "train.log").read_text()
+        assert word in result.stdout and word in log
+    assert "stage 2 converged" in log and f"{folder.relative_to(tmp_path)} holds " in log
     config = OmegaConf.load(folder / "config.yaml")
     assert config.optim.steps == config.curriculum.steps == 1500
     assert {"tokenizer.json", "tokenizer_config.json"} <= {p.name for p in (folder / "tokenizer").iterdir()}
@@ -302,13 +303,15 @@ def test_two_processes_resume(train: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
-def test_tensorboard(train: Run, tmp_path: Path) -> None:
-    result = train("logger=tensorboard", "hydra.run.dir=run")
+@pytest.mark.parametrize("choice", ["logger=tensorboard", "logger=wandb_and_tensorboard logger.wandb.mode=offline"])
+def test_tensorboard_alone_and_beside_another(choice: str, train: Run, tmp_path: Path) -> None:
+    result = train(*choice.split(), "hydra.run.dir=run")
     assert result.returncode == 0, result.stdout + result.stderr
     (file,) = (tmp_path / "run" / "tensorboard").rglob("events*")
     events = EventAccumulator(str(file))
     events.Reload()
     assert {"train/loss", "val/accuracy"} <= set(events.Tags()["scalars"])
+    assert len(list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))) == ("wandb" in choice)
 
 
 @pytest.mark.soak

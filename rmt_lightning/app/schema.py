@@ -50,8 +50,8 @@ _ABILITIES = {
     "callbacks": ("on_train_batch_end",),
 }
 
-# Groups of which there may be several at once, each under a name of its own.
-_NAMED = ("metrics", "callbacks")
+# Groups of which there may be several at once, each under a name of its own. One logger needs none.
+_NAMED = ("metrics", "callbacks", "logger")
 
 # In a wheel conf/ is inside the package, in a checkout beside it.
 _PACKAGE = Path(__file__).parents[1]
@@ -91,9 +91,9 @@ def check(config: DictConfig, root: type) -> None:
     parts = [str(name) for name in config if isinstance(config[name], DictConfig)]
     for name in sorted(parts, key=lambda part: not is_typed(part)):
         alone = [str(key) for key, value in config[name].items() if not isinstance(value, DictConfig)]
-        if "_target_" not in config[name] and name in _ABILITIES and name not in (*_NAMED, "logger"):
+        if "_target_" not in config[name] and name in _ABILITIES and name not in _NAMED:
             raise UserError(f"{name}: names no class; choose one with {name}=…, or give its yaml a _target_")
-        if "_target_" in config[name] and name in _NAMED:
+        if "_target_" in config[name] and name in _NAMED and name != "logger":
             raise UserError(f"{name}._target_: there may be several; give it a name, as in {name}.mine._target_=…")
         if name in ("experiment", "sweep"):
             # What a preset sets stands where it belongs, unless it lacks that line.
@@ -155,7 +155,7 @@ def _named(name: Any, path: str) -> Callable[..., Any]:
 
 def _check_kind(target: Callable[..., Any], name: str, path: str) -> None:
     """Raise UserError if a class is of another kind than its group."""
-    # Each metric and each callback has a name of its own.
+    # Each metric and each callback has a name of its own, and so may loggers.
     group, _, rest = path[:-1].partition(".")
     group = group if group in _NAMED and "." not in rest else path[:-1]
     missing = [ability for ability in _ABILITIES.get(group, ()) if not hasattr(target, ability)]
@@ -176,7 +176,8 @@ def _check_settings(target: Callable[..., Any], given: dict[str, Any], path: str
     ]
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     # A logger hands what it does not know on to what it is made of, when the run has begun.
-    takes_any = takes_any and path != "logger."
+    is_logger = path.startswith("logger.")
+    takes_any = takes_any and not is_logger
     for name in given:
         if name not in parameters and not takes_any:
             raise UserError(f"{path}{name}: no such setting; {suggest(name, allowed)}")
@@ -186,7 +187,7 @@ def _check_settings(target: Callable[..., Any], given: dict[str, Any], path: str
         if given[name] is not None and not _can_be_typed(hints.get(name, Any)):
             raise UserError(f"{path}{name}: is set by the run itself; leave it out")
         # Loggers read it as nothing given.
-        if given[name] == "" and path != "logger.":
+        if given[name] == "" and not is_logger:
             raise UserError(f"{path}{name}=: is empty; give a value, or leave it out")
     fields: Any = {name: (hints.get(name, Any), ...) for name in plain}
     # No setting means anything when it is infinite or no number.

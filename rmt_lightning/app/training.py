@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,10 @@ import lightning as L
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.loggers.logger import Logger
 from omegaconf import DictConfig, OmegaConf
-from rich import get_console
 from torch.distributed import DistNetworkError
 
 from rmt_lightning.app.build import construct, save_architecture, text_names
-from rmt_lightning.app.console import take_over_lightning
+from rmt_lightning.app.console import show, take_over_lightning
 from rmt_lightning.app.recipes import Recipe, build_phases, build_recipe, check_memory, phase_groups
 from rmt_lightning.app.results import phase_table, tell_folder
 from rmt_lightning.app.resume import (
@@ -100,23 +99,14 @@ def _train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pa
     text = text_names(recipe.corpora, recipe.task)
     if source and saved:
         text = begun_with(source, text)
-    logger: Logger | None = construct(config.logger, save_dir=folder) if "_target_" in config.logger else None
-    if logger and logger.log_dir:
-        if not Path(logger.log_dir).resolve().is_relative_to(folder.resolve()):
-            raise UserError(
-                f"logger: would write to {logger.log_dir}, outside of the run folder; give another logger.name"
-            )
-        cut_ways_out(folder, Path(logger.log_dir))
+    loggers = _loggers(config.logger, folder)
     checkpoints = RunCheckpoints(folder, phases)
     callbacks = [phases, checkpoints, PhaseProgress(phases), Hardware(folder)]
-    if isinstance(logger, WandbRun):
-        callbacks.append(PhaseRecords(logger, phases))
+    callbacks += [PhaseRecords(logger, phases) for logger in loggers if isinstance(logger, WandbRun)]
     # Before the checkpoints, which hold what callbacks have come to.
     callbacks[1:1] = instantiate(config.get("callbacks") or OmegaConf.create({}), _convert_="all").values()
     table = MetricsTable(folder, done=saved["global_step"] if saved else 0)
-    trainer: RunTrainer = construct(
-        config.trainer, folder=folder, callbacks=callbacks, logger=[table, logger] if logger else [table]
-    )
+    trainer: RunTrainer = construct(config.trainer, folder=folder, callbacks=callbacks, logger=[table, *loggers])
     if (processes := trainer.num_devices * trainer.num_nodes) > recipe.data.validated:
         # One that has nothing to validate would not come to where the others wait for it.
         raise UserError(
@@ -139,8 +129,8 @@ def _train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pa
     log.info("training in %s: %s", shown(folder), _header(recipe, trainer))
     recipe.tell()
     tell_idle(config, recipe, overrides(hydra))
-    if logger:
-        settings = public(OmegaConf.to_container(config, resolve=True))
+    settings = public(OmegaConf.to_container(config, resolve=True))
+    for logger in loggers:
         logger.log_hyperparams(settings | {"hardware": describe(trainer)})
     if saved and phases.finished:
         log.info("%s has finished training; testing it again", shown(folder))
@@ -151,9 +141,20 @@ def _train(config: DictConfig, folder: Path, source: Path | None, checkpoint: Pa
         return 0
     step = saved["global_step"] if saved and phases.finished and not trainer.global_step else trainer.global_step
     write_phases(folder, phases, step, out_of_time=bool(trainer.budget and trainer.budget.over))
-    _tell(recipe, folder, trainer, logger)
+    _tell(recipe, folder, trainer, loggers)
     wait_for_others(trainer)
     return _end(recipe, trainer, to_type("resume", os.path.relpath(folder)))
+
+
+def _loggers(config: DictConfig, folder: Path) -> list[Logger]:
+    """Where metrics go beside metrics.csv: one logger, or several, each under a name of its own."""
+    parts = [config] if "_target_" in config else list(config.values())
+    loggers: list[Logger] = [construct(part, save_dir=folder) for part in parts]
+    for place in (Path(logger.log_dir) for logger in loggers if logger.log_dir):
+        if not place.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"logger: would write to {place}, outside of the run folder; give another logger.name")
+        cut_ways_out(folder, place)
+    return loggers
 
 
 def _header(recipe: Recipe, trainer: RunTrainer) -> str:
@@ -162,7 +163,7 @@ def _header(recipe: Recipe, trainer: RunTrainer) -> str:
     trained = sum(part.numel() for part in recipe.module.parameters() if part.requires_grad)
     share = "" if trained == sum(weights) else f", {trained:,} of them trained"
     hardware = describe(trainer)
-    where = hardware["gpus"][0] if hardware["gpus"] else f"CPU with {hardware['threads']} threads"
+    where = hardware["gpus"][0] if hardware["gpus"] else f"CPU with {(n := hardware['threads'])} thread{'s' * (n > 1)}"
     processes = f"{trainer.world_size} processes, each on a " if trainer.world_size > 1 else "a "
     return (
         f"{type(recipe.model).__name__} of {sum(weights):,} weights{share}, on {processes}{where} in "
@@ -254,17 +255,17 @@ def _fit(trainer: L.Trainer, recipe: Recipe, checkpoint: Path | None, folder: Pa
     return 0
 
 
-def _tell(recipe: Recipe, folder: Path, trainer: L.Trainer, logger: Logger | None) -> None:
+def _tell(recipe: Recipe, folder: Path, trainer: L.Trainer, loggers: Sequence[Logger]) -> None:
     """Show what the phases have found, test what has been trained, and say where everything is."""
-    console = get_console()
     for phase in recipe.phases:
         if table := phase_table(phase):
-            console.print(table)
-    if isinstance(logger, WandbRun):
+            show(table)
+    watched = [logger for logger in loggers if isinstance(logger, WandbRun)]
+    if watched:
         recipe.draw(folder, trainer)
     recipe.test(folder, trainer)
     tell_folder(folder)
-    if isinstance(logger, WandbRun):
+    for logger in watched:
         logger.log_results()
 
 
