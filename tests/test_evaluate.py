@@ -6,6 +6,7 @@ import csv
 import importlib
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -21,7 +22,7 @@ from conftest import Run
 from hydra.core.global_hydra import GlobalHydra
 
 from rmt_lightning import evaluate as front_door
-from rmt_lightning.app import evaluation
+from rmt_lightning.app import evaluation, findings
 from rmt_lightning.app.hydra_errors import told_in_one_line
 from rmt_lightning.core.statistics import Proportion
 
@@ -53,7 +54,13 @@ def only(folder: Path) -> Path:
 
 def test_results(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     evaluate(monkeypatch, "segments=[1,4,40]")
-    assert "Test on unseen text, 12 samples each" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "Test on unseen text, 12 samples each" in told
+    # Where it writes before it begins, and each length as it comes.
+    begun, *lengths = [line for line in told.splitlines() if re.match(r"testing |\d+ segments?: ", line)]
+    assert begun.endswith(f"results go to {os.path.relpath(only(here))}")
+    assert [line.split(":")[0] for line in lengths] == ["1 segment", "4 segments", "40 segments"]
+    assert all(re.search(r": \d+ of 12 right \(0\.\d{3} – [01]\.\d{3}\) in [\d.]+ s$", line) for line in lengths)
     found = rows(only(here) / "evaluation.csv")
     assert [row["segments"] for row in found] == ["1", "4", "40"]
     distances = rows(only(here) / "distances.csv")
@@ -123,7 +130,7 @@ def test_evaluations_side_by_side(here: Path, monkeypatch: pytest.MonkeyPatch) -
         found.append(row["segments"])
         # Another one comes to 3 first, and to 5.
         for other in (3, 5):
-            another, length = evaluation._Found(only(here), {}), f"{other} segments"
+            another, length = findings.Findings(only(here), {}), f"{other} segments"
             another.predict(length, [prediction | {"length": length} for prediction in predictions])
             another.add("lengths", str(other), row | {"segments": other})
         return row, predictions
@@ -141,7 +148,7 @@ def test_evaluations_side_by_side(here: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.fault("an evaluation is killed before it writes its tables", "the same command writes them")
 def test_tables_follow_what_was_found(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as killed, pytest.raises(SystemExit):
-        killed.setattr(evaluation, "write_csv", Mock(side_effect=KeyboardInterrupt))
+        killed.setattr(findings, "write_csv", Mock(side_effect=KeyboardInterrupt))
         evaluate(monkeypatch, "segments=[2]")
     assert {path.name for path in only(here).iterdir() if path.suffix} == {"evaluation.json", "predictions.jsonl"}
     monkeypatch.setattr(evaluation, "_test", None)

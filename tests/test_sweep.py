@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -70,6 +71,8 @@ def test_one_job_fails_and_the_other_is_not_run_twice(train: Run, tmp_path: Path
     tested = rows(sweep / "memory_size_2" / "evaluation.csv")
     assert [good["accuracy_1"], good["accuracy_4"]] == [row["accuracy"] for row in tested]
     assert bad["reason"] in first.stdout and "memory_size_2: stopped at max_steps, " in first.stdout
+    begun, ended = re.findall(r"^memory_size_\d+: .*(job .*|after .*)$", first.stdout, re.MULTILINE)[:2]
+    assert begun == "job 1 of 2 started" and re.fullmatch(r"after [\d.]+ s, about [\d.]+ s left", ended)
     assert (sweep / "sweep.png").exists() and [row["with_result"] for row in rows(sweep / "summary.csv")] == ["1", "0"]
     # One run a job: nothing has begun a sweep or a run of its own beside it.
     assert {path.parent for path in tmp_path.rglob("train.log")} == {sweep / "memory_size_2"}

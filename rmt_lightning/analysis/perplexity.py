@@ -32,6 +32,7 @@ def evaluate_documents(
     split: Split,
     documents: int | None,
     device: torch.device,
+    on_batch: Callable[[], object] = lambda: None,
 ) -> dict[int, TextScore]:
     """The score of each document, by its number. Each is read from its start to its end.
 
@@ -41,6 +42,7 @@ def evaluate_documents(
         split: which of them.
         documents: how many at most.
         device: where batches are wanted.
+        on_batch: called after each batch of documents.
     """
     scores = {}
     for batch in data.documents(split, documents):
@@ -48,6 +50,7 @@ def evaluate_documents(
         found = nats({name: value.to(device) for name, value in batch.items()})
         for row in zip(batch["number"].tolist(), found.tolist(), tokens.tolist(), batch["bytes"].tolist(), strict=True):
             scores[row[0]] = TextScore(*row[1:])
+        on_batch()
     return dict(sorted(scores.items()))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,23 +11,25 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from rich import get_console
 from rich.markup import escape
-from rich.progress import track
 from rich.table import Table
 
 from rmt_lightning.analysis.attention import AttentionMap, curve_from_rows, maps_to_rows, rewriting_curve
 from rmt_lightning.app.build import find_device, load, text_names
-from rmt_lightning.app.console import start_logging, take_over_lightning
+from rmt_lightning.app.console import show, start_logging, take_over_lightning
 from rmt_lightning.app.results import tell_folder, watch_clearest
 from rmt_lightning.app.resume import other_text, provenance
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import read_csv, write_atomically, write_csv
+from rmt_lightning.core.progress import bar
+from rmt_lightning.core.quoting import shown
 from rmt_lightning.core.run_folder import alone_in, findings
 from rmt_lightning.models.memory import MemoryTokens
 from rmt_lightning.reporting import figures, style
 from rmt_lightning.tasks.placement import Placement, Sample
 from rmt_lightning.training.callbacks.hardware import make_fast
+
+log = logging.getLogger(__name__)
 
 
 def attend(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: Path) -> None:
@@ -47,6 +50,7 @@ def attend(config: DictConfig, run_config: DictConfig, run: Path, checkpoint: Pa
     text = other_text(run, text_names(placement.corpora, None if "task" in config else placement.task), config)
     settings = provenance(run_config, checkpoint, sha256) | text | asked | {"device": hardware}
     folder = findings(config.output or run, "attention", f"{checkpoint.stem}-{placement.task.name}", settings)
+    log.info("watching %s of %s; results go to %s", shown(checkpoint.name), shown(run), shown(folder))
     # Whether there are such a layer and head comes out before anything is written.
     watched = watch_clearest(placement, module, model, config.segments, device, config.layer, config.head)
     with alone_in(folder):
@@ -65,7 +69,7 @@ def _draw_maps(watched: tuple[Sample, str, list[AttentionMap]], config: DictConf
         facts = " ".join(fact for fact, home in zip(sample.example.facts, sample.homes, strict=True) if home == segment)
         reader, sources = one.operation
         table.add_row(str(segment + 1), escape(facts), one.event, f"{reader} → {', '.join(sources)} {one.share:.0%}")
-    get_console().print(table)
+    show(table)
     stem = "attention" + "".join(f"-{name}-{config[name]}" for name in ("layer", "head") if config[name] != "mean")
     write_csv(folder / f"{stem}.csv", maps_to_rows(maps))
     style.save(figures.attention(maps, f"{title}   layer={config.layer}, head={config.head}"), folder / stem)
@@ -75,13 +79,15 @@ def _draw_curve(
     placement: Placement, model: MemoryTokens[Any], config: DictConfig, device: torch.device, folder: Path
 ) -> None:
     """Read long texts side by side, unless an earlier call has; show how much of the memory noise and facts rewrite."""
-    console, path, length = get_console(), folder / "rewrite.csv", config.stream_segments
+    path, length = folder / "rewrite.csv", config.stream_segments
     if not path.exists():
         read = rewriting_curve(model, placement, length, config.streams, device)
-        shown = track(
-            read, f"{length} segments", length, transient=True, console=console, disable=not console.is_terminal
-        )
-        write_csv(path, [asdict(point) for points in shown for point in points])
+        rows: list[dict[str, Any]] = []
+        with bar(f"reading {length} segments", length, config.streams) as advance:
+            for points in read:
+                rows += map(asdict, points)
+                advance()
+        write_csv(path, rows)
     curve = curve_from_rows(read_csv(path))
     title = f"How much of the memory a segment rewrites ({config.streams} texts)"
     table = Table("holding", "‖m′ − m‖ / ‖m′‖", "cosine of m and m′", title=title, title_justify="left")
@@ -89,5 +95,5 @@ def _draw_curve(
         if points := [point for point in curve if point.part == part]:
             means = np.average([(p.rewritten, p.cosine) for p in points], axis=0, weights=[p.texts for p in points])
             table.add_row(part, *(f"{mean:.3f}" for mean in means))
-    console.print(table)
+    show(table)
     style.save(figures.rewriting(curve, title), folder / "rewrite")

@@ -16,11 +16,16 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from rich import get_console
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import own_file
 from rmt_lightning.core.quoting import one_line
 
+# Letters of a line in log files.
+_WIDTH = 120
 # What Lightning says at every start, and what does not apply to short epochs of samples that are pure functions.
 _NOT_FOR_US = (
     "does not have many workers",
@@ -177,6 +182,17 @@ class LogFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass
+
+
+def show(what: Table | Text) -> None:
+    """Print a table or a line of text, and put it into the log file of a run if there is one."""
+    get_console().print(what, soft_wrap=isinstance(what, Text))
+    page = io.StringIO()
+    Console(file=page, width=_WIDTH).print(what, soft_wrap=isinstance(what, Text))
+    told = "\n" * isinstance(what, Table) + page.getvalue().rstrip()
+    for handler in logging.getLogger("rmt_lightning").handlers:
+        if isinstance(handler, LogFile):
+            handler.handle(logging.LogRecord(__name__, logging.INFO, __file__, 0, told, None, None))
 
 
 def start_logging(file: Path | None, first_process: bool) -> None:

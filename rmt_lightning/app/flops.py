@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from rich import get_console
 from rich.table import Table
 
 from rmt_lightning.analysis.flops import OPT, compare, read_shape
+from rmt_lightning.app.console import show
 from rmt_lightning.app.results import tell_folder
 from rmt_lightning.app.schema import instantiate
 from rmt_lightning.core.errors import UserError
@@ -27,8 +27,7 @@ def flops(config: DictConfig) -> None:
     shapes = [read_shape(instantiate(config.backbone).config())] if "backbone" in config else OPT
     rows = compare(shapes, config.tokens, config.segment_length, config.text_length)
     _write(Path(config.folder), rows)
-    console = get_console()
-    console.print(_table(rows, config.segment_length))
+    show(_table(rows, config.segment_length))
     tell_folder(Path(config.folder), "flops.csv, flops.pdf, flops.png")
 
 

@@ -15,7 +15,7 @@ from rich import get_console
 from rich.markup import escape
 from rich.table import Table
 
-from rmt_lightning.app.console import start_logging
+from rmt_lightning.app.console import show, start_logging
 from rmt_lightning.app.schema import check_parts, instantiate
 from rmt_lightning.app.trust import check_saved
 from rmt_lightning.core.errors import UserError
@@ -66,7 +66,7 @@ def _of_sweep(places: Sequence[str]) -> Figure:
     sweep = read_sweep(folders[0])
     if not sweep.drawable:
         raise UserError(f"runs={','.join(places)}: no job of the sweep has a result yet; let it go on")
-    get_console().print(sweep.table())
+    show(sweep.table())
     tasks = [job.run.config.get("task") for job in sweep.jobs if job.run and job.scores]
     return figures.sweep(sweep, _chances(tasks) if sweep.of_accuracy else ())
 
@@ -156,4 +156,4 @@ def _tell(groups: Sequence[Group], drawn: Sequence[Curve], places_of: PlacesOf) 
         x, y, *ends = curve.places[-1]
         between = "–" if isnan(ends[0]) else " – ".join(f"{end:.3g}" for end in ends)
         table.add_row(escape(curve.label or "–"), escape(runs), seeds, f"{x:,.0f}", f"{y:.3g}", between)
-    get_console().print(table)
+    show(table)

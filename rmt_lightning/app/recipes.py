@@ -15,17 +15,17 @@ import lightning as L
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig
-from rich import get_console
-from rich.progress import track
 from rich.table import Table
 
 from rmt_lightning.analysis.extrapolation import LengthResult, LengthTest, in_words, noted, replies, score_length
 from rmt_lightning.analysis.perplexity import DocumentTest, evaluate_documents, total
 from rmt_lightning.app.build import build_answering, build_foundation, construct, testable
+from rmt_lightning.app.console import show
 from rmt_lightning.app.results import draw_attention, length_table, tell_limit
 from rmt_lightning.app.schema import CONF, instantiate
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import write_atomically, write_csv, write_jsonl
+from rmt_lightning.core.progress import bar
 from rmt_lightning.core.run_folder import EVALUATION, PREDICTIONS
 from rmt_lightning.models.adapters import Finetuning
 from rmt_lightning.models.segment_model import SegmentModel, check_room, check_weights, state_size
@@ -152,20 +152,22 @@ class FactRecipe(Recipe):
         tell_limit(placement, "test.samples", "test", self.lengths.samples, self.tested)
 
     def test(self, folder: Path, trainer: L.Trainer) -> None:
-        device, console = trainer.strategy.root_device, get_console()
-        log.info("testing inputs of %s", in_words(self.tested))
+        device = trainer.strategy.root_device
         self.module.to(device).eval()
         batch_size = 2 * self.data.batch_size
-        shown = track(self.tested, "testing", transient=True, console=console, disable=not console.is_terminal)
         placement, samples = self.data.placement, self.lengths.samples
+        batches = {like: -(-placement.asked("test", samples, like) // batch_size) for like in self.tested}
+        steps = sum(number * placement.longest("test", like) for like, number in batches.items())
         found: dict[Key, LengthResult] = {}
         predictions: list[dict[str, Any]] = []
-        with trainer.precision_plugin.forward_context():
-            for like in shown:
-                told = noted(replies(self.module, placement, like, samples, batch_size, device), predictions)
+        log.info("testing inputs of %s", in_words(self.tested))
+        testing = bar("testing", steps, batch_size)
+        with trainer.precision_plugin.forward_context(), testing as advance:
+            for like in self.tested:
+                told = noted(replies(self.module, placement, like, samples, batch_size, device, advance), predictions)
                 found[like] = score_length(told, placement, like, self.module.WRITES)
         lengths = [*found.values()]
-        console.print(length_table(found, self.lengths.lengths, self.model))
+        show(length_table(found, self.lengths.lengths, self.model))
         # Whoever finds the table finds its answers.
         write_jsonl(folder / PREDICTIONS, predictions)
         write_csv(folder / EVALUATION, [result.length | result.row() for result in lengths])
@@ -238,15 +240,17 @@ class TextRecipe(Recipe):
     def test(self, folder: Path, trainer: L.Trainer) -> None:
         device = trainer.strategy.root_device
         self.module.to(device).eval()
-        with trainer.precision_plugin.forward_context():
-            scores = evaluate_documents(self.module.nats, self.data, "test", self.documents.documents, device)
+        limit, batches = self.documents.documents, len(self.data.documents("test", self.documents.documents))
+        testing = bar("testing documents", batches, self.data.batch_size, "documents")
+        with trainer.precision_plugin.forward_context(), testing as advance:
+            scores = evaluate_documents(self.module.nats, self.data, "test", limit, device, advance)
         together = total(scores)
         write_csv(folder / "documents.csv", [{"document": number, **score.row()} for number, score in scores.items()])
         write_csv(folder / EVALUATION, [{"documents": len(scores), **together.row()}])
         table = Table("documents", "tokens", "perplexity", "bits per byte", title="Test", title_justify="left")
         shown = (f"{together.tokens:,}", f"{together.perplexity:.2f}", f"{together.bits_per_byte:.4f}")
         table.add_row(str(len(scores)), *shown)
-        get_console().print(table)
+        show(table)
         history = self.phase(FixedSteps).history
         figure = figures.perplexity(history, together.perplexity, type(self.model).__name__)
         write_atomically(folder / "perplexity.png", style.rendered(figure))

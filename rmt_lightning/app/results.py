@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich import get_console
 from rich.table import Table
 from rich.text import Text
 
 from rmt_lightning.analysis.attention import AttentionMap, choose_sample, watch
 from rmt_lightning.analysis.extrapolation import LengthResult
+from rmt_lightning.app.console import show
 from rmt_lightning.core.files import write_atomically
 from rmt_lightning.core.quoting import shown
+from rmt_lightning.core.statistics import kept
 from rmt_lightning.models.backbone import SPARSE
 from rmt_lightning.models.memory import MemoryTokens
 from rmt_lightning.models.segment_model import SegmentModel
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 
 # Of longer tables some rows are shown, evenly spread; the csv file has all of them.
 _SHOWN = 8
+# Segments of the longest inputs of RMT-2023, figure 1, by which a rate of loss is told.
+_LONG = 4096
 # What a length is called that no file of a set names, and the tasks of which BABILong publishes the mean.
 _ANY = "any"
 _FIRST = ["qa1", "qa2", "qa3", "qa4", "qa5"]
@@ -147,6 +150,18 @@ def length_table(found: Mapping[Key, LengthResult], asked: Sequence[Key], model:
     return table
 
 
+def rate_in_words(row: dict[str, Any] | None) -> str:
+    """How many memories are lost, and how many that leaves, in a sentence; row as of `Findings.retention`."""
+    if row is None:
+        return "No memories were followed: no question has all its facts told before it is asked"
+    return (
+        f"Memory lost per segment: {row['rate']:.2g}, 95% interval {row['rate_low']:.2g} – {row['rate_high']:.2g} "
+        f"({row['lost']} memories lost in {row['exposure']:,} segments; {row['streams']} were followed"
+        + (f", {row['questions']} different questions)" if row["questions"] is not None else ")")
+        + f". At the upper end {kept(row['rate_high'], _LONG):.1%} of them are left after {_LONG:,} segments"
+    )
+
+
 def probe_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """How probes were answered, for the screen; rows as in probes.csv."""
     fewest, most = (choose(row["samples"] for row in rows) for choose in (min, max))
@@ -213,4 +228,4 @@ def tell_folder(folder: Path, files: str | None = None) -> None:
     names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith("."))
     # No markup, which the folder's name may look like.
     told = Text.assemble((shown(folder), "bold"), f" holds {files or ', '.join(names)}")
-    get_console().print(told, soft_wrap=True)
+    show(told)

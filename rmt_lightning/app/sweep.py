@@ -20,7 +20,9 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from math import prod
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -37,6 +39,7 @@ from rmt_lightning.app.resume import DamagedConfig, overrides, presets, save_con
 from rmt_lightning.app.trust import check_trust, foreign_modules
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import own_file, write_atomically
+from rmt_lightning.core.progress import in_time
 from rmt_lightning.core.quoting import setting
 from rmt_lightning.core.run_folder import CONFIG, JOB
 
@@ -44,6 +47,8 @@ from rmt_lightning.core.run_folder import CONFIG, JOB
 # whatever machine a launcher has put them, see the same folder.
 STOP = "stop"
 OUTPUT = "output.log"
+# Seconds of each job that this process has run.
+_TOOK: list[float] = []
 
 
 class Sweep(Callback):
@@ -130,7 +135,8 @@ def run_job(config: DictConfig) -> float:
     write_atomically(folder / JOB, json.dumps(record, indent=2).encode())
     if not known:
         save_config(folder, config, overrides(hydra), presets(hydra))
-    print(f"{folder.name}: started", flush=True)
+    of = f" of {jobs}" if (jobs := _jobs_of(hydra)) else ""
+    print(f"{folder.name}: job {hydra.job.num + 1}{of} started", flush=True)
     began = time.monotonic()
     choices = presets(hydra)
     options = [f"trust=[{','.join(trust)}]", setting("cache_dir", config.cache_dir)]
@@ -141,8 +147,27 @@ def run_job(config: DictConfig) -> float:
     if not stopped and (code != 0 or job.status not in SETTLED) and job.status != "did not converge":
         write_atomically(folder / JOB, json.dumps(record | {"failed": reason}, indent=2).encode())
         job = read_job(folder)
-    print(f"{folder.name}: {job.told()} after {time.monotonic() - began:.0f} s", flush=True)
+    _TOOK.append(time.monotonic() - began)
+    print(f"{folder.name}: {job.told()} after {in_time(_TOOK[-1])}{_left(hydra)}", flush=True)
     return job.objective
+
+
+def _jobs_of(hydra: Any) -> int | None:
+    """How many jobs the sweep of a job has; None if only its sweeper knows."""
+    if "n_trials" in hydra.sweeper:
+        return int(hydra.sweeper.n_trials)
+    if not _is_grid(hydra.sweeper):
+        return None
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    swept = [parser.parse_override(f"{key}={values}") for key, values in hydra.callbacks.sweep.swept.items()]
+    return prod(len(list(word.sweep_string_iterator())) for word in swept)
+
+
+def _left(hydra: Any) -> str:
+    """How long the jobs that are left will take, if they are run one after the other."""
+    left = (_jobs_of(hydra) or 0) - hydra.job.num - 1
+    one_by_one = str(hydra.launcher._target_).endswith("BasicLauncher")
+    return f", about {in_time(fmean(_TOOK) * left)} left" if left > 0 and one_by_one else ""
 
 
 def _train(folder: Path, stop: Path, options: Sequence[str]) -> tuple[int, str]:
@@ -251,11 +276,11 @@ def _check_search(config: DictConfig) -> None:
             both = " and ".join(str(other.input_line) for other, name in zip(typed, keys, strict=True) if name == key)
             raise UserError(f"{both}: is given twice, of which one would count; leave one of them out")
         if not word.is_discrete_sweep():
-            if _is_grid(config):
+            if _is_grid(config.hydra.sweeper):
                 raise UserError(f"{word.input_line}: is for a search; give values, such as {key}=…,…, or +sweep=search")
         elif not list(word.sweep_string_iterator()):
             raise UserError(f"{word.input_line}: stands for no value; give some (glob is for the choices of a group)")
-    if not _is_grid(config) and not config.hydra.callbacks.sweep.swept:
+    if not _is_grid(config.hydra.sweeper) and not config.hydra.callbacks.sweep.swept:
         raise UserError(
             "hydra/sweeper: a search has nothing to choose from; give values, such as model.memory_size=2,5"
         )
@@ -279,8 +304,8 @@ def _check_folders(config: DictConfig, jobs: Sequence[DictConfig]) -> None:
             )
 
 
-def _is_grid(config: DictConfig) -> bool:
-    return str(config.hydra.sweeper._target_).endswith("BasicSweeper")
+def _is_grid(sweeper: DictConfig) -> bool:
+    return str(sweeper._target_).endswith("BasicSweeper")
 
 
 def _jobs(config: DictConfig) -> Iterator[DictConfig]:
@@ -288,7 +313,7 @@ def _jobs(config: DictConfig) -> Iterator[DictConfig]:
 
     The jobs of a search are not known beforehand.
     """
-    if _is_grid(config):
+    if _is_grid(config.hydra.sweeper):
         loader = GlobalHydra.instance().config_loader()
         params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
         words = OverridesParser.create(config_loader=loader).parse_overrides([*params, *config.hydra.overrides.task])

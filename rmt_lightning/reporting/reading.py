@@ -17,6 +17,7 @@ import yaml
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.names import public_name
+from rmt_lightning.core.progress import bar
 from rmt_lightning.core.run_folder import (
     CHECKPOINTS,
     CONFIG,
@@ -71,12 +72,14 @@ def read_runs(places: Sequence[str]) -> tuple[list[Run], list[str]]:
     skipped: list[str] = []
     folders, reasons = _find(places)
     skipped += reasons
-    for folder in folders:
-        try:
-            _refuse_links_out(folder)
-            runs.append((folder, _read_run(folder)))
-        except (OSError, UserError) as error:
-            skipped.append(f"{folder}: {reason(error)}")
+    with bar("reading runs", len(folders), unit="runs") as advance:
+        for folder in folders:
+            try:
+                _refuse_links_out(folder)
+                runs.append((folder, _read_run(folder)))
+            except (OSError, UserError) as error:
+                skipped.append(f"{folder}: {reason(error)}")
+            advance()
     names = _names([folder.resolve() for folder, _ in runs])
     named = [replace(run, name=name) for (_, run), name in zip(runs, names, strict=True)]
     return named, [public_text(line) for line in skipped]
