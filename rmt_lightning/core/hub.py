@@ -12,7 +12,9 @@ log = logging.getLogger(__name__)
 # Its client tells of each retry; that it has failed is told once, by us. When it is imported, it sets a level itself.
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
-_SECONDS = 10
+_SECONDS = 8
+# What servers say that are down, and those that stand before them; clients ask them again and again.
+_DOWN = (500, 502, 503, 504)
 
 
 def out_of_reach(setting: str) -> str:
@@ -32,7 +34,7 @@ def _asked(setting: str, address: str) -> str:
 @cache
 def _silence(address: str) -> str:
     try:
-        get_session().head(address, timeout=_SECONDS)
+        status = get_session().head(address, timeout=_SECONDS).status_code
     except Exception as error:  # its client raises a different class for each way of being out of reach
         return f"{address} does not answer: {str(error) or type(error).__name__}"
-    return ""
+    return f"{address} answers with {status}" if status in _DOWN else ""
