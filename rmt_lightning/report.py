@@ -46,6 +46,7 @@ def report(places: list[str], output: Path) -> None:
         from rmt_lightning.reporting.page import page
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name}: is missing; pip install 'rmt-lightning[report]'") from None
+    from rmt_lightning.app.plotting import with_chances
     from rmt_lightning.reporting.reading import read_runs
     from rmt_lightning.reporting.sweeps import find_sweeps, read_sweep, show, write
 
@@ -54,7 +55,7 @@ def report(places: list[str], output: Path) -> None:
     runs, skipped = read_runs(places)
     if not runs:
         raise UserError(f"no run could be read: {'; '.join(skipped)}")
-    sweeps = {folder: read_sweep(folder) for folder in find_sweeps(places)}
+    sweeps = {folder: with_chances(read_sweep(folder)) for folder in find_sweeps(places)}
     try:
         write_atomically(output, page(runs, skipped, list(sweeps.values())).encode(errors="replace"))
     except OSError as error:

@@ -31,6 +31,7 @@ from test_report import Page, pixels
 from rmt_lightning import report
 from rmt_lightning import train as front_door
 from rmt_lightning.app.processes import RANK
+from rmt_lightning.app.plotting import with_chances
 from rmt_lightning.app.sweep import Sweep as Callback
 from rmt_lightning.app.sweep import _known_settings, _name, _reason, _sweep_name, _swept
 from rmt_lightning.core.errors import UserError
@@ -293,6 +294,8 @@ def test_the_report_of_a_sweep(finished_run: Path, tmp_path: Path, monkeypatch: 
     (picture,) = [attributes for tag, attributes in page.tags if tag == "img"]
     assert picture["alt"] == "Figure of sweep sweep"
     assert pixels(str(picture["src"])) == pixels(Path("sweep/sweep.png").read_bytes())
+    # Both with a line for guessing.
+    assert with_chances(read_sweep(Path("sweep"))).chances == [1 / 6]
     assert len(page.tables["runs"]) == 5
     assert [row["status"] for row in rows(Path("sweep/sweep.csv"))] == ["finished"] * 3 + ["failed"]
     assert {path.name for path in Path("sweep").iterdir() if path.is_file()} == {
@@ -302,7 +305,7 @@ def test_the_report_of_a_sweep(finished_run: Path, tmp_path: Path, monkeypatch: 
     alone = Path("sweep") / "memory_size_2-seed_1" / "job.json"
     alone.write_text(json.dumps({"number": 0, "settings": {}, "failed": None}))
     shutil.copytree(alone.parent, "alone/job")
-    sum_up(Path("alone"))
+    sum_up(read_sweep(Path("alone")), Path("alone"))
     assert {path.name for path in Path("alone").iterdir() if path.is_file()} == {"sweep.csv", "summary.csv"}
     alone.write_text("{")
     assert {job.number for job in read_sweep(Path("sweep")).jobs} == {0, 1, 2, 3}
@@ -332,7 +335,7 @@ def test_a_full_disk_at_the_end(
 ) -> None:
     shutil.copytree(finished_run, tmp_path / "seed_1")
     (tmp_path / "seed_1" / "job.json").write_text('{"number": 0, "settings": {"seed": 1}, "failed": null}')
-    sum_up(tmp_path)
+    sum_up(read_sweep(tmp_path), tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.glob("*.*")}
     assert {path.name for path in before} == {"summary.csv", "sweep.csv", "sweep.pdf", "sweep.png"}
     callback = Callback({"seed": "1"})

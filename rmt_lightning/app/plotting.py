@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from rmt_lightning.reporting.curves import Group, PlacesOf
 from rmt_lightning.reporting.reading import read_tests
 from rmt_lightning.reporting.runs import Tested
 from rmt_lightning.reporting.style import Curve
-from rmt_lightning.reporting.sweeps import PAIRS, find_sweeps, read_sweep
+from rmt_lightning.reporting.sweeps import PAIRS, Sweep, find_sweeps, read_sweep
 
 log = logging.getLogger(__name__)
 
@@ -63,12 +64,11 @@ def _of_sweep(places: Sequence[str]) -> Figure:
     if len(folders) != 1:
         told = ", ".join(map(shown, folders)) or "no sweep"
         raise UserError(f"runs={','.join(places)}: holds {told}; kind=sweep draws one, so give its folder")
-    sweep = read_sweep(folders[0])
+    sweep = with_chances(read_sweep(folders[0]))
     if not sweep.drawable:
         raise UserError(f"runs={','.join(places)}: no job of the sweep has a result yet; let it go on")
     show(sweep.table())
-    tasks = [job.run.config.get("task") for job in sweep.jobs if job.run and job.scores]
-    return figures.sweep(sweep, _chances(tasks) if sweep.of_accuracy else ())
+    return figures.sweep(sweep)
 
 
 def _of_runs(places: Sequence[str], kind: str) -> Figure:
@@ -121,6 +121,12 @@ def _curriculum(tested: Tested, history: Sequence[tuple[int, int, float]], chanc
         history, tests, tested.run.reached, chances[0] if chances else None, tested.run.name,
         "stages" if grown == "pairs" else "segments", samples,
     )  # fmt: skip
+
+
+def with_chances(sweep: Sweep) -> Sweep:
+    """A sweep with the accuracies of guessing, if it is about accuracy."""
+    tasks = [job.run.config.get("task") for job in sweep.jobs if job.run and job.scores]
+    return replace(sweep, chances=_chances(tasks)) if sweep.of_accuracy else sweep
 
 
 def _chances(tasks: Iterable[Any]) -> list[float]:

@@ -88,15 +88,17 @@ class Sweep(Callback):
         print(f"{signal.Signals(signum).name}: what runs is saved; once more to leave at once", flush=True)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        from rmt_lightning.reporting.sweeps import SETTLED, sum_up
+        from rmt_lightning.app.plotting import with_chances
+        from rmt_lightning.reporting.sweeps import SETTLED, read_sweep, sum_up
 
         with told_in_one_line("train"):
             (self.folder / STOP).unlink(missing_ok=True)
-            jobs = sum_up(self.folder).jobs
+            sweep = with_chances(read_sweep(self.folder))
+            sum_up(sweep, self.folder)
         if self.signum is not None:
             print(f"stopped by {signal.Signals(self.signum).name}; the same command goes on", flush=True)
             sys.exit(128 + self.signum)
-        if not all(job.status in SETTLED and job.status != "did not converge" for job in jobs):
+        if not all(job.status in SETTLED and job.status != "did not converge" for job in sweep.jobs):
             sys.exit(1)
 
 

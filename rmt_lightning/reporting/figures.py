@@ -249,21 +249,16 @@ def times(ratio: float) -> str:
 
 
 @styled()
-def sweep(sweep: Sweep, chances: Iterable[float] = ()) -> Figure:
-    """What came of a sweep: curves along one axis, a heat map over two, else points along each axis.
-
-    Args:
-        sweep: with at least one result.
-        chances: accuracies of guessing.
-    """
+def sweep(sweep: Sweep) -> Figure:
+    """What came of a sweep with at least one result: curves along one axis, a heat map over two, else points."""
     if sweep.form == "capacity":
         return _sweep_capacity(sweep)
     if sweep.form == "map":
         return _sweep_map(sweep)
-    return _sweep_curves(sweep, chances) if sweep.form == "curves" else _sweep_slices(sweep, chances)
+    return _sweep_curves(sweep) if sweep.form == "curves" else _sweep_slices(sweep)
 
 
-def _sweep_curves(sweep: Sweep, chances: Iterable[float]) -> Figure:
+def _sweep_curves(sweep: Sweep) -> Figure:
     """A line through the means over seeds for each measure, with 95% intervals, and a dot for each seed."""
     from rmt_lightning.reporting.sweeps import in_words  # brings pandas
 
@@ -284,14 +279,14 @@ def _sweep_curves(sweep: Sweep, chances: Iterable[float]) -> Figure:
     style.draw(axes, curves)
     axes.set_xticks(range(len(where)), list(where))
     axes.set_xlabel(axis)
-    named = _sweep_scale(axes, sweep, chances)
+    named = _sweep_scale(axes, sweep)
     style.name(figure, [axes], curves, named)
     return figure
 
 
-def _sweep_scale(axes: Axes, sweep: Sweep, chances: Iterable[float]) -> list[Any]:
+def _sweep_scale(axes: Axes, sweep: Sweep) -> list[Any]:
     if sweep.of_accuracy:
-        return list(style.accuracy(axes, _ACCURACY, chances))
+        return list(style.accuracy(axes, _ACCURACY, sweep.chances))
     axes.set_ylabel(f"{sweep.drawn[-1]}\n(95% interval)")
     return []
 
@@ -349,7 +344,7 @@ def _sweep_map(sweep: Sweep) -> Figure:
 _ON_CELL = {"boxstyle": "round", "facecolor": "white", "edgecolor": "none", "alpha": 0.7}
 
 
-def _sweep_slices(sweep: Sweep, chances: Iterable[float]) -> Figure:
+def _sweep_slices(sweep: Sweep) -> Figure:
     """The measure that counts along each axis, a dot with its interval for each job."""
     from rmt_lightning.reporting.sweeps import in_words  # brings pandas
 
@@ -367,7 +362,7 @@ def _sweep_slices(sweep: Sweep, chances: Iterable[float]) -> Figure:
         if scale:
             axes.set_xscale(scale)
         axes.set(xlabel=axis, title=in_words(name) if sweep.of_accuracy else "")
-        named = _sweep_scale(axes, sweep, chances)
+        named = _sweep_scale(axes, sweep)
     style.name(figure, panels, [], named)
     return figure
 

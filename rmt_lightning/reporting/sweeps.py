@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -133,10 +133,12 @@ class Sweep:
     Attributes:
         name: of its folder.
         jobs: as they were numbered.
+        chances: accuracies of guessing, if somebody has found them out: no run folder holds them.
     """
 
     name: str
     jobs: list[Job]
+    chances: Sequence[float] = ()
 
     @property
     def axes(self) -> list[str]:
@@ -328,12 +330,10 @@ def _length(row: dict[str, float]) -> str:
     return f"{row['segments']:.0f}" if math.isnan(tokens) else f"{tokens:.0f}{_TOKENS}"
 
 
-def sum_up(folder: Path) -> Sweep:
+def sum_up(sweep: Sweep, folder: Path) -> None:
     """Print one table over the jobs of a sweep, and write it and its figure into the sweep's folder."""
-    sweep = read_sweep(folder)
     show(sweep)
     write(sweep, folder)
-    return sweep
 
 
 def show(sweep: Sweep) -> None:
