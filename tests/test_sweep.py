@@ -30,8 +30,8 @@ from test_report import Page, pixels
 
 from rmt_lightning import report
 from rmt_lightning import train as front_door
-from rmt_lightning.app.processes import RANK
 from rmt_lightning.app.plotting import with_chances
+from rmt_lightning.app.processes import RANK
 from rmt_lightning.app.sweep import Sweep as Callback
 from rmt_lightning.app.sweep import _known_settings, _name, _reason, _sweep_name, _swept
 from rmt_lightning.core.errors import UserError
