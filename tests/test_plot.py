@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from itertools import combinations, product
@@ -160,6 +161,21 @@ def test_an_evaluation_alone(here: Path) -> None:
     assert len(groups("runs/rmt-seed_1/evaluations", "runs/rmt-seed_1/evaluations/last-r*")) == 2
 
 
+def test_stages_are_those_of_runs_whether_they_were_passed_or_not(
+    here: Path, run: Callable[..., None], capsys: Any
+) -> None:
+    for seed in (1, 2):
+        make(here / f"stuck/seed_{seed}", seed)
+        stages = [{"stage": 1, "steps": 50, "seconds": 1.0, "accuracy": 0.3 + 0.1 * seed, "converged": False}]
+        write_csv(here / f"stuck/seed_{seed}/stages.csv", stages)
+        shutil.rmtree(here / f"stuck/seed_{seed}/metrics")
+    run("runs=stuck", "kind=curriculum", "output=a.png")
+    assert Path("a.png").read_bytes().startswith(b"\x89PNG") and " 0.45 " in capsys.readouterr().out
+    run("runs=[runs/rmt-seed_1,runs/rmt-seed_1/evaluations]", "kind=curriculum", "output=b.png")
+    told = capsys.readouterr().out
+    assert "left out rmt-seed_1/last-detect, which has nothing to show for kind=curriculum" in told
+
+
 def test_lengths_in_tokens(here: Path) -> None:
     found, _ = read_tests(["runs/rmt-seed_1"])
     assert not curves.in_tokens(found)
@@ -305,6 +321,7 @@ def test_files(words: list[str], width: float, here: Path, run: Callable[..., No
         ("runs=runs output=there.pdf", "output=there.pdf: is there already; choose another"),
         ("runs=runs output=there.pdf/a.pdf", "output=there.pdf/a.pdf: cannot be written (File exists)"),
         ("runs=runs kind=sweep", "runs=runs: holds no sweep; "),
+        ("runs=runs/rmt-seed_1/evaluations kind=curriculum", "runs=runs/rmt-seed_1/evaluations: no run has ended"),
         ("runs=runs kind=capacity", "runs=runs: no run tells pairs; "),
         ("runs=runs/lstm-seed_1 kind=retention", "runs=runs/lstm-seed_1: of no run memories have been followed; "),
     ],

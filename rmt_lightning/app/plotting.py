@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 # What a kind needs that no run has.
 _MISSING = {
     "length": "no run has been tested yet; evaluate one, or let it come to its end",
-    "curriculum": "no run has passed a stage yet; train one further",
+    "curriculum": "no run has ended a stage; give run folders, or train one further",
     "retention": "of no run memories have been followed; evaluate one, without follow=0",
     "capacity": "no run tells pairs; give some of task=key_value, remember, rewrite or mqar",
 }

@@ -196,7 +196,7 @@ def mastered(tested: Tested) -> dict[Hashable, Place]:
     return {
         stage.number: Place(stage.number, stage.accuracy, *wilson(stage.accuracy, samples))
         for stage in tested.run.stages
-        if stage.converged is not None
+        if stage.converged is not None and not tested.alone
     }
 
 

@@ -124,7 +124,7 @@ def _tested(path: Path) -> Tested:
     problems: list[str] = []
     if not (test := _evaluation(path, run.config, problems)):
         raise UserError("; ".join(problems) or "has no row yet")
-    return Tested(run, run.config | test.settings, [test])
+    return Tested(run, run.config | test.settings, [test], alone=True)
 
 
 def _find(places: Iterable[str]) -> tuple[list[Path], list[str]]:

@@ -190,11 +190,13 @@ class Tested(NamedTuple):
         run: whose they are.
         config: its settings, and whatever else was tested: its task, its noise or its checkpoint.
         tests: on what the run has learnt, if its folder was named; or the one whose folder was named.
+        alone: whether it was the folder of an evaluation, which tells of no more than that.
     """
 
     run: Run
     config: dict[str, Any]
     tests: list[Evaluation]
+    alone: bool = False
 
 
 def differences(configs: Sequence[dict[str, Any]]) -> dict[str, list[str]]:

@@ -182,8 +182,9 @@ def draw(axes: Axes, curves: Iterable[Curve]) -> list[Line2D]:
     """Lines with bands of their intervals; a lone point has a bar."""
     lines = []
     for curve in curves:
-        x, y, low, high = np.array(curve.places, dtype=float).T
-        every = math.ceil(len(x) / 16)
+        # Those of some have no place here: a stage that was never passed.
+        x, y, low, high = np.array(curve.places, dtype=float).reshape(-1, 4).T
+        every = max(1, math.ceil(len(x) / 16))
         lines += axes.plot(x, y, **curve.look.line(), markevery=every, zorder=2.5)
         color = curve.look.color
         if len(x) > 1:
