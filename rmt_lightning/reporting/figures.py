@@ -82,9 +82,13 @@ def stages(steps: Sequence[Curve], accuracies: Sequence[Curve], chances: Iterabl
     panels[0].set(ylabel="optimizer steps\nuntil it is passed", ylim=(0, None))
     panels[0].yaxis.set_major_formatter("{x:,.0f}")
     named = style.accuracy(panels[1], "accuracy at its end\n(95% interval)", chances)
+    numbers = [place.x for curve in accuracies for place in curve.places]
     for axes in panels:
-        axes.set_xlabel("stage")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set(xlabel="stage", xlim=(min(numbers) - 0.2, max(numbers) + 0.2))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if not any(curve.places for curve in steps):
+        panels[0].set_yticks([])
+        panels[0].text(0.5, 0.5, "no stage was passed", ha="center", transform=panels[0].transAxes)
     style.name(figure, panels, steps, named)
     return figure
 
