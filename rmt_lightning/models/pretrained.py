@@ -131,10 +131,16 @@ class SavedModel(ModelHubMixin, library_name="rmt_lightning", model_card_templat
 
 
 def check_reopens(model: nn.Module) -> None:
-    """Raise a UserError if a backbone inside could not be built again from its config."""
+    """Raise a UserError if a backbone inside could not be built again from its config, or weights cannot be written."""
     for part in model.modules():
         if isinstance(part, Transformer):
             part.check_told_by_config()
+    # safetensors writes no parts of tensors that are not written themselves.
+    weights = model.state_dict()
+    written = {value.data_ptr() for value in weights.values() if value.untyped_storage().nbytes() == value.nbytes}
+    for name, value in weights.items():
+        if value.untyped_storage().data_ptr() not in written:
+            raise UserError(f"model: its {name} is a part of a larger tensor, and cannot be saved; make it a clone()")
 
 
 def _named(path: str, kind: type, folder: Path) -> Any:

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -130,6 +130,12 @@ class Pretrained:
         self.name = name
 
     def config(self) -> PreTrainedConfig:
+        # transformers would put them in, and train nothing else.
+        if self._has_adapters:
+            raise UserError(
+                f"backbone.name={self.name}: holds adapters of PEFT (adapter_config.json); give a folder without, such "
+                "as that of the model they belong to, or what merge_and_unload makes of both"
+            )
         config: PreTrainedConfig = self._load(AutoConfig)
         _refuse_kernels(config, f"backbone.name={self.name}")
         return config
@@ -174,12 +180,6 @@ class Pretrained:
                 f"backbone.name={self.name}: its weights are quantized, and such cannot be trained; give the model "
                 "that they were made from"
             )
-        # transformers would put them in, and train nothing else.
-        if find_adapter_config_file(self.name, local_files_only=self._is_beyond):
-            raise UserError(
-                f"backbone.name={self.name}: has adapters beside its weights (adapter_config.json); give a folder "
-                "without, or with what merge_and_unload makes of both"
-            )
         # from_pretrained would keep the checkpoint's precision; training needs full precision weights.
         model, found = self._load(
             auto_class, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
@@ -208,6 +208,13 @@ class Pretrained:
                 f"backbone.name={self.name}: {len(missing)} of its weights are missing, such as {min(missing)}; give "
                 "a folder whose weights belong to its config.json"
             )
+
+    @property
+    def _has_adapters(self) -> bool:
+        # What is wrong with the name is told when something is loaded.
+        with suppress(Exception):
+            return bool(find_adapter_config_file(self.name, local_files_only=self._is_beyond))
+        return False
 
     @property
     def _is_beyond(self) -> bool:
