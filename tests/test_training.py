@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -244,7 +246,7 @@ def test_an_error_of_the_system_told_by_rust(tmp_path: Path) -> None:
     def fail(folder: Path) -> None:
         raise Exception("File too large (os error 27)")
 
-    model = SimpleNamespace(parts={"tokenizer": SimpleNamespace(save_pretrained=fail)}, modules=list)
+    model = SimpleNamespace(parts={"tokenizer": SimpleNamespace(save_pretrained=fail)}, modules=list, state_dict=dict)
     with pytest.raises(OSError, match="File too large") as caught:
         save_architecture(model, tmp_path)
     assert caught.value.errno == errno.EFBIG and caught.value.filename.endswith("tokenizer")
@@ -262,6 +264,22 @@ def test_a_failed_write_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: py
         AtomicCheckpointIO().save_checkpoint({"state_dict": {"w": torch.zeros(3)}}, path)
     assert torch.equal(read_checkpoint(path)["state_dict"]["w"], torch.ones(3))
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.fault("a state holds what no checkpoint is opened with again", "it is not written, and told in one line")
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (np.float64(1), "numpy._core.multiarray.scalar, numpy.dtype"),
+        ([Path("x")], "pathlib.PosixPath"),
+        (lambda: 1, "Can't pickle "),
+    ],
+)
+def test_a_state_that_could_not_be_opened(value: object, told: str, tmp_path: Path) -> None:
+    checkpoint = {"state_dict": {}, "callbacks": {"Other": {}, "Count": {"best": value}}}
+    with pytest.raises(UserError, match=rf"^Count: its state holds {re.escape(told)}.*, which no checkpoint is opened"):
+        AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "last.ckpt")
+    assert not list(tmp_path.iterdir())
 
 
 class Harmful:

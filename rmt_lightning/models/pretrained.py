@@ -18,7 +18,7 @@ from typing import Any, Self, cast
 
 from huggingface_hub import ModelHubMixin, snapshot_download
 from safetensors.torch import load_model, save_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from rmt_lightning.core.errors import UserError
@@ -135,8 +135,10 @@ def check_reopens(model: nn.Module) -> None:
     for part in model.modules():
         if isinstance(part, Transformer):
             part.check_told_by_config()
-    # safetensors writes no parts of tensors that are not written themselves.
+    # safetensors writes tensors alone, and no parts of those that are not written themselves.
     weights = model.state_dict()
+    if strange := [name for name, value in weights.items() if not isinstance(value, Tensor)]:
+        raise UserError(f"model: its {strange[0]} is no tensor, and cannot be saved; make it a buffer, or leave it out")
     written = {value.data_ptr() for value in weights.values() if value.untyped_storage().nbytes() == value.nbytes}
     for name, value in weights.items():
         if value.untyped_storage().data_ptr() not in written:

@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Mapping
 from itertools import zip_longest
 from pathlib import Path
+from pickle import PicklingError
 from typing import Any
 
 import lightning as L
@@ -23,6 +24,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import append_csv, beside, read_csv, write_atomically, write_csv
@@ -51,12 +53,29 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         # torch reports a full disk as a RuntimeError; writing its bytes ourselves keeps the OSError.
-        content = io.BytesIO()
-        torch.save(checkpoint, content)
+        content, foreign = _pickled(checkpoint)
+        if foreign:
+            parts = checkpoint | checkpoint.get("callbacks", {})
+            *_, part = (name for name, value in parts.items() if _pickled(value)[1])
+            raise UserError(
+                f"{part}: its state holds {', '.join(foreign)}, which no checkpoint is opened with again; let its "
+                "state_dict() return plain values and tensors alone, as float(…), str(…) or torch.tensor(…) make them"
+            )
         write_atomically(Path(path), content.getbuffer())
 
     def load_checkpoint(self, path: str | Path, *args: Any, **options: Any) -> dict[str, Any]:
         return upgraded(super().load_checkpoint(path, *args, **options))
+
+
+def _pickled(value: Any) -> tuple[io.BytesIO, list[str]]:
+    """What is written of a value, and what of it would have to be executed to open it again."""
+    content = io.BytesIO()
+    try:
+        torch.save(value, content)
+    except (PicklingError, AttributeError, TypeError) as error:
+        return content, [str(error)]
+    content.seek(0)
+    return content, sorted(get_unsafe_globals_in_checkpoint(content))
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
