@@ -24,7 +24,7 @@ from rmt_lightning.app.processes import is_first_process
 from rmt_lightning.app.resume import check_folder, check_place, composed_again, overrides, run_folder
 from rmt_lightning.app.schema import check
 from rmt_lightning.app.sweep import run_job
-from rmt_lightning.app.trust import Trust, check_trust
+from rmt_lightning.app.trust import Trust, check_savable, check_trust
 from rmt_lightning.core.run_folder import claimed, locate
 
 
@@ -50,6 +50,7 @@ def main(config: DictConfig) -> float | None:
     with claimed(folder) if first else nullcontext():
         check(config, Root)
         check_trust(config.trust)
+        check_savable(OmegaConf.to_container(config, resolve=True))
         if first:
             check_folder(config, folder, source, checkpoint, overrides(hydra))
         # It takes seconds to import; spelling mistakes should not have to wait for it.

@@ -97,10 +97,28 @@ def check_saved(content: Any, place: Path, trust: Trust) -> None:
     if foreign := _foreign(leaves, trust):
         named = ", ".join(f"{key}={name}" for key, name in foreign.items())
         modules = sorted({name.rpartition(".")[0] for name in foreign.values() if _may_be_yours(name)})
-        hint = f"if it is yours, add trust={modules[0] if len(modules) == 1 else '[' + ','.join(modules) + ']'}"
+        # Beside those that are trusted already.
+        whole = sorted({*modules, *_listed(trust)})
+        hint = f"if it is yours, add trust={whole[0] if len(whole) == 1 else '[' + ','.join(whole) + ']'}"
         raise UserError(
             f"{place}: {named}: no public class of rmt_lightning, and what was saved may execute nothing else unasked; "
             f"{hint if modules else 'use a run folder that you know'}"
+        )
+
+
+def check_savable(content: Any) -> None:
+    """Whether what a config names can be named by a saved run too, once the modules of one's own are trusted.
+
+    Raises:
+        UserError: if not.
+    """
+    trust = foreign_modules(content)
+    for key, name in _foreign(_leaves(content), None).items():
+        with suppress(UserError):
+            if _is_allowed(name, key, trust):
+                continue
+        raise UserError(
+            f"{key}={name}: the run could not be resumed or evaluated; give a class, by the module that defines it"
         )
 
 
@@ -152,6 +170,10 @@ def foreign_modules(content: Any) -> list[str]:
     return sorted({name.rpartition(".")[0] for name in _foreign(_leaves(content), None).values()})
 
 
+def _listed(trust: Trust) -> list[str]:
+    return [trust] if isinstance(trust, str) else list(trust or [])
+
+
 def _foreign(leaves: Iterable[tuple[str, Any]], trust: Trust) -> dict[str, str]:
     """What a saved run may not name, by its key."""
     targets = [(key, value) for key, value in leaves if key.rpartition(".")[2] == "_target_"]
@@ -182,7 +204,7 @@ def _is_allowed(target: Any, key: str, trust: Trust) -> bool:
         with suppress(UserError):
             return key.startswith("metrics.") and issubclass(_class(module, name, ["torchmetrics"]), Metric)
         return False
-    trusted = [trust] if isinstance(trust, str) else trust or []
+    trusted = _listed(trust)
     if _is_brought(module):
         trusted = [*trusted, module]
     return _class(module, name, trusted) is not object
