@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from rmt_lightning.app.own_parts import check_model
 from rmt_lightning.app.resume import saved_config
 from rmt_lightning.app.schema import check_parts, instantiate
 from rmt_lightning.app.trust import Trust
@@ -33,8 +34,8 @@ from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.models.sources import Backbone, Restored, parts_for
 from rmt_lightning.models.tiny import TrainingText
 from rmt_lightning.tasks.corpus import Corpus, text_digest, tokenize
-from rmt_lightning.tasks.facts import Finite, Split, Task, questions_digest
-from rmt_lightning.tasks.noise import Noise, counted
+from rmt_lightning.tasks.facts import Finite, Split, Task, check_task, questions_digest
+from rmt_lightning.tasks.noise import Noise, counted, fingerprint_of
 from rmt_lightning.tasks.placement import Key, Placement
 from rmt_lightning.training.answering import FactModule
 from rmt_lightning.training.callbacks.checkpoints import check_fits, read_checkpoint
@@ -69,7 +70,7 @@ def build_foundation(config: DictConfig, run: Path | None, trained: bool, senten
     to_learn = list(sentences)
     text = TrainingText(
         chain(to_learn, chain.from_iterable(counted(noise.documents("train"), "train"))),
-        lambda: f"{noise.fingerprint()} {to_learn}",
+        lambda: f"{fingerprint_of(noise)} {to_learn}",
         config.cache_dir,
     )
     tokenizer = (earlier or fresh).tokenizer(text)
@@ -100,6 +101,7 @@ def _model(config: DictConfig, backbone: Backbone, tokenizer: PreTrainedTokenize
             raise UserError(f"model.update.{width}: is set by the run itself; leave it out")
         parts["update"] = instantiate(own["update"], _partial_=True, _convert_="all")
     model: SegmentModel[Any] = instantiate(own, _convert_="all", **parts)
+    check_model(model)
     choose_trained(config, model)
     return model
 
@@ -143,9 +145,7 @@ def build_answering(
         UserError: if something cannot be built.
     """
     task: Task = instantiate(config.task, _convert_="all")
-    if missing := [name for name in Task.__annotations__ if not hasattr(task, name)]:
-        # Those of one's own may set them when they are made.
-        raise UserError(f"task: a {type(task).__name__} has no {missing[0]}, as every task has; give it one")
+    check_task(task)
     base = build_foundation(config, run, trained, task.sentences())
     placement = Placement(task, base.corpora, base.tokenizer, base.model.text_length, config.seed)
     placement.check_words()

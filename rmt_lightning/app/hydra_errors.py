@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from rmt_lightning.app.console import steady_screen, trouble
+from rmt_lightning.app.own_parts import mistake
 from rmt_lightning.app.processes import forget_leftovers
 from rmt_lightning.app.schema import CONF, may_be_added, suggest
 from rmt_lightning.core.errors import UserError
@@ -101,7 +102,9 @@ def front_door(
             for word in sys.argv[1:] if config_name != "train" else ():
                 _check_door(word, config_name)
             # Hydra finds nothing in it, and says nothing.
-            check_readable(*map(Path, _own_choices()))
+            for place in map(Path, _own_choices()):
+                check_readable(place)
+                _check_names(place)
             # What is wrong there is told in a line of its own.
             warnings.filterwarnings("ignore", "provider=.* is not available")
             try:
@@ -273,18 +276,18 @@ def told_in_one_line(config_name: str) -> Iterator[None]:
         _fail(str(error), code=2)
     except (HydraException, OmegaConfBaseException) as error:
         _fail(_one_line(error, config_name), code=2)
-    except ValueError as error:
-        if not NO_CHOICE.search(str(error)):
-            raise
-        _fail(_no_choice(), code=2)
-    except (MemoryError, RuntimeError) as error:
-        if not NO_MEMORY.search(repr(error)):
-            raise
-        _fail(_no_memory(error), code=1)
     except KeyboardInterrupt:
         _fail(f"interrupted; {_AGAIN.get(config_name, 'repeat the command')}", code=130)
     except OSError as error:
         _fail(trouble(error), code=1)
+    except Exception as error:
+        if isinstance(error, ValueError) and NO_CHOICE.search(str(error)):
+            _fail(_no_choice(), code=2)
+        if isinstance(error, MemoryError | RuntimeError) and NO_MEMORY.search(repr(error)):
+            _fail(_no_memory(error), code=1)
+        if own := mistake(error):
+            _fail(own, code=2)
+        raise
 
 
 def _fail(message: str, code: int) -> None:
@@ -306,10 +309,11 @@ def _one_line(error: BaseException, config_name: str) -> str:
             return trouble(cause)
     if isinstance(error, InstantiationException):
         of_the_user = isinstance(causes[1], ValueError) or type(causes[1]).__name__ == "MisconfigurationException"
-        if not of_the_user and not ARGUMENTS.search(str(causes[1])):
+        told = str(causes[1]) if of_the_user or ARGUMENTS.search(str(causes[1])) else mistake(causes[1])
+        if told is None:
             raise error
         place = PLACE.search(str(error))
-        return f"{place[1] + ': ' if place else ''}{' '.join(str(causes[1]).split())}"
+        return f"{place[1] + ': ' if place else ''}{' '.join(told.split())}"
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         hint = "; others come with pip install 'rmt-lightning[sweeps]'" if group in _OF_SWEEPS else ""
@@ -333,6 +337,8 @@ def _one_line(error: BaseException, config_name: str) -> str:
         return f"{swept[1]}: is one for all jobs; for one text with commas, type {hint}"
     if twice := TWICE.search(str(said)):
         group = next(filter(None, twice.groups()))
+        if not any(word.startswith(f"+{group}") or word.startswith(f"++{group}") for word in sys.argv[1:]):
+            return f"{group}: is among the defaults already; in those of a yaml, write 'override /{group}: …'"
         return f"{group}: is among the defaults; write {group}=… without +"
     if default := NO_DEFAULT.search(str(said)):
         # A part of a part, such as model.update, comes with some choices of the whole alone.
@@ -348,6 +354,8 @@ def _one_line(error: BaseException, config_name: str) -> str:
     group = (unknown[1] if unknown else key or "").partition(".")[0]
     if group and any(word.partition("=")[0] == f"~{group}" for word in sys.argv[1:]):
         return f"~{group}: the run needs it; leave it out"
+    if unknown and "@" in unknown[1] and not any(unknown[1] in word for word in sys.argv[1:]):
+        return _in_a_yaml(unknown[1])
     if unknown:
         return f"{unknown[1]}: no such setting; {_suggest_key(unknown[1], config_name)}"
     for word in sys.argv[1:]:
@@ -363,6 +371,23 @@ def _one_line(error: BaseException, config_name: str) -> str:
     if looked_up := [word for word in sys.argv[1:] if "${" in word and word.lstrip("+").startswith(key or "")]:
         return f"{told}; for a text as it stands, type {for_shell(setting(*looked_up[0].split('=', 1)))}"
     return told
+
+
+def _in_a_yaml(key: str) -> str:
+    """What is wrong with an override among the defaults of somebody's yaml."""
+    group = key.partition("@")[0]
+    if "/" in group:
+        name = group.partition("/")[2]
+        return f"{name}: is looked for beside the yaml that overrides it; write 'override /{name}: …'"
+    return f"{group}: is overridden by a yaml that stands for one part; begin it with the line '# @package _global_'"
+
+
+def _check_names(folder: Path) -> None:
+    """Raise UserError if a choice of the user's own is hidden by one of ours that has its name."""
+    for path in sorted(folder.rglob("*.yaml")):
+        ours = CONF / path.relative_to(folder)
+        if ours.is_file() and path.read_bytes() != ours.read_bytes():
+            raise UserError(f"{path}: is not read, for there is one of that name already; give it another name")
 
 
 def _unread(word: str) -> str:
@@ -432,11 +457,14 @@ def _suggest_key(key: str, config_name: str) -> str:
     ]
     searched = quoted([f"file://{os.path.abspath(folder)}" for folder in given])
     GlobalHydra.instance().clear()
-    try:
-        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            config = hydra.compose(config_name, [*choices, f"hydra.searchpath={searched}"])
-    except (HydraException, OmegaConfBaseException, ValueError):
-        return "--cfg job shows those that there are"
+    # If a choice itself is wrong, without any.
+    for tried in (choices, []):
+        with (
+            suppress(HydraException, OmegaConfBaseException, ValueError),
+            hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)),
+        ):
+            config = hydra.compose(config_name, [*tried, f"hydra.searchpath={searched}"])
+            break
     *parents, name = key.split(".")
     node: Any = config
     for parent in parents:

@@ -53,6 +53,9 @@ _ABILITIES = {
 # Groups of which there may be several at once, each under a name of its own. One logger needs none.
 _NAMED = ("metrics", "callbacks", "logger")
 
+# Groups whose choices set what belongs to others.
+_PRESETS = ("experiment", "sweep")
+
 # In a wheel conf/ is inside the package, in a checkout beside it.
 _PACKAGE = Path(__file__).parents[1]
 CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
@@ -86,6 +89,7 @@ def check(config: DictConfig, root: type) -> None:
     # What is of several settings is a group, but where one belongs.
     single = inspect.signature(root).parameters
     own = {name: value for name, value in given.items() if name in single or not isinstance(value, dict)}
+    _check_keys(name for name in own if name not in single)
     _check_settings(root, own, "")
     # Mistakes are where something was typed, and need not wait for what the classes of other parts import.
     parts = [str(name) for name in config if isinstance(config[name], DictConfig)]
@@ -95,13 +99,25 @@ def check(config: DictConfig, root: type) -> None:
             raise UserError(f"{name}: names no class; choose one with {name}=…, or give its yaml a _target_")
         if "_target_" in config[name] and name in _NAMED and name != "logger":
             raise UserError(f"{name}._target_: there may be several; give it a name, as in {name}.mine._target_=…")
-        if name in ("experiment", "sweep"):
-            # What a preset sets stands where it belongs, unless it lacks that line.
-            raise UserError(f"{name}: its yaml would change nothing; begin it with the line '# @package _global_'")
+        if name in _PRESETS:
+            _check_keys([name])
         if alone and "_target_" not in config[name] and (CONF / name).is_dir():
             # There is no class whose setting it could be.
             raise UserError(f"{name}.{alone[0]}: no such setting; {suggest(alone[0], [])}")
         _check_nodes(config[name], f"{name}.")
+
+
+def _check_keys(names: Iterable[str]) -> None:
+    """Raise UserError for what only the yaml of somebody's own choices can have put there."""
+    for name in names:
+        if name in _PRESETS:
+            # What a preset sets stands where it belongs, unless it lacks that line.
+            raise UserError(f"{name}: its yaml would change nothing; begin it with the line '# @package _global_'")
+        if (CONF / name).is_dir():
+            raise UserError(f"{name}: is chosen among the defaults of a yaml; write 'override /{name}: …' there")
+        if "." in name:
+            part, _, setting = name.partition(".")
+            raise UserError(f"{name}: no such setting; in a yaml, write {part}: and below it, indented, {setting}:")
 
 
 def is_typed(name: str) -> bool:
@@ -147,6 +163,10 @@ def _named(name: Any, path: str) -> Callable[..., Any]:
     except (Exception, SystemExit) as error:  # whatever may go wrong in a module of one's own when it is imported
         cause = error.__cause__ or error
         reason = " ".join((str(cause) or type(cause).__name__).split())
+        module, _, last = str(name).rpartition(".")
+        if place := getattr(sys.modules.get(module), "__file__", None):
+            # Perhaps another one of that name than was meant.
+            reason = f"{place} has no {last}"
         raise UserError(f"{path}_target_={name}: cannot be imported ({reason:.200}); give <module>.<class>") from None
     if not callable(target):
         raise UserError(f"{path}_target_={name}: is no class; give one")
@@ -159,6 +179,8 @@ def _check_kind(target: Callable[..., Any], name: str, path: str) -> None:
     group, _, rest = path[:-1].partition(".")
     group = group if group in _NAMED and "." not in rest else path[:-1]
     missing = [ability for ability in _ABILITIES.get(group, ()) if not hasattr(target, ability)]
+    # What a base class has left open.
+    missing += sorted(getattr(target, "__abstractmethods__", ()))
     # Of this task there is one, which draws nothing; of what a function makes, nothing is known.
     if missing and inspect.isclass(target) and not (group == "task" and target is rmt_lightning.LanguageModeling):
         hint = f"choose one with {group}=…" if (CONF / group).is_dir() else "choose another"
@@ -221,8 +243,8 @@ def type_hints(constructor: Callable[..., Any]) -> dict[str, Any]:
     """The types of what a constructor takes, as far as they can be found out."""
     try:
         return get_type_hints(constructor, include_extras=True)
-    except NameError:
-        # Another library's constructor, annotated with names that it imports for type checkers only.
+    except (NameError, TypeError):
+        # Another library's constructor, annotated with names that it imports for type checkers only; or no function.
         return {}
 
 

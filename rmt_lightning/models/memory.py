@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Generic, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from rmt_lightning.core.errors import UserError
@@ -79,9 +80,19 @@ class MemoryTokens(WordModel[State], Generic[State]):
         """An update for memory tokens of that width.
 
         Raises:
-            UserError: if there are none of them, which only the published update does not mind.
+            UserError: if there are none of them, which only the published update does not mind, or if the update makes
+                something else of them.
         """
         made = update(width)
+        with torch.no_grad(), torch.random.fork_rng([]):
+            memory = torch.zeros(2, self.memory_size, width)
+            after = made(memory, memory)
+        if not isinstance(after, Tensor) or after.shape != memory.shape:
+            found = tuple(after.shape) if isinstance(after, Tensor) else type(after).__name__
+            raise UserError(
+                f"model.update: a {type(made).__name__} makes {found} of memories of shape {tuple(memory.shape)}; let "
+                "it return one of the same shape"
+            )
         if not self.memory_size and not isinstance(made, Replace):
             raise UserError("model.memory_size=0: leaves nothing to update; give 1 or more, or leave out model.update=")
         return made

@@ -24,7 +24,7 @@ from rmt_lightning.core.files import digest, removed
 from rmt_lightning.core.quoting import one_line
 from rmt_lightning.core.tokens import encode
 from rmt_lightning.tasks.facts import Split
-from rmt_lightning.tasks.noise import PIECE, SPLITS, Noise, counted, spaced
+from rmt_lightning.tasks.noise import PIECE, SPLITS, Noise, counted, fingerprint_of, spaced
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def tokenize(
     """
     if cache_dir is None:
         cache_dir = os.environ.get("RMT_LIGHTNING_CACHE", "~/.cache/rmt_lightning")
-    key = hashlib.sha256(f"{noise.fingerprint()}|{_tokenizer_fingerprint(tokenizer)}|v6".encode()).hexdigest()[:32]
+    key = hashlib.sha256(f"{fingerprint_of(noise)}|{_tokenizer_fingerprint(tokenizer)}|v6".encode()).hexdigest()[:32]
     size = len(tokenizer)
     with ExitStack() as held:
         try:

@@ -13,9 +13,9 @@ the same ones.)
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 from annotated_types import Ge, Le
@@ -76,6 +76,48 @@ class Task(Protocol):
 
     def sentences(self) -> Iterator[str]:
         """Every sentence the task can say, for a tokenizer that is trained on the spot."""
+
+
+def check_task(task: Task) -> None:
+    """Raise UserError, naming what is wrong, unless a task tells and draws what every task does."""
+    kind = type(task).__name__
+    if missing := [name for name in Task.__annotations__ if not hasattr(task, name)]:
+        # Those of one's own may set them when they are made.
+        raise UserError(f"task: a {kind} has no {missing[0]}, as every task has; give it one")
+    if not isinstance(task.name, str) or task.name in ("", ".", "..") or "/" in task.name:
+        raise UserError(f"task: a {kind} is named {task.name!r}; let its name be a word, for folders are given it too")
+    if not _are_texts(task.answers, list) or not task.answers:
+        raise UserError(f"task: the answers of a {kind} are {task.answers!r:.60}; let them be a tuple of texts")
+    if task.where not in get_args(Where):
+        raise UserError(f"task: of a {kind}, where is {task.where!r}; allowed: {', '.join(get_args(Where))}")
+    said: Any = task.sentences()
+    if not isinstance(said, Iterable) or isinstance(said, str) or not all(isinstance(text, str) for text in said):
+        raise UserError(f"task: sentences() of a {kind} makes no texts; let it yield all that the task may say")
+    if isinstance(task, Finite):
+        # Of a split that nobody asks for, it may have no questions.
+        return
+    drawn, again = (task.draw(np.random.default_rng(0), "train") for _ in range(2))
+    fault = _fault(drawn)
+    if fault is None and drawn != again:
+        fault = "draws another one from the same rng; let it draw with rng alone"
+    if fault:
+        raise UserError(f"task: draw() of a {kind} {fault}")
+
+
+def _fault(drawn: Any) -> str | None:
+    if not isinstance(drawn, Example):
+        return f"returns a {type(drawn).__name__}; let it return an Example"
+    if not _are_texts(drawn.facts):
+        return f"gives the facts {drawn.facts!r:.60}; let them be a tuple of sentences"
+    if not isinstance(drawn.question, str) or not isinstance(drawn.answer, str):
+        return f"asks {drawn.question!r:.60} and answers {drawn.answer!r:.60}; let both be texts"
+    if not drawn.support or not all(number in range(len(drawn.facts)) for number in drawn.support):
+        return f"gives the support {drawn.support!r:.60}; let it number some of the {len(drawn.facts)} facts, from 0 on"
+    return None
+
+
+def _are_texts(value: Any, *kinds: type) -> bool:
+    return type(value) in (tuple, *kinds) and all(isinstance(text, str) for text in value)
 
 
 @runtime_checkable

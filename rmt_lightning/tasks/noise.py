@@ -66,10 +66,29 @@ class Noise(Protocol):
         """A name for the content: it changes when the documents do."""
 
 
+def fingerprint_of(noise: Noise) -> str:
+    """The name of its content.
+
+    Raises:
+        UserError: if it has none, for all such would be taken for the same.
+    """
+    name: Any = noise.fingerprint()
+    if not isinstance(name, str) or not name:
+        kind = type(noise).__name__
+        raise UserError(f"noise: the fingerprint of a {kind} is {name!r:.60}; let it be a text that names the content")
+    return name
+
+
 def counted(documents: Iterable[list[str]], split: Split) -> Iterator[list[str]]:
-    """Documents as they come; of many, how many there have been is said from time to time."""
+    """Documents as they come; of many, how many there have been is said from time to time.
+
+    Raises:
+        UserError: if one is no list of sentences.
+    """
     said = time.monotonic()
     for number, document in enumerate(documents):
+        if not isinstance(document, list | tuple) or not all(isinstance(sentence, str) for sentence in document):
+            raise UserError(f"noise: its documents hold {document!r:.60}; let each be a list of sentences")
         if time.monotonic() > said + 20:
             said = time.monotonic()
             log.info("noise: %s documents read for %s so far", f"{number:,}", split)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import lightning as L
 import torch
@@ -209,11 +209,15 @@ class Phases(Callback):
         phases: at least one, in order.
         optimization: how weights are trained, unless a phase says otherwise.
         seed: of what phases draw at random in a step.
+
+    Raises:
+        UserError: if two of them have the same name.
     """
 
     def __init__(self, phases: Sequence[Phase], optimization: WarmupDecay, seed: int) -> None:
         super().__init__()
         self.phases = list(phases)
+        _check_names(self.phases)
         self.default = optimization
         self.seed = seed
         # What it has been prepared for.
@@ -349,6 +353,11 @@ class Phases(Callback):
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
         verdict = self.current.validate(trainer.global_step, trainer.callback_metrics, total)
+        if verdict not in get_args(Verdict):
+            raise UserError(
+                f"{type(self.current).__name__}: decides {verdict!r} after a validation; allowed: "
+                f"{', '.join(get_args(Verdict))}"
+            )
         if verdict == "end" and self.current.finished and self._current + 1 < len(self.phases):
             self._current += 1
             self.current.begin(trainer.global_step)
@@ -387,3 +396,16 @@ class Phases(Callback):
                 phase.load_state_dict(checkpoint["phases"][phase.name])
         unfinished = [number for number, phase in enumerate(self.phases) if not phase.finished]
         self._current = min(unfinished, default=len(self.phases) - 1)
+
+
+def _check_names(phases: Sequence[Phase]) -> None:
+    """Raise UserError unless each has a title, and a name of its own, by which checkpoints know it."""
+    # By that they know the number of batches.
+    taken = {"consumed"}
+    for phase in phases:
+        kind, name = type(phase).__name__, getattr(phase, "name", None)
+        if not isinstance(name, str) or not isinstance(getattr(phase, "title", None), str):
+            raise UserError(f"{kind}: has no name or no title, as every phase has; give it both")
+        if name in taken:
+            raise UserError(f"{kind}: its name, {name}, is that of another phase; give it one of its own")
+        taken.add(name)
