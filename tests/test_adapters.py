@@ -267,6 +267,9 @@ def test_adapters_from_elsewhere(
     with pytest.raises(UserError, match=r"/adapter: names code \(megatron_core=antigravity\), which is not imported$"):
         RMTEncoder.from_pretrained(tmp_path)
     assert "antigravity" not in sys.modules
+    place.write_text(json.dumps({"peft_type": "XLORA", "hidden_size": 16, "adapters": {"0": "somebody/adapter"}}))
+    with pytest.raises(UserError, match=r"/adapter: names other adapters \(adapters={'0': 'somebody/adapter'}\),"):
+        RMTEncoder.from_pretrained(tmp_path)
     place.write_text(json.dumps(plain))
     place = tmp_path / "backbone/config.json"
     place.write_text(json.dumps(json.loads(place.read_text()) | {"attn_implementation": "kernels-community/any"}))

@@ -69,3 +69,22 @@ def test_a_part_of_a_tensor(make_model: Callable[..., RMTEncoder], tmp_path: Pat
     # With the whole beside it, it is written.
     model.register_buffer("all_places", whole)
     model.save_pretrained(tmp_path)
+
+
+@pytest.mark.fault("a file of a model folder is a link that leads out of it", "refused in one line, but for the Hub's")
+@pytest.mark.parametrize("name", ["tokenizer/chat_template.jinja", "tokenizer/deep/x.jinja", "backbone/config.json"])
+def test_a_link_out_of_a_model(name: str, make_model: Callable[..., RMTEncoder], tmp_path: Path) -> None:
+    hub, secret = tmp_path / "models--a--b", tmp_path / "secret"
+    folder = hub / "snapshots" / "0123"
+    make_model(double=False).save_pretrained(folder)
+    kept = folder / "backbone/config.json"
+    (hub / "blobs").mkdir()
+    kept.rename(hub / "blobs/4567")
+    kept.symlink_to("../../../blobs/4567")
+    RMTEncoder.from_pretrained(folder)
+    secret.write_text("password")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(secret)
+    with pytest.raises(UserError, match=rf"/{name}: is a link that leads out of .*; put there what it leads to$"):
+        RMTEncoder.from_pretrained(folder)

@@ -230,11 +230,17 @@ def test_what_was_found_since_is_logged_when_an_ended_run_is_resumed(folder: Pat
     ):
         (run / name).parent.mkdir(parents=True)
         shutil.copy(run / source, run / name)
+    # What is damaged is left out, and so is what is elsewhere.
+    (run / "damaged.png").write_text("no picture")
+    (run / "damaged.csv").write_bytes(b"a\n\xff\n")
+    (tmp_path / "secret.csv").write_text("a\nhunter2\n")
+    (run / "linked.csv").symlink_to(tmp_path / "secret.csv")
     result = train("resume=run", small=False)
     assert result.returncode == 0, result.stdout + result.stderr
     *earlier, found = offline_runs(run)
     assert found.file("results/evaluations/last/evaluation", "table-file").exists()
     assert found.file("results/attention/x/map", "image-file").exists()
+    assert not [path for path in run.rglob("*.table.json") if "hunter2" in path.read_text()]
     assert min(found.steps) > max(earlier[-1].steps)
 
 

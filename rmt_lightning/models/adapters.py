@@ -174,7 +174,7 @@ def saved(folder: Path) -> PeftConfig:
     """What `save_pretrained` of one of them has left.
 
     Raises:
-        UserError: if it names code that would be imported, as PEFT before 0.20 does.
+        UserError: if it names code that would be imported, as PEFT before 0.20 does, or what stands elsewhere.
     """
     peft = _peft(f"{folder.parent}: has adapters, and")
     with warnings.catch_warnings(action="ignore"):
@@ -182,6 +182,8 @@ def saved(folder: Path) -> PeftConfig:
         given = config.from_json_file(str(folder / CONFIG))
     if getattr(config, "megatron_config", None):
         raise UserError(f"{folder}: names code (megatron_core={given.get('megatron_core')}), which is not imported")
+    if elsewhere := getattr(config, "adapters", None):
+        raise UserError(f"{folder}: names other adapters (adapters={elsewhere!s:.80}), which are not opened with it")
     if unknown := ", ".join(sorted(name for name, value in given.items() if value and not hasattr(config, name))):
         log.warning("%s: PEFT %s does not know its %s, and leaves that out", folder, peft.__version__, unknown)
     config.inference_mode = False

@@ -298,6 +298,13 @@ class Restored:
         """Tell which part is damaged or may not be read, if that is found out while it is open."""
         part = self.folder / name
         check_readable(part, *part.glob("*"))
+        # What is read of these is written where the model is saved next: no file of this machine belongs there.
+        home = self.folder.resolve()
+        # In the Hub's cache all files are links.
+        home = home.parents[1] if home.parent.name == "snapshots" else home
+        for path in (part, *part.rglob("*")):
+            if path.is_symlink() and not path.resolve().is_relative_to(home):
+                raise UserError(f"{path}: is a link that leads out of {self.folder}; put there what it leads to")
         try:
             yield
         except UserError:

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -199,16 +199,23 @@ class WandbRun(WandbLogger):
             elif "segments" in row:
                 run.summary[f"test/accuracy_segments_{row['segments']}"] = row["accuracy"]
         found: dict[str, Any] = {}
-        for path in sorted(path for pattern in TABLES for path in self.folder.glob(pattern)):
-            if rows := [_numbers(row) for row in read_csv(path)]:
-                found[self._key(path)] = wandb.Table(list(rows[0]), [list(row.values()) for row in rows])
-        for path in sorted(path for pattern in PICTURES for path in self.folder.glob(pattern)):
-            found[self._key(path)] = wandb.Image(str(path))
+        for path in self._own(TABLES):
+            with _survived():
+                if rows := [_numbers(row) for row in read_csv(path)]:
+                    found[self._key(path)] = wandb.Table(list(rows[0]), [list(row.values()) for row in rows])
+        for path in self._own(PICTURES):
+            with _survived():
+                found[self._key(path)] = wandb.Image(str(path))
         self._step += 1
         with _survived():
             run.log(found, step=self._step)
         # These rows are beyond the steps of the optimizer; should it go on, its rows must not fall among them.
         self._remember(self._step + 1)
+
+    def _own(self, patterns: Iterable[str]) -> list[Path]:
+        """What stands in the run folder; where links lead out of it, nothing is sent from."""
+        found = sorted(path for pattern in patterns for path in self.folder.glob(pattern))
+        return [path for path in found if path.resolve().is_relative_to(self.folder.resolve())]
 
     def _key(self, path: Path) -> str:
         return f"results/{path.relative_to(self.folder).with_suffix('')}"
