@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.quoting import one_line
 
 NAME = "rmt_lightning"
 
@@ -19,8 +20,9 @@ def run() -> None:
         from lm_eval.__main__ import cli_evaluate
         from lm_eval.api.registry import model_registry
         from lm_eval.models import MODEL_MAPPING
-    except ImportError:
-        sys.exit("error: lm_eval: is not installed; pip install 'rmt-lightning[lm-eval]'")
+    except ImportError as error:
+        told = "is not installed" if error.name == "lm_eval" else f"cannot be imported ({one_line(str(error))})"
+        sys.exit(f"error: lm_eval: {told}; pip install --upgrade 'rmt-lightning[lm-eval]'")
     # It is imported when it is asked for, as those of the harness are.
     assert NAME not in MODEL_MAPPING
     model_registry.register(NAME, target="rmt_lightning.analysis.harness:RecurrentLM")
@@ -29,7 +31,8 @@ def run() -> None:
     try:
         cli_evaluate()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -121,6 +123,10 @@ def test_at_the_command_line(
     ("options", "told"),
     [
         ({"batch_size": "auto"}, "batch_size=auto: give a number"),
+        ({"batch_size": "0"}, "batch_size=0: give 1 or more"),
+        ({"device": "nix"}, "device=nix: torch cannot use it here; give cpu, or leave it out"),
+        ({"peft": "x"}, "model_args: peft: not known here; give pretrained=<folder>, and"),
+        ({"pretrained": ""}, "model_args: pretrained: is missing; give pretrained=<folder>, and"),
         ({"dtype": "int8"}, "dtype=int8: give float32, bfloat16 or float16"),
         ({"pretrained": "absent"}, "absent: no such folder, and cannot be loaded from the Hugging Face Hub"),
     ],
@@ -129,6 +135,41 @@ def test_what_is_refused(options: dict[str, str], told: str, folder: Path, monke
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=f"^{told}"):
         RecurrentLM(**{"pretrained": str(folder / "model"), **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"max_gen_toks": "x"}, "gen_kwargs: invalid literal for int"),
+        ({"do_sample": True, "temperature": -1}, "gen_kwargs: .*temperature"),
+        ({"num_beams": 3}, "gen_kwargs: num_beams: not known here; give until, "),
+    ],
+)
+def test_what_cannot_be_written_so(options: dict[str, Any], told: str, folder: Path) -> None:
+    ours = RecurrentLM(str(folder / "model"), device="cpu")
+    with pytest.raises(UserError, match=f"^{told}"):
+        ours.generate_until([SimpleNamespace(args=("Mary", options))], disable_tqdm=True)
+    with pytest.raises(UserError, match=r"^apply_chat_template: the model's tokenizer has no template; leave"):
+        ours.apply_chat_template([{"role": "user", "content": "Where is Mary?"}])
+
+
+@pytest.mark.fault("lm_eval is not installed, or cannot be imported", "one line says which of them")
+@pytest.mark.parametrize(
+    ("missing", "told"),
+    [("lm_eval", "is not installed; pip"), ("jinja2", "cannot be imported (No module named 'jinja2'); pip")],
+)
+def test_a_harness_that_is_not_there(missing: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = builtins.__import__
+
+    def fails(name: str, *given: Any) -> Any:
+        if name.startswith("lm_eval"):
+            raise ModuleNotFoundError(f"No module named '{missing}'", name=missing)
+        return whole(name, *given)
+
+    monkeypatch.setattr(builtins, "__import__", fails)
+    with pytest.raises(SystemExit) as left:
+        door.run()
+    assert str(left.value.code).startswith(f"error: lm_eval: {told}")
 
 
 def test_an_encoder_predicts_no_words(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

@@ -37,20 +37,25 @@ class RecurrentLM(TemplateLM):
         device: such as cpu or cuda:0; None for a GPU if there is one.
         dtype: of weights and states.
         max_batch_size: of no meaning here; the harness gives it.
+        unknown: whatever else --model_args holds, which is refused.
 
     Raises:
-        UserError: if there is no such model, or it predicts no words.
+        UserError: if there is no such model or device, or it predicts no words.
     """
 
     def __init__(
         self,
-        pretrained: str,
+        pretrained: str = "",
         batch_size: int | str = 1,
         device: str | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         max_batch_size: int | None = None,
+        **unknown: Any,
     ) -> None:
         super().__init__()
+        if unknown or not pretrained:
+            told = f"{', '.join(unknown)}: not known here" if unknown else "pretrained: is missing"
+            raise UserError(f"model_args: {told}; give pretrained=<folder>, and perhaps dtype=bfloat16")
         self.model: SegmentModel[Any] = SegmentModel.from_pretrained(pretrained)
         if not self.model.predicts:
             raise UserError(
@@ -61,9 +66,15 @@ class RecurrentLM(TemplateLM):
             self.batch_size = int(batch_size)
         except ValueError:
             raise UserError(f"batch_size={batch_size}: give a number") from None
+        if self.batch_size < 1:
+            raise UserError(f"batch_size={batch_size}: give 1 or more")
         if dtype not in ("float32", "bfloat16", "float16"):
             raise UserError(f"dtype={dtype}: give float32, bfloat16 or float16")
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        try:
+            self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            torch.empty(1, device=self._device)
+        except (RuntimeError, AssertionError, NotImplementedError):
+            raise UserError(f"device={device}: torch cannot use it here; give cpu, or leave it out") from None
         self.model.to(self._device, getattr(torch, dtype)).eval()
         self.tokenizer: Any = self.model.tokenizer
 
@@ -87,6 +98,8 @@ class RecurrentLM(TemplateLM):
         return ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        if not self.tokenizer.chat_template:
+            raise UserError("apply_chat_template: the model's tokenizer has no template; leave it out")
         return self.tokenizer.apply_chat_template(
             chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
@@ -114,7 +127,12 @@ class RecurrentLM(TemplateLM):
         written = []
         for request in tqdm(requests, disable=disable_tqdm, desc="writing"):
             context, options = request.args
-            written.append(self._write(self._begun(self.tok_encode(context)), dict(options)))
+            try:
+                written.append(self._write(self._begun(self.tok_encode(context)), dict(options)))
+            except UserError:
+                raise
+            except ValueError as error:  # of what is no such number
+                raise UserError(f"gen_kwargs: {' '.join(str(error).split())}") from None
             self.cache_hook.add_partial("generate_until", request.args, written[-1])
         return written
 
