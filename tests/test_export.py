@@ -134,7 +134,8 @@ def test_what_cannot_be_opened(
         shutil.rmtree("broken", ignore_errors=True)
         shutil.copytree("whole", "broken")
         config = json.loads(Path("whole/config.json").read_text())
-        Path("broken/config.json").write_text(json.dumps(config | settings))
+        named = {"model": settings.pop("model", config["model"]), "arguments": config["arguments"] | settings}
+        Path("broken/config.json").write_text(json.dumps(config | named))
         return "broken"
 
     def without(name: str) -> str:
@@ -153,7 +154,7 @@ def test_what_cannot_be_opened(
         (RMTEncoder, lambda: broken(memory_size=4), r"broken: holds no whole model \(RuntimeError: .*memory"),
         (RMTEncoder, lambda: broken(colour=4), r"broken: holds no whole model \(TypeError: .*colour"),
         *((RMTEncoder, lambda name=name: without(name), r"broken: holds no whole model")
-          for name in ("config.json", "model.safetensors", "tokenizer", "backbone")),
+          for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "backbone")),
     ]  # fmt: skip
     for kind, folder, message in cases:
         with pytest.raises(UserError, match=message) as raised:
@@ -245,6 +246,11 @@ def test_a_run_is_exported_and_asked(
     assert len(example.strip().splitlines()) <= 8
     exec(example.replace('"mary"', '"models/mary"'), {})
     assert capsys.readouterr().out.splitlines()[-1] == answerer(text)
+    # And that of transformers.
+    (example,) = [block for kind, block in BLOCKS if kind == "python" and "AutoModel.from_pretrained" in block]
+    exec(example.replace('"mary"', '"models/mary"'), {})
+    number, best = capsys.readouterr().out.splitlines()
+    assert number == f"tensor([{answerer.answers.index(answerer(text))}])" and f"'{answerer(text)}'" in best
 
     for settings, message in (
         (("folder=there",), "checkpoint: is missing; give checkpoint=…"),

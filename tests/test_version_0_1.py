@@ -75,6 +75,17 @@ def test_exported_models_open() -> None:
     assert Answerer.from_pretrained(OLD / "answerer")(["Mary went to the garden. Where is Mary?"])[0]
 
 
+def test_exported_models_are_saved_as_those_of_today(tmp_path: Path) -> None:
+    opened = Answerer.from_pretrained(OLD / "answerer")
+    shutil.copytree(OLD / "answerer", tmp_path / "in place")
+    for place in ("in place", "new"):
+        opened.save_pretrained(tmp_path / place)
+    files = [{path.relative_to(place) for path in place.rglob("*")} for place in tmp_path.iterdir()]
+    assert files[0] == files[1]
+    text = "Mary went to the garden. Where is Mary?"
+    assert torch.equal(Answerer.from_pretrained(tmp_path / "in place").scores(text), opened.scores(text))
+
+
 def test_runs_are_reported() -> None:
     runs, skipped = read_runs([str(OLD / name) for name in ("facts", "hold-whole", "text")])
     assert [run.status for run in runs] == ["interrupted or running", "finished", "interrupted or running"]

@@ -28,7 +28,7 @@ from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import check_readable, write_atomically
 from rmt_lightning.core.tokens import CHARACTERS, encode, plain_ids, token_ids, whole_words
 from rmt_lightning.models import state as tree
-from rmt_lightning.models.pretrained import CONFIG, HEAD, opened
+from rmt_lightning.models.pretrained import CONFIG, HEAD, opened, read_config, write_config
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.segment_model import SegmentModel
 
@@ -278,9 +278,12 @@ class Answerer(nn.Module, ModelHubMixin, library_name="rmt_lightning"):
         return content.hexdigest()[:16]
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        self.model.save_pretrained(save_directory)
+        self.model._save_pretrained(save_directory)
         weights = {name: value.contiguous() for name, value in self.head.state_dict().items()}
-        save_file(weights, save_directory / HEAD, metadata={"answers": json.dumps(self.answers)})
+        save_file(weights, save_directory / HEAD)
+        # The names that transformers knows them by.
+        labels = {"id2label": dict(enumerate(self.answers)), "label2id": {a: n for n, a in enumerate(self.answers)}}
+        write_config(save_directory, read_config(save_directory) | labels)
         shutil.copymode(save_directory / CONFIG, save_directory / HEAD)
 
     @classmethod
@@ -301,8 +304,14 @@ class Answerer(nn.Module, ModelHubMixin, library_name="rmt_lightning"):
                     f"{folder}: holds a {type(model).__name__} that was not trained to choose answers; give "
                     "one that was, with answer=classify"
                 )
+            labels = read_config(folder).get("id2label")
             with safe_open(folder / HEAD, framework="pt") as file:
-                answers = json.loads(file.metadata()["answers"])
+                # Earlier versions wrote them beside the weights.
+                answers = (
+                    [labels[str(number)] for number in range(len(labels))]
+                    if labels
+                    else json.loads(file.metadata()["answers"])
+                )
                 head = nn.Linear(model.width, len(answers), bias="bias" in file.keys())  # noqa: SIM118
                 head.load_state_dict({name: file.get_tensor(name) for name in head.state_dict()})
             return cls(model, head, answers).eval()

@@ -1,7 +1,8 @@
 """Models in and out of folders and the Hugging Face Hub. Nothing that is read is ever executed.
 
-A folder holds config.json (the class and the arguments of its constructor), model.safetensors (the weights), tokenizer/
-and, if there is a Hugging Face model inside, backbone/ (its config) and perhaps adapter/ (what PEFT has put into it).
+A folder holds config.json (the class and the arguments of its constructor), model.safetensors (the weights), the
+tokenizer's files (of earlier versions in tokenizer/) and, if there is a Hugging Face model inside, backbone/ (its
+config) and perhaps adapter/ (what PEFT has put into it).
 """
 
 from __future__ import annotations
@@ -16,10 +17,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self, cast
 
+import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import (
+    ADDED_TOKENS_FILE,
+    FULL_TOKENIZER_FILE,
+    SPECIAL_TOKENS_MAP_FILE,
+    TOKENIZER_CONFIG_FILE,
+)
+from transformers.utils import CHAT_TEMPLATE_FILE
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import check_readable, removed
@@ -29,12 +38,17 @@ from rmt_lightning.core.quoting import one_line
 from rmt_lightning.core.run_folder import ADAPTER, BACKBONE, TOKENIZER, refuse_pipes
 from rmt_lightning.models import adapters
 from rmt_lightning.models.backbone import Transformer
+from rmt_lightning.models.configuration import MODEL_TYPE
 from rmt_lightning.models.sources import Restored, parts_for
 from rmt_lightning.models.update import Update
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 HEAD = "head.safetensors"
+# Files that any tokenizer may have.
+_FILES = (
+    FULL_TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_MAP_FILE, ADDED_TOKENS_FILE, CHAT_TEMPLATE_FILE,
+)  # fmt: skip
 _CARD = """---
 {{ card_data }}
 ---
@@ -89,13 +103,16 @@ class SavedModel(ModelHubMixin, library_name="rmt_lightning", model_card_templat
         assert isinstance(self, nn.Module)
         check_reopens(self)
         arguments = cast(dict[str, Any], self._hub_mixin_config or {})
-        settings = {"model": public_name(f"{type(self).__module__}.{type(self).__qualname__}"), **arguments}
+        name = public_name(f"{type(self).__module__}.{type(self).__qualname__}")
+        kinds = (weight.dtype for weight in self.parameters() if weight.is_floating_point())
+        dtype = str(next(kinds, torch.float32)).removeprefix("torch.")
         # What an earlier model has left there would be taken for a part of this one.
-        for name in (TOKENIZER, BACKBONE, ADAPTER, HEAD):
-            removed(save_directory / name)
-        (save_directory / CONFIG).write_text(json.dumps(settings, indent=2))
+        for part in (TOKENIZER, BACKBONE, ADAPTER, HEAD, *_tokenizer_files(self.tokenizer)):
+            removed(save_directory / part)
+        write_config(save_directory, {"model_type": MODEL_TYPE, "dtype": dtype, "model": name, "arguments": arguments})
         for name, part in self.parts.items():
-            part.save_pretrained(save_directory / name)
+            # That of the tokenizer is the folder itself, where AutoTokenizer looks for it.
+            part.save_pretrained(save_directory / name if name != TOKENIZER else save_directory)
         for backbone in self._backbones:
             if list(adapters.adapters(backbone)):
                 adapters.save_weights(backbone, save_directory / ADAPTER)
@@ -116,8 +133,10 @@ class SavedModel(ModelHubMixin, library_name="rmt_lightning", model_card_templat
             UserError: if there is no such folder or id, or it holds another model than this class.
         """
         with opened(pretrained_model_name_or_path, **options) as folder:
-            settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-            named = _named(settings.pop("model"), cls, folder)
+            config = read_config(folder)
+            named = _named(config.pop("model"), cls, folder)
+            # Earlier versions wrote nothing else.
+            settings = config["arguments"] if "model_type" in config else config
             for name, value in settings.items():
                 if isinstance(value, dict) and "class" in value:
                     part = _named(value.pop("class"), Update, folder)
@@ -128,6 +147,22 @@ class SavedModel(ModelHubMixin, library_name="rmt_lightning", model_card_templat
             load_model(model, folder / WEIGHTS)
             model.eval()
             return model
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What the config.json of a saved model says."""
+    config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    return config
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """Make that the config.json of a saved model."""
+    (folder / CONFIG).write_text(json.dumps(config, indent=2))
+
+
+def _tokenizer_files(tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
+    """The names of the files that a tokenizer may consist of."""
+    return [*_FILES, *getattr(tokenizer, "vocab_files_names", {}).values()]
 
 
 def check_reopens(model: nn.Module) -> None:

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as hf_logging
 
@@ -273,7 +274,9 @@ class Restored:
         return config
 
     def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
-        tokenizer: PreTrainedTokenizerBase = self._load(AutoTokenizer, TOKENIZER)
+        # Runs have it in a folder; saved models at their top, where AutoTokenizer looks for it.
+        inner = (self.folder / TOKENIZER).exists() or not (self.folder / TOKENIZER_CONFIG_FILE).exists()
+        tokenizer: PreTrainedTokenizerBase = self._load(AutoTokenizer, TOKENIZER if inner else TOKENIZER_CONFIG_FILE)
         return tokenizer
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase) -> Encoder:
@@ -291,7 +294,8 @@ class Restored:
 
     def _load(self, auto_class: Any, name: str) -> Any:
         with self._whole(name), _quiet():
-            return _usable(auto_class.from_pretrained(self.folder / name, trust_remote_code=False))
+            part = self.folder / name
+            return _usable(auto_class.from_pretrained(part.parent if part.is_file() else part, trust_remote_code=False))
 
     @contextmanager
     def _whole(self, name: str) -> Iterator[None]:
@@ -311,5 +315,5 @@ class Restored:
             raise
         except Exception as error:  # each library raises classes of its own
             raise UserError(
-                f"{self.folder}: holds no whole model ({name}: {told(error)}); put back its {name}/"
+                f"{self.folder}: holds no whole model ({name}: {told(error)}); put back its {name}"
             ) from None
