@@ -1,7 +1,7 @@
 """Front door: `python -m rmt_lightning.export checkpoint=<run folder or checkpoint> folder=<where to>`.
 
-The folder is what `from_pretrained` opens: config.json, model.safetensors, tokenizer/, backbone/ and, for a model that
-was trained to choose between answers, head.safetensors.
+The folder is what `from_pretrained` opens: config.json, model.safetensors, the tokenizer, backbone/ and, for a model
+that was trained to choose between answers, head.safetensors. README.md is its model card, of what the run folder tells.
 """
 
 from __future__ import annotations
@@ -43,14 +43,18 @@ def main(config: DictConfig) -> None:
 def export(run: Path, checkpoint: Path, folder: Path, merge: bool, trust: Trust) -> None:
     """Write the folder, whole or not at all; `merge` adds adapters to the weights that they stand beside."""
     from rmt_lightning.app.build import open_trained
+    from rmt_lightning.app.card import told
     from rmt_lightning.models.adapters import merge_all
+    from rmt_lightning.models.answerer import Answerer
 
     trained = open_trained(run, checkpoint, trust)
     if merge:
         merge_all(trained)
     partial = beside(folder)
     try:
-        trained.save_pretrained(partial)
+        model = trained.model if isinstance(trained, Answerer) else trained
+        page = told(run, checkpoint, trust, model.text_length)
+        trained.save_pretrained(partial, model_card_kwargs=page)
         os.rename(partial, folder)
     except OSError as error:
         raise UserError(f"folder={folder}: cannot be written to ({error.strerror}); choose another") from None

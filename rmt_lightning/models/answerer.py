@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeAlias
 
 import torch
-from huggingface_hub import ModelHubMixin
+from huggingface_hub import ModelCard, ModelHubMixin
 from rich import progress as bar
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
@@ -28,6 +28,7 @@ from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import check_readable, write_atomically
 from rmt_lightning.core.tokens import CHARACTERS, encode, plain_ids, token_ids, whole_words
 from rmt_lightning.models import state as tree
+from rmt_lightning.models.card import card
 from rmt_lightning.models.pretrained import CONFIG, HEAD, opened, read_config, write_config
 from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.segment_model import SegmentModel
@@ -276,6 +277,13 @@ class Answerer(nn.Module, ModelHubMixin, library_name="rmt_lightning"):
             some = weight.detach().flatten()[:8].to("cpu", torch.bfloat16).float()
             content.update(f"{name} {tuple(weight.shape)} {some.tolist()}".encode())
         return content.hexdigest()[:16]
+
+    def generate_model_card(self, **told: Any) -> ModelCard:
+        """The page of the model, README.md; `told` is what `card` takes: title, sections, license, language …
+
+        `save_pretrained` and `push_to_hub` are given it as `model_card_kwargs`.
+        """
+        return card(self.model, self.answers, **told)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         self.model._save_pretrained(save_directory)

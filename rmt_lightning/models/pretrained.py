@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
-from huggingface_hub import ModelHubMixin, snapshot_download
+from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -38,6 +38,7 @@ from rmt_lightning.core.quoting import one_line
 from rmt_lightning.core.run_folder import ADAPTER, BACKBONE, TOKENIZER, refuse_pipes
 from rmt_lightning.models import adapters
 from rmt_lightning.models.backbone import Transformer
+from rmt_lightning.models.card import card
 from rmt_lightning.models.configuration import MODEL_TYPE
 from rmt_lightning.models.sources import Restored, parts_for
 from rmt_lightning.models.update import Update
@@ -49,18 +50,6 @@ HEAD = "head.safetensors"
 _FILES = (
     FULL_TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_MAP_FILE, ADDED_TOKENS_FILE, CHAT_TEMPLATE_FILE,
 )  # fmt: skip
-_CARD = """---
-{{ card_data }}
----
-
-A recurrent memory model, trained with rmt_lightning.
-
-```python
-from rmt_lightning import SegmentModel
-
-model = SegmentModel.from_pretrained("…")  # this folder, or its id on the Hugging Face Hub
-```
-"""
 
 
 def _described(part: Any) -> dict[str, Any]:
@@ -69,7 +58,7 @@ def _described(part: Any) -> dict[str, Any]:
     return {"class": public_name(f"{kind.__module__}.{kind.__qualname__}"), **arguments}
 
 
-class SavedModel(ModelHubMixin, library_name="rmt_lightning", model_card_template=_CARD):
+class SavedModel(ModelHubMixin, library_name="rmt_lightning"):
     """Gives a module `save_pretrained(folder)`, `push_to_hub(id)` and `from_pretrained(folder or id)`.
 
     The mixin of huggingface_hub notes the arguments that the module is built with.
@@ -88,6 +77,11 @@ class SavedModel(ModelHubMixin, library_name="rmt_lightning", model_card_templat
         return None
 
     @property
+    def arguments(self) -> dict[str, Any]:
+        """Those of the constructor that are plain values, or described by some."""
+        return cast(dict[str, Any], self._hub_mixin_config or {})
+
+    @property
     def parts(self) -> dict[str, Any]:
         """What its weights alone do not tell, by the folder that `save_pretrained` of each is given."""
         adapter = next((found for backbone in self._backbones for found in adapters.adapters(backbone)), None)
@@ -99,17 +93,25 @@ class SavedModel(ModelHubMixin, library_name="rmt_lightning", model_card_templat
         assert isinstance(self, nn.Module)
         return [part.model for part in self.modules() if isinstance(part, Transformer)]
 
+    def generate_model_card(self, **told: Any) -> ModelCard:
+        """The page of the model, README.md; `told` is what `card` takes: title, sections, license, language …
+
+        `save_pretrained` and `push_to_hub` are given it as `model_card_kwargs`.
+        """
+        return card(cast(Any, self), (), **told)
+
     def _save_pretrained(self, save_directory: Path) -> None:
         assert isinstance(self, nn.Module)
         check_reopens(self)
-        arguments = cast(dict[str, Any], self._hub_mixin_config or {})
         name = public_name(f"{type(self).__module__}.{type(self).__qualname__}")
         kinds = (weight.dtype for weight in self.parameters() if weight.is_floating_point())
         dtype = str(next(kinds, torch.float32)).removeprefix("torch.")
         # What an earlier model has left there would be taken for a part of this one.
         for part in (TOKENIZER, BACKBONE, ADAPTER, HEAD, *_tokenizer_files(self.tokenizer)):
             removed(save_directory / part)
-        write_config(save_directory, {"model_type": MODEL_TYPE, "dtype": dtype, "model": name, "arguments": arguments})
+        write_config(
+            save_directory, {"model_type": MODEL_TYPE, "dtype": dtype, "model": name, "arguments": self.arguments}
+        )
         for name, part in self.parts.items():
             # That of the tokenizer is the folder itself, where AutoTokenizer looks for it.
             part.save_pretrained(save_directory / name if name != TOKENIZER else save_directory)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -382,7 +383,8 @@ def _evaluations(
 def _evaluation(path: Path, config: dict[str, Any], problems: list[str]) -> Evaluation | None:
     if not (rows := read_rows(path, problems, _LENGTHS)):
         return None
-    settings = _settings(path.with_suffix(".json"), problems)
+    told = read_json(path.with_suffix(".json"), dict[str, Any], problems) or {}
+    settings = _settings(told)
     other = [part for part in ("task", "noise") if settings.get(part) not in (None, config.get(part))]
     checkpoint = str(settings.get("checkpoint", path.parent.name))
     kinds = (kind(settings[part]) for part in other)
@@ -400,9 +402,29 @@ def _evaluation(path: Path, config: dict[str, Any], problems: list[str]) -> Eval
             for cells, numbers in read_good_rows(path.with_name(PROBES), problems, _PROBED)
         ],
         settings={name: settings[name] for name in ("checkpoint", "task", "noise") if name in settings},
+        rates=list(_rates(told)),
+        sha256=_sha256(told),
     )
 
 
-def _settings(path: Path, problems: list[str]) -> dict[str, Any]:
-    settings = public((read_json(path, dict[str, Any], problems) or {}).get("settings"))
+def _rates(told: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The rates at which memories were lost that an evaluation tells of, if nothing is missing."""
+    found = told.get("retention")
+    for row in found.values() if isinstance(found, dict) else ():
+        numbers = {name: row.get(name) for name in _RATE} if isinstance(row, dict) else {}
+        if all(isinstance(number, int | float) and isfinite(number) for number in numbers.values()) and numbers:
+            yield {**numbers, "questions": row.get("questions")}
+
+
+_RATE = ("lost", "exposure", "streams", "rate", "rate_low", "rate_high")
+
+
+def _sha256(told: dict[str, Any]) -> str:
+    """Of the checkpoint, which would be hidden for looking like a secret."""
+    settings = told.get("settings")
+    return str(settings.get("sha256", "")) if isinstance(settings, dict) else ""
+
+
+def _settings(told: dict[str, Any]) -> dict[str, Any]:
+    settings = public(told.get("settings"))
     return {name: _renamed(part) for name, part in settings.items()} if isinstance(settings, dict) else {}

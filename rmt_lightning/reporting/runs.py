@@ -92,6 +92,8 @@ class Evaluation:
         followed: memories that were asked on their way: age (in segments), right, streams.
         probes: what shows what has been learnt: name and numbers of each row of the csv file.
         settings: the checkpoint, task and noise it names, without secrets and home folders.
+        rates: at which memories were lost, with `lost`, `exposure` and the ends of the interval.
+        sha256: of the checkpoint; nothing if it has not been written down.
     """
 
     label: str
@@ -102,6 +104,8 @@ class Evaluation:
     followed: list[Row]
     probes: list[tuple[str, Row]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
+    rates: list[dict[str, Any]] = field(default_factory=list)
+    sha256: str = ""
 
 
 @dataclass(frozen=True)
