@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import re
 from collections.abc import Iterator
@@ -36,7 +37,17 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         if path.suffix in {".md", ".png", ".csv"}:
             place = str(path.relative_to(ROOT))
             files.append(File(place, str(ROOT), config.site_dir, config.use_directory_urls))
+    for path in sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")):
+        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=notebook(path)))
     return files
+
+
+def notebook(path: Path) -> str:
+    """A notebook as a page; what its cells print and draw is seen where it is run."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    parts = [("".join(cell["source"]), cell["cell_type"] == "code") for cell in cells]
+    parts.insert(1, (f"[{path.name}]({path.name}) is the notebook itself.", False))
+    return "\n\n".join(f"```python\n{text}\n```" if code else text for text, code in parts)
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -51,6 +53,32 @@ def test_programs_that_train(
     exec(program, {})
     last = capsys.readouterr().out.splitlines()[-1]
     assert (tmp_path / "mary" / "head.safetensors").exists() or last.strip("[']") in {*PLACES, "Ada", "Bo"}, last
+
+
+@pytest.mark.parametrize("name", ["train-and-ask", "compare-memories"])
+def test_notebooks(name: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From top to bottom; what they would show is drawn, and nothing of an earlier run is committed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RMT_LIGHTNING_CACHE", str(cache))
+    cells = json.loads((ROOT / "docs" / "notebooks" / f"{name}.ipynb").read_text())["cells"]
+    programs = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in programs)
+    known: dict[str, Any] = {}
+    shown = [run_cell("".join(cell["source"]), known) for cell in programs]
+    (figure,) = [value for value in shown if hasattr(value, "_repr_png_")]
+    assert figure._repr_png_().startswith(b"\x89PNG")
+    # A fact of two segments has been learnt.
+    learnt = known["accuracy"][2] if name == "train-and-ask" else known["accuracies"]["RMTEncoder"][1]
+    assert learnt > 0.8
+
+
+def run_cell(program: str, known: dict[str, Any]) -> Any:
+    """What Jupyter would show of a cell: the value of its last line, if that is one."""
+    *before, last = ast.parse(program).body
+    if not isinstance(last, ast.Expr):
+        return exec(program, known)
+    exec(compile(ast.Module(before, []), "cell", "exec"), known)
+    return eval(compile(ast.Expression(last.value), "cell", "eval"), known)
 
 
 def test_the_model_by_itself(capsys: pytest.CaptureFixture[str]) -> None:

@@ -391,7 +391,7 @@ def attention(maps: Sequence[AttentionMap], title: str) -> Figure:
     rows = [max(map(len, readers[first : first + columns])) for first in range(0, len(maps), columns)]
     width = columns * (left + cell * widest) + right
     height = sum(above + cell * row + below for row in rows) + above
-    figure = Figure(figsize=(width, height))
+    figure = style.Drawing(figsize=(width, height))
     figure.suptitle(title, x=left / width, y=1 - 0.15 / height, ha="left", parse_math=False)
     # The root lets small weights be seen: among 64 tokens an even share is 1.6%.
     norm = PowerNorm(0.5, vmin=0, vmax=max(one.weights[shown].max() for one, shown in zip(maps, readers, strict=True)))

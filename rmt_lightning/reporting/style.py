@@ -165,6 +165,13 @@ def curve(label: str, look: Look, rows: Iterable[Mapping[str, Any]], columns: Se
     return Curve(label, look, sorted(places))
 
 
+class Drawing(Figure):
+    """A figure that Jupyter shows, whatever of matplotlib has been imported."""
+
+    def _repr_png_(self) -> bytes:
+        return rendered(self)
+
+
 def canvas(panels: int = 1, height: float | None = None) -> tuple[Figure, list[Axes]]:
     """A figure of the style's width, whose panels stand side by side on a page and one below the other in a column.
 
@@ -174,7 +181,7 @@ def canvas(panels: int = 1, height: float | None = None) -> tuple[Figure, list[A
     width, scale = rcParams["figure.figsize"][0], rcParams["font.size"] / 8
     columns = panels if width > WIDTHS["column"] else 1
     height = height or min(2.9, max(1.9, 0.62 * width / columns)) * scale**0.5
-    figure = Figure(figsize=(width, height * panels / columns), layout="constrained")
+    figure = Drawing(figsize=(width, height * panels / columns), layout="constrained")
     return figure, list(figure.subplots(panels // columns, columns, squeeze=False).flat)
 
 
