@@ -56,7 +56,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return f"{markdown}\n\n{FILLED[page.file.src_uri]()}"
     if page.file.src_uri.startswith("experiments/"):
         return re.sub(r"\[([^\]]+)\]\((?!https?:)[^)]*\.(?:py|sh|pdf)\)", r"`\1`", markdown)
-    return markdown
+    # In the repository results stand beside this folder, in the site within it.
+    return re.sub(r"\]\(\.\./((?:\.\./)?experiments/)", r"](\1", markdown)
 
 
 def settings() -> str:

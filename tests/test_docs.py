@@ -175,10 +175,11 @@ def test_the_group_table_lists_every_choice() -> None:
             assert f"`{choice.stem}`" in table[name], f"{name}={choice.stem}"
 
 
-def test_links_lead_somewhere() -> None:
-    for page in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
-        for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()):
-            assert target.startswith("https://") or (ROOT / target).exists(), f"{page}: {target}"
+def test_links_lead_somewhere_in_the_repository_too() -> None:
+    docs = ROOT / "docs"
+    for page in (*ROOT.glob("*.md"), *docs.glob("*.md"), *docs.glob("notebooks/*.ipynb")):
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+            assert target.startswith("https://") or (page.parent / target).exists(), f"{page}: {target}"
 
 
 def test_the_site(tmp_path: Path) -> None:
