@@ -151,6 +151,9 @@ def test_a_part_that_is_wrong(
     small = [word for word in SMALL if not word.startswith("noise.") or "noise=" not in words]
     said = refused("--config-dir=conf", *small, "task=colors", *words.split(), "hydra.run.dir=run")
     assert said.startswith(f"error: {told}"), said
+    if (log := tmp_path / "run" / "train.log").exists():
+        # A run that has begun keeps it, with all that was called if it is an error in somebody's code.
+        assert said in log.read_text() and ("Traceback" in log.read_text()) == ("Error: " in said)
 
 
 def test_a_mistake_in_a_worker_of_a_loader() -> None:

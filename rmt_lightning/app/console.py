@@ -189,10 +189,15 @@ def show(what: Table | Text) -> None:
     get_console().print(what, soft_wrap=isinstance(what, Text))
     page = io.StringIO()
     Console(file=page, width=_WIDTH).print(what, soft_wrap=isinstance(what, Text))
-    told = "\n" * isinstance(what, Table) + page.getvalue().rstrip()
+    keep("\n" * isinstance(what, Table) + page.getvalue().rstrip(), logging.INFO)
+
+
+def keep(told: str, level: int, error: BaseException | None = None) -> None:
+    """Put what the screen has shown, or an error with its traceback, into the log file of a run that has begun."""
+    trace = None if error is None else (type(error), error, error.__traceback__)
     for handler in logging.getLogger("rmt_lightning").handlers:
-        if isinstance(handler, LogFile):
-            handler.handle(logging.LogRecord(__name__, logging.INFO, __file__, 0, told, None, None))
+        if isinstance(handler, LogFile) and handler.stream:
+            handler.handle(logging.LogRecord(__name__, level, __file__, 0, told, None, trace))
 
 
 def start_logging(file: Path | None, first_process: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -21,7 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from rmt_lightning.app.console import steady_screen, trouble
+from rmt_lightning.app.console import keep, steady_screen, trouble
 from rmt_lightning.app.own_parts import mistake
 from rmt_lightning.app.processes import forget_leftovers
 from rmt_lightning.app.schema import CONF, may_be_added, suggest
@@ -286,12 +287,15 @@ def told_in_one_line(config_name: str) -> Iterator[None]:
         if isinstance(error, MemoryError | RuntimeError) and NO_MEMORY.search(repr(error)):
             _fail(_no_memory(error), code=1)
         if own := mistake(error):
-            _fail(own, code=2)
+            _fail(own, code=2, error=error)
         raise
 
 
-def _fail(message: str, code: int) -> None:
-    print(f"error: {one_line(message)}", file=sys.stderr)
+def _fail(message: str, code: int, error: BaseException | None = None) -> None:
+    """Leave with an error, which the log file of a run keeps as well; one in somebody's own code with its traceback."""
+    told = f"error: {one_line(message)}"
+    print(told, file=sys.stderr)
+    keep(told, logging.ERROR, error)
     sys.exit(code)
 
 
