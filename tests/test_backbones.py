@@ -411,7 +411,11 @@ def test_a_damaged_run_is_refused(
     saved = Restored(tmp_path)
     assert saved.encoder(saved.tokenizer([])).width == 16
     (tmp_path / name).unlink() if content is None else (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=rf"^{tmp_path}: holds no whole model \({name.partition('/')[0]}: [^\n]*$"):
+    part = name.partition("/")[0]
+    with pytest.raises(UserError, match=rf"^{tmp_path}: holds no whole model \({part}: [^\n]*$"):
+        saved.encoder(saved.tokenizer([]))
+    shutil.rmtree(tmp_path / part)
+    with pytest.raises(UserError, match=rf"^{tmp_path}: has no {part}/, which its weights need; put it back$"):
         saved.encoder(saved.tokenizer([]))
 
 

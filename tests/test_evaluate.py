@@ -131,14 +131,16 @@ def test_evaluations_side_by_side(here: Path, monkeypatch: pytest.MonkeyPatch) -
         # Another one comes to 3 first, and to 5.
         for other in (3, 5):
             another, length = findings.Findings(only(here), {}), f"{other} segments"
-            another.predict(length, [prediction | {"length": length} for prediction in predictions])
+            # What ends a line for some stands in questions from the web.
+            asked = {"length": length, "question": "Where\u2028is\x85Mary?"}
+            another.predict(length, [prediction | asked for prediction in predictions])
             another.add("lengths", str(other), row | {"segments": other})
         return row, predictions
 
     monkeypatch.setattr(evaluation, "_test", beside)
     evaluate(monkeypatch, "segments=[1,3]")
     assert found == [1]
-    told = [json.loads(line) for line in (only(here) / "predictions.jsonl").read_text().splitlines()]
+    told = [json.loads(line) for line in (only(here) / "predictions.jsonl").open()]
     assert {row["length"] for row in told} == {"1 segments", "3 segments", "5 segments"} and len(told) == 3 * 12
     for table in ("evaluation.csv", "distances.csv"):
         assert list(dict.fromkeys(row["segments"] for row in rows(only(here) / table))) == ["1", "3", "5"]
@@ -185,6 +187,7 @@ def test_damaged_results_are_named(
         "",
         "[" * 10**5,
         json.dumps({"lengths": {"1": damage}}),
+        json.dumps({"lengths": {"1": damage | {"right": 0, "samples": 0, "text_tokens": 0}}}),
         '{"lengths": {"1": {"right": 1}}}',
         '{"lengths": {"x": {}}}',
         '{"probes": {"1 x": {}}}',
@@ -217,11 +220,18 @@ def test_memory_does_not_grow_with_the_input(here: Path, command: Run) -> None:
     assert long < 1.05 * short
 
 
-def test_other_text_and_another_task(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_text_and_another_task(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (here / "book.txt").write_text("A quiet morning. Nobody spoke for a while. Then it rained again! " * 200)
     evaluate(monkeypatch, "noise=files", "noise.path=book.txt", "segments=[2]")
     evaluate(monkeypatch, "task=memorize", "segments=[2]")
     assert len(list((here / "run" / "evaluations").iterdir())) == 2
+    # A tokenizer that learns from that text would give other tokens to the same weights.
+    shutil.rmtree(here / "run" / "tokenizer")
+    with pytest.raises(SystemExit):
+        evaluate(monkeypatch, "noise=files", "noise.path=book.txt", "segments=[2]")
+    assert "run: has no tokenizer/, which its weights need; put it back\n" in capsys.readouterr().err
 
 
 PLACES = ("office", "bathroom", "garden", "bedroom", "kitchen", "hallway")
@@ -511,6 +521,9 @@ def test_which_probes_are_asked_unless_they_are_given(
 def test_all_stages_side_by_side(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    # Copies that somebody has made of them are none.
+    for name in ("stage-1 (copy).ckpt", "stage-01.ckpt"):
+        shutil.copy(here / "run/checkpoints/stage-1.ckpt", here / "run/checkpoints" / name)
     evaluate(monkeypatch, "stages=true", "segments=[1,3]")
     (together,) = (here / "run" / "evaluations").glob("stages-detect-*")
     assert f"{together.relative_to(here)} holds them all" in capsys.readouterr().out

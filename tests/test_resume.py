@@ -714,6 +714,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(
     shutil.copytree(uninterrupted, tmp_path / "run")
     checkpoints = tmp_path / "run" / "checkpoints"
     (checkpoints / "stage-3.ckpt").unlink()
+    shutil.copy(checkpoints / "stage-1.ckpt", checkpoints / "stage-1 (copy).ckpt")
     for name in damaged:
         damage(checkpoints / f"{name}.ckpt")
     resumed = train("resume=run", small=False)

@@ -56,7 +56,7 @@ def build_foundation(config: DictConfig, run: Path | None, trained: bool, senten
 
     Args:
         config: the composed config of a run.
-        run: folder of an earlier run to go on with; its tokenizer is used if it has left one.
+        run: folder of an earlier run to go on with; its tokenizer is used, which only a run without weights may lack.
         trained: whether weights of that run are about to be loaded, so that pretrained ones are not needed.
         sentences: what a tokenizer that is trained on the spot has to learn beside the noise.
 
@@ -66,7 +66,8 @@ def build_foundation(config: DictConfig, run: Path | None, trained: bool, senten
     L.seed_everything(config.seed, verbose=False)
     noise: Noise = instantiate(config.noise, _convert_="all")
     fresh: Backbone = instantiate(config.backbone, _convert_="all")
-    earlier = Restored(run) if run and (run / TOKENIZER).is_dir() else None
+    # Weights know the tokens of one tokenizer alone.
+    earlier = Restored(run) if run and (trained or (run / TOKENIZER).is_dir()) else None
     to_learn = list(sentences)
     text = TrainingText(
         chain(to_learn, chain.from_iterable(counted(noise.documents("train"), "train"))),

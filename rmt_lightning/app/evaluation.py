@@ -45,7 +45,7 @@ from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import write_csv
 from rmt_lightning.core.progress import bar, in_time
 from rmt_lightning.core.quoting import shown
-from rmt_lightning.core.run_folder import CHECKPOINTS, alone_in, findings
+from rmt_lightning.core.run_folder import CHECKPOINTS, alone_in, findings, stages
 from rmt_lightning.core.statistics import Proportion
 from rmt_lightning.reporting import figures, style
 from rmt_lightning.tasks.facts import Finite, Task
@@ -76,17 +76,17 @@ def evaluate_stages(config: DictConfig, run_config: DictConfig, run: Path) -> No
     Raises:
         UserError: if no stage has been passed, or as of `evaluate`.
     """
-    checkpoints = {int(path.stem.removeprefix("stage-")): path for path in (run / CHECKPOINTS).glob("stage-*.ckpt")}
+    checkpoints = stages(run / CHECKPOINTS)
     if not checkpoints:
         raise UserError(f"checkpoint={config.checkpoint}: the run has passed no stage yet; train it further")
     config.follow, config.probes = 0, [] if config.probes is None else config.probes
     found = {}
-    for stage in sorted(checkpoints):
+    for stage, checkpoint in checkpoints.items():
         get_console().print(f"stage {stage}", highlight=False)
-        found[stage] = evaluate(config, run_config, run, checkpoints[stage])
+        found[stage] = evaluate(config, run_config, run, checkpoint)
     # The last folder's name tells the task and the settings.
     last = found[stage].path.parent
-    folder = last.with_name(last.name.replace(checkpoints[stage].stem, "stages", 1))
+    folder = last.with_name(last.name.replace(checkpoint.stem, "stages", 1))
     task: Task = instantiate(run_config.task, _convert_="all")
     with alone_in(folder):
         # Read again, for others may have found more in the meantime.

@@ -66,7 +66,8 @@ class Findings:
         path = self.path.with_name(PREDICTIONS)
         with self._alone():
             try:
-                lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+                # A question may hold what some take for the end of a line.
+                lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n") if path.exists() else []
                 others = [row for row in map(json.loads, lines) if row["length"] != length]
             except (ValueError, TypeError, KeyError):
                 raise UserError(f"{shown(path)}: is damaged; remove it, and go on without its answers") from None
@@ -102,7 +103,7 @@ class Findings:
             _ = self.probes and probe_table([*self.probes.values()])
             _ = self.parts and leaderboard_table([*self.parts.values()])
             _ = [rate_in_words(row) for row in self.retention.values()]
-        except (ValueError, AttributeError, TypeError, KeyError, RecursionError, IsADirectoryError):
+        except (ValueError, ArithmeticError, AttributeError, TypeError, KeyError, RecursionError, IsADirectoryError):
             raise UserError(f"{shown(self.path)}: is damaged; remove it, and it is found out again") from None
         return self
 

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,6 +67,13 @@ def locate(path: str, key: str) -> tuple[Path, Path | None]:
     if given.is_file():
         return run, given
     return run, run / CHECKPOINTS / LAST if any((run / CHECKPOINTS).glob("*.ckpt")) else None
+
+
+def stages(folder: Path) -> dict[int, Path]:
+    """The checkpoints in a folder of those that a run leaves after its stages, in their order; no copies of them."""
+    named = {path: re.fullmatch(r"stage-([1-9]\d*)\.ckpt", path.name) for path in folder.glob("stage-*.ckpt")}
+    found = {int(name[1]): path for path, name in named.items() if name}
+    return dict(sorted(found.items()))
 
 
 def locate_checkpoint(path: str) -> tuple[Path, Path]:

@@ -301,6 +301,8 @@ class Restored:
     def _whole(self, name: str) -> Iterator[None]:
         """Tell which part is damaged or may not be read, if that is found out while it is open."""
         part = self.folder / name
+        if not part.is_dir():
+            raise UserError(f"{self.folder}: has no {name}/, which its weights need; put it back")
         check_readable(part, *part.glob("*"))
         # What is read of these is written where the model is saved next: no file of this machine belongs there.
         home = self.folder.resolve()

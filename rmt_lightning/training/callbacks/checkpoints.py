@@ -29,7 +29,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import append_csv, beside, read_csv, write_atomically, write_csv
 from rmt_lightning.core.quoting import shown
-from rmt_lightning.core.run_folder import CHECKPOINTS, LAST, METRICS, PHASES, PREVIOUS
+from rmt_lightning.core.run_folder import CHECKPOINTS, LAST, METRICS, PHASES, PREVIOUS, stages
 from rmt_lightning.training.callbacks.upgrade import upgraded
 from rmt_lightning.training.phases.phase import Phases
 
@@ -121,8 +121,7 @@ def read_newest(checkpoint: Path) -> tuple[Path, dict[str, Any]]:
         if checkpoint.name != LAST or isinstance(error.__cause__, PermissionError):
             raise
     folder, wrong = checkpoint.parent, "damaged" if checkpoint.exists() else "missing"
-    stages = sorted(folder.glob("stage-*.ckpt"), key=lambda path: int(path.stem.removeprefix("stage-")), reverse=True)
-    for earlier in (folder / PREVIOUS, *stages):
+    for earlier in (folder / PREVIOUS, *reversed(stages(folder).values())):
         try:
             saved = read_checkpoint(earlier)
         except UserError:
