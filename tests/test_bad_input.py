@@ -340,6 +340,21 @@ def test_the_place_of_all_runs_is_a_file(
         (tmp_path / "outputs").unlink()
 
 
+@pytest.mark.fault("the folder in which a command is started has been removed", "one line says so")
+def test_a_folder_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    monkeypatch.setattr(sys, "argv", ["train", *SMALL])
+    with pytest.raises(SystemExit):
+        front_door.run()
+    assert capsys.readouterr().err == (
+        "error: the folder that this was started in is gone; start it again in one that is there\n"
+    )
+
+
 @pytest.mark.fault("a run folder that cannot be written to is resumed", "one line that says what can be done")
 def test_a_folder_of_somebody_else(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

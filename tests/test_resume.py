@@ -402,6 +402,11 @@ def test_half_a_row_is_taken_back(tmp_path: Path) -> None:
 
     assert in_a_fork(limited) == -signal.SIGUSR1
     assert file.read_text() == before
+    # What somebody removes begins anew, with its header.
+    file.unlink()
+    table.log_metrics({"loss": 1.25}, 1)
+    table.save()
+    assert logged(tmp_path) == [{"loss": "1.25", "step": "1"}]
 
 
 def test_what_is_logged_again_is_taken_out(tmp_path: Path) -> None:
@@ -634,7 +639,7 @@ original, calls = answering.FactClassifier.training_step, 0
 def step(*args):
     global calls
     calls += 1
-    if calls == 4:
+    if calls == {call}:
         {what}
     return original(*args)
 
@@ -653,8 +658,8 @@ if __name__ == "__main__":  # loader workers import it too
             "data.num_workers=1: one of them has died, perhaps for want of memory (DataLoader worker (pid",
             marks=pytest.mark.soak,
         ),
-        ("shutil.rmtree('run')", "run: was removed or renamed"),
-        ("os.rename('run', 'moved')", "run: was removed or renamed"),
+        ("shutil.rmtree('run')", "run: was removed, renamed or emptied"),
+        ("os.rename('run', 'moved'), os.mkdir('run')", "run: was removed, renamed or emptied"),
         pytest.param(
             "os.truncate(next(Path('own').rglob('train/tokens.npy')), 200)",
             "train/tokens.npy: was damaged while",
@@ -664,10 +669,11 @@ if __name__ == "__main__":  # loader workers import it too
 )
 def test_what_a_run_stands_on_goes_away(what: str, told: str, train: Run, tmp_path: Path) -> None:
     workers = ("cache_dir=own", "data.num_workers=1") if "own" in what or "worker" in what else ()
-    result = train(*RUN, *workers, driver=MEANWHILE.format(what=what))
+    # A run may lose its folder before anything has been saved.
+    result = train(*RUN, *workers, driver=MEANWHILE.format(what=what, call=4 if workers else 2))
     assert result.returncode == 2, result.stderr
     assert result.stderr.startswith("error: ") and told in result.stderr and result.stderr.count("\n") == 1
-    assert (tmp_path / "run").exists() == (workers != ())
+    assert (tmp_path / "run" / "checkpoints").exists() == (workers != ())
 
 
 def test_checkpoints_hold_plain_values_only(uninterrupted: Path) -> None:

@@ -79,6 +79,9 @@ def trouble(error: OSError) -> str:
         place = error.filename or "the run folder"
         return f"no space left while writing {place}: free some, and resume the run or repeat the command"
     if error.filename is None or error.strerror is None:
+        if isinstance(error, FileNotFoundError):
+            # Nothing else is asked of the system without a name.
+            return "the folder that this was started in is gone; start it again in one that is there"
         raise error
     return f"{os.fsdecode(error.filename)}: {error.strerror}"
 

@@ -101,17 +101,19 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def append_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
     """Append rows to a csv file that has these columns, all of them or none; what a row lacks is left empty.
 
-    Only a kill may leave a line without its end.
+    Only a kill may leave a line without its end. A file that somebody has removed begins anew.
 
     Raises:
         OSError: that names the file.
     """
     text = io.StringIO()
-    csv.DictWriter(text, columns, lineterminator="\n").writerows(rows)
-    content = text.getvalue().encode()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     # Without a buffer, which would be written once more when the file is closed.
     with path.open("ab", buffering=0) as file:
-        end = file.tell()
+        if not (end := file.tell()):
+            writer.writeheader()
+        writer.writerows(rows)
+        content = text.getvalue().encode()
         try:
             while content:
                 content = content[file.write(content) :]

@@ -29,7 +29,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import append_csv, beside, read_csv, write_atomically, write_csv
 from rmt_lightning.core.quoting import shown
-from rmt_lightning.core.run_folder import CHECKPOINTS, LAST, METRICS, PHASES, PREVIOUS, stages
+from rmt_lightning.core.run_folder import CHECKPOINTS, CONFIG, LAST, METRICS, PHASES, PREVIOUS, stages
 from rmt_lightning.training.callbacks.upgrade import upgraded
 from rmt_lightning.training.phases.phase import Phases
 
@@ -199,7 +199,9 @@ class MetricsTable(Logger):
         for number in starts:
             self._cut(self._file(number))
         path = self._file(1 + max(starts, default=-1))
-        path.parent.mkdir(parents=True)
+        # If the run folder is not there any more, it is not made anew.
+        self._folder.mkdir(exist_ok=True)
+        path.parent.mkdir()
         return path
 
     def _file(self, number: int) -> Path:
@@ -300,7 +302,7 @@ class RunCheckpoints(Callback):
 
     def _save(self, trainer: L.Trainer) -> None:
         last = self.folder / CHECKPOINTS / LAST
-        if not self.folder.is_dir():
+        if not (self.folder / CONFIG).exists():
             raise gone(self.folder)
         for logger in trainer.loggers:
             logger.sync() if isinstance(logger, MetricsTable) else logger.save()
@@ -316,7 +318,9 @@ class RunCheckpoints(Callback):
 def gone(folder: Path) -> UserError:
     """What is told of a run folder that is no longer where it was; nothing is written there anew."""
     shown = os.path.relpath(folder)
-    return UserError(f"{shown}: was removed or renamed while the run went on; resume it where it is, or start it again")
+    return UserError(
+        f"{shown}: was removed, renamed or emptied while the run went on; resume it where it is, or start it again"
+    )
 
 
 def write_phases(folder: Path, phases: Phases, step: int, out_of_time: bool = False) -> None:
