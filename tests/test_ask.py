@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +157,13 @@ def test_what_cannot_be_read_or_asked(answerer: Answerer, tokenizer: PreTrainedT
     for question in (7, ["Who?", 7], np.array("Who?")):
         with pytest.raises(UserError, match=r"question: give a text, or a list of texts"):
             answerer.ask(memory, question)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"top_k=0: asks for no answer"):
-        answerer.ranked(memory, "Who?", top_k=0)
+    for blank in ("", ["Who?", " \n"]):
+        for use in (answerer, answerer.scores, partial(answerer.ask, memory)):
+            with pytest.raises(UserError, match=r"^(texts|question): one is blank, which asks nothing; leave it out$"):
+                use(blank)
+    for number in (0, 2.5, "2", None):
+        with pytest.raises(UserError, match=rf"top_k={number}: asks for no answer"):
+            answerer.ranked(memory, "Who?", top_k=number)  # type: ignore[arg-type]
     for given in ({"question": "Who?"}, {"context": BOOK}, {"texts": "Who?", "question": "Who?", "context": "x"}):
         with pytest.raises(UserError, match=r"give texts that end with their questions, or question= and context="):
             answerer(**given)
@@ -165,7 +171,7 @@ def test_what_cannot_be_read_or_asked(answerer: Answerer, tokenizer: PreTrainedT
     torch.manual_seed(1)
     other = Answerer(make(type(answerer.model), tokenizer), answerer.head, ANSWERS).eval()
     for wrong in (lambda: other.ask(memory, "Who?"), lambda: other.read("x", memory)):
-        with pytest.raises(UserError, match=r"memory: was read by another model; read the text again with this one"):
+        with pytest.raises(UserError, match=r"memory: was read by another model, or one of the two is in float16; "):
             wrong()
     whole = make(FullAttention, tokenizer)
     with pytest.raises(UserError, match=r"FullAttention: keeps the whole text instead of a memory; call it with"):
@@ -199,7 +205,9 @@ def test_what_holds_no_memory(content: bytes | None, answerer: Answerer, tmp_pat
     [
         {"end": torch.tensor([99_999])}, {"end": torch.tensor([-1])}, {"end": torch.tensor([[1]])},
         {"end": torch.tensor([1.0])}, {"state": []}, {"state": [torch.ones(1, 2, 3)] * 2},
-        {"state": [torch.full((1, 4, 16), torch.nan)]},
+        {"state": [torch.full((1, 4, 16), torch.nan)]}, {"state": [torch.ones(1, 4, 16, dtype=torch.complex64)]},
+        {"state": [torch.ones(1, 4, 16).long()]},
+        {"state": [torch.full((1, 4, 16), torch.nan).to(torch.float8_e4m3fn)]},
     ],
     ids=str,
 )  # fmt: skip
@@ -213,6 +221,17 @@ def test_what_is_no_memory_of_this_model(change: dict[str, Any], answerer: Answe
 def test_what_is_no_memory_at_all(answerer: Answerer) -> None:
     with pytest.raises(UserError, match=r"^memory: is a str; give what read or Memory.load returns$"):
         answerer.ask("book.memory", "Who?")  # type: ignore[arg-type]
+
+
+@pytest.mark.fault("a memory that may not be read is about to be overwritten", "one line says so, and it stays")
+def test_a_memory_of_somebody_else(
+    ask: Callable[..., list[str]], answerer: Answerer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answerer.read(BOOK).save("kept")
+    # Even the superuser may not, it seems.
+    monkeypatch.setattr("rmt_lightning.core.files.os.access", lambda path, mode: str(path) != "kept")
+    (line,) = ask("model=mary", "text=book.txt", "save=kept", code=2)
+    assert line == "error: kept: cannot be read (Permission denied); ask whose it is for that"
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "a\nb"])
@@ -267,7 +286,7 @@ def ask(
     answerer.save_pretrained(tmp_path / "mary")
     (tmp_path / "book.txt").write_text(BOOK)
     (tmp_path / "empty").touch()
-    (tmp_path / "questions").write_text("\ufeffWhere is Mary?\n\n  Who?\n", encoding="utf-8")
+    (tmp_path / "questions").write_text("\ufeffWhere is Mary?\r\n\n  Who?\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     yield run
     GlobalHydra.instance().clear()
@@ -287,6 +306,11 @@ def test_the_command_answers(
         *told,
     ]
     assert ask("folder=mary", "memory=kept", "question=[Where is Mary?,Who?]", "top_k=2") == told
+    # A line is a question, whatever stands in it, and stays a line.
+    Path("odd").write_text("Where\u2028is\x0cMary?\n\x1b[2JWho?")
+    assert [line.partition(" → ")[0] for line in ask("model=mary", "memory=kept", "questions=odd")] == [
+        r"Where\u2028is\x0cMary?", r"\x1b[2JWho?",
+    ]  # fmt: skip
     # Nobody is asked for questions by a command that saves.
     assert len(ask("folder=mary", "text=book.txt", "save=again")) == 1 and Path("again").exists()
     (alone,) = ask("folder=mary", "text=book.txt", "question=Who?", "top_k=2")

@@ -14,6 +14,8 @@ from rich import get_console
 
 from rmt_lightning.app.build import find_device
 from rmt_lightning.core.errors import UserError
+from rmt_lightning.core.files import check_readable
+from rmt_lightning.core.quoting import one_line
 from rmt_lightning.models.answerer import Answerer, Memory
 
 
@@ -72,7 +74,8 @@ def _questions(config: DictConfig) -> list[str]:
             raise UserError("question: asks nothing; give a question, or several as [one,another]")
         return questions
     try:
-        lines = Path(config.questions).read_text(encoding="utf-8-sig").splitlines()
+        # No splitlines, for which a question may end at a letter within it.
+        lines = Path(config.questions).read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise UserError(f"questions={config.questions}: cannot be read ({error.strerror}); give a file") from None
     except UnicodeDecodeError:
@@ -101,6 +104,7 @@ def _check_place(place: str) -> None:
         raise UserError(f"save={place}: there is no folder {parent}; make it, or choose another place")
     if not os.access(parent, os.W_OK):
         raise UserError(f"save={place}: cannot be written to {parent}; choose another place")
+    check_readable(Path(place))
     if os.path.lexists(place):
         try:
             Memory.load(place)
@@ -118,4 +122,5 @@ def _save(memory: Memory, place: str) -> None:
 
 def _answer(answerer: Answerer, memory: Memory, questions: list[str], top_k: int) -> None:
     for question, best in zip(questions, answerer.ranked(memory, questions, top_k), strict=True):
-        print(f"{question} → " + ", ".join(f"{answer.text} ({answer.probability:.1%})" for answer in best))
+        told = ", ".join(f"{answer.text} ({answer.probability:.1%})" for answer in best)
+        print(one_line(f"{question} → {told}"))

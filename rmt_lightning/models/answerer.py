@@ -212,8 +212,8 @@ class Answerer(nn.Module, ModelHubMixin, library_name="rmt_lightning"):
         Raises:
             UserError: if that is no question, or the memory is another model's.
         """
-        if top_k < 1:
-            raise UserError(f"top_k={top_k}: asks for no answer; give 1 or more")
+        if not isinstance(top_k, int) or top_k < 1:
+            raise UserError(f"top_k={top_k}: asks for no answer; give a number of answers, 1 or more")
         questions = _texts("question", question)
         state, end = self._state(memory), memory.end
         rows = [torch.cat([end, torch.tensor(ids, dtype=torch.long)]) for ids in token_ids(self._tokenizer, questions)]
@@ -262,7 +262,9 @@ class Answerer(nn.Module, ModelHubMixin, library_name="rmt_lightning"):
         if not isinstance(memory, Memory):
             raise UserError(f"memory: is a {type(memory).__name__}; give what read or Memory.load returns")
         if memory.model != self._fingerprint():
-            raise UserError("memory: was read by another model; read the text again with this one")
+            raise UserError(
+                "memory: was read by another model, or one of the two is in float16; read the text again with this one"
+            )
         first = self.model.initial_state(1)
         likes = tree.leaves(first)
         if not (_fit(memory.state, likes) and _are_ids(memory.end, len(self._tokenizer))):
@@ -271,7 +273,9 @@ class Answerer(nn.Module, ModelHubMixin, library_name="rmt_lightning"):
         return tree.rebuild(first, [part.to(like.device, like.dtype) for part, like in parts])
 
     def _fingerprint(self) -> str:
-        """Tells weights apart, by a few numbers of each, whatever precision they are in."""
+        """Tells weights apart, by a few numbers of each, whatever precision they are in but float16, which rounds
+        otherwise.
+        """
         content = hashlib.sha256()
         for name, weight in self.named_parameters():
             some = weight.detach().flatten()[:8].to("cpu", torch.bfloat16).float()
@@ -333,12 +337,16 @@ def _check_plain(path: str | Path) -> None:
 
 def _fit(state: Sequence[Tensor], likes: Sequence[Tensor]) -> bool:
     """Whether tensors are of the shapes of a state; what is empty in that one grows."""
-    if [part.ndim for part in state] != [like.ndim for like in likes]:
+    if [_kind(part) for part in state] != [_kind(like) for like in likes]:
         return False
     sizes = (
         (n, of) for part, like in zip(state, likes, strict=True) for n, of in zip(part.shape, like.shape, strict=True)
     )
-    return all(of in (n, 0) for n, of in sizes) and all(bool(part.isfinite().all()) for part in state)
+    return all(of in (n, 0) for n, of in sizes) and all(bool(part.double().isfinite().all()) for part in state)
+
+
+def _kind(part: Tensor) -> tuple[int, bool, bool]:
+    return part.ndim, part.is_floating_point(), part.is_complex()
 
 
 def _are_ids(end: Tensor, known: int) -> bool:
@@ -355,6 +363,8 @@ def _texts(name: str, given: Any) -> list[str]:
         raise UserError(f"{name}: give a text, or a list of texts")
     for text in given:
         _check_letters(name, text)
+        if not text.strip():
+            raise UserError(f"{name}: one is blank, which asks nothing; leave it out")
     return list(given)
 
 
