@@ -92,6 +92,25 @@ def test_rows_and_files_that_name_their_split(tmp_path: Path) -> None:
         QA(test_path=test).questions("train")
 
 
+@pytest.mark.fault("rows differ in large letters or spaces alone", "they are one: none is on both sides")
+def test_rows_that_look_alike_are_one(tmp_path: Path) -> None:
+    again = [row | {"facts": [row["facts"][0].upper() + " "], "question": "Who has\u00a0it?"} for row in ROWS]
+    task = QA(write(tmp_path / "my.jsonl", ROWS + again))
+    assert sizes(task) == [48, 3, 3]
+    assert not {*task.questions("train")[0].facts} & {*task.questions("test")[0].facts}
+    task = QA(write(tmp_path / "my.jsonl", ROWS), test_path=write(tmp_path / "test.jsonl", again[:5]))
+    assert task.remarks[1] == "of the 5 questions for test, 5 stand in training too, word for word"
+
+
+@pytest.mark.fault("rows give several answers to one question", "they are counted, and said")
+def test_rows_that_contradict_each_other(tmp_path: Path) -> None:
+    other = [row | {"answer": "Dan"} for row in ROWS[:6]]
+    said = "questions with several answers to the same facts: {}; one of them at most counts as right"
+    assert QA(write(tmp_path / "my.jsonl", ROWS + other)).remarks[1] == said.format(6)
+    task = QA(write(tmp_path / "my.jsonl", ROWS), test_path=write(tmp_path / "test.jsonl", other[:2]))
+    assert task.remarks[1] == said.format(2)
+
+
 def test_that_answers_are_open_is_told(tmp_path: Path) -> None:
     rows = [row | {"answer": f"number {n}"} for n, row in enumerate(ROWS)]
     task = QA(write(tmp_path / "my.jsonl", rows))

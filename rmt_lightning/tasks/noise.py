@@ -285,6 +285,12 @@ class Hub:
             yield text
 
 
+def plain(text: str) -> str:
+    """What texts have in common that differ in their lines, in how letters are encoded, or in large and small ones."""
+    seen = text if text.isascii() else _UNSEEN.sub("", unicodedata.normalize("NFKC", text))
+    return " ".join(seen.casefold().split())
+
+
 def distinct(texts: Iterable[str], seen: set[bytes]) -> Iterator[str]:
     """Each text once, however its lines are broken, its letters encoded, and written large or small.
 
@@ -293,8 +299,7 @@ def distinct(texts: Iterable[str], seen: set[bytes]) -> Iterator[str]:
         seen: stands for those that were seen before, which are left out too; grows by those that are yielded.
     """
     for text in texts:
-        plain = " ".join(_UNSEEN.sub("", unicodedata.normalize("NFKC", text)).casefold().split())
-        key = hashlib.blake2b(plain.encode(), digest_size=16).digest()
+        key = hashlib.blake2b(plain(text).encode(), digest_size=16).digest()
         if key not in seen:
             seen.add(key)
             yield text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from itertools import chain
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.tasks.facts import Example, Split, Where
-from rmt_lightning.tasks.noise import sentences
+from rmt_lightning.tasks.noise import plain, sentences
 from rmt_lightning.tasks.text_files import NO_TEXT, ROWS, TextFiles
 
 # Questions that have facts in common, which are on one side.
@@ -56,12 +56,15 @@ class Questions:
         given = {split: stories[split] for split in HELD_BACK if split in stories}
         parts = _split(f"{shown}: holds", self.STORIES, self.GIVE, list(stories.get("train", [])), given)
         self._examples = {split: tuple(chain.from_iterable(part)) for split, part in parts.items()}
+        known = {_alike(example) for example in self._examples["train"]}
         for split in HELD_BACK:
             if split not in given:
-                self._examples[split] = _only_there(self._examples[split], self._examples["train"])
-        self.remarks = tuple(self._remarks(sources, given))
+                self._examples[split] = _only_there(self._examples[split], known)
+        self.remarks = tuple(self._remarks(sources, given, known))
 
-    def _remarks(self, sources: Mapping[Split, str], given: Collection[Split]) -> Iterator[str]:
+    def _remarks(
+        self, sources: Mapping[Split, str], given: Collection[Split], known: Set[tuple[str, str]]
+    ) -> Iterator[str]:
         """How many questions there are, from which files, and what should not be there."""
         train = self._examples["train"]
         counts = [f"{len(train):,} questions for training"] if train else []
@@ -69,11 +72,12 @@ class Questions:
             source = f"all of {sources[split]}" if split in given else f"a tenth of {sources.get('train')}"
             counts += [f"{len(self._examples[split]):,} for {split}, {source}"] if self._examples[split] else []
         yield "; ".join(counts)
-        known, answers = set(train), {example.answer for example in train}
+        yield from _contradictions(chain.from_iterable(self._examples.values()))
+        answers = {example.answer for example in train}
         for split in HELD_BACK if train else ():
             examples = self._examples[split]
             for strange, what in (
-                (lambda example: example in known, "stand in training too, word for word"),
+                (lambda example: _alike(example) in known, "stand in training too, word for word"),
                 (lambda example: example.answer not in answers, "have answers that it never gives"),
             ):
                 if count := sum(map(strange, examples)):
@@ -215,10 +219,24 @@ def _has(row: Mapping[str, Any]) -> str:
 
 def _together(examples: Iterable[Example]) -> list[Story]:
     """Questions about the same facts as one story each."""
-    stories: dict[tuple[str, ...], list[Example]] = {}
+    stories: dict[str, list[Example]] = {}
     for example in examples:
-        stories.setdefault(example.facts, []).append(example)
+        stories.setdefault(plain("\n".join(example.facts)), []).append(example)
     return [tuple(story) for story in stories.values()]
+
+
+def _alike(example: Example) -> tuple[str, str]:
+    """What is asked, and the answer, whatever letters are large and how they are encoded."""
+    return plain("\n".join((*example.facts, example.question))), plain(example.answer)
+
+
+def _contradictions(examples: Iterable[Example]) -> Iterator[str]:
+    """Of how many questions only one of several answers can be right, if there are any."""
+    answers: dict[str, set[str]] = {}
+    for asked, answer in map(_alike, examples):
+        answers.setdefault(asked, set()).add(answer)
+    if several := [asked for asked, given in answers.items() if len(given) > 1]:
+        yield f"questions with several answers to the same facts: {len(several):,}; one of them at most counts as right"
 
 
 def told(examples: Iterable[Example]) -> Iterator[str]:
@@ -248,8 +266,9 @@ def _split(
     return parts
 
 
-def _only_there(examples: Sequence[Example], train: Sequence[Example]) -> tuple[Example, ...]:
-    """Each of the examples once, without those of training, unless nothing else is left."""
-    known = set(train)
-    once = tuple(dict.fromkeys(examples))
-    return tuple(example for example in once if example not in known) or once
+def _only_there(examples: Sequence[Example], known: Set[tuple[str, str]]) -> tuple[Example, ...]:
+    """Each of the examples once, without those that are `known`, unless nothing else is left."""
+    once: dict[tuple[str, str], Example] = {}
+    for example in examples:
+        once.setdefault(_alike(example), example)
+    return tuple(example for alike, example in once.items() if alike not in known) or tuple(once.values())
