@@ -58,6 +58,11 @@ def test_a_hint_can_be_pasted(name: str, pasted: dict[str, str]) -> None:
     assert read(setting("noise.path", name)) == OmegaConf.create({"value": literal(name)})["value"] == name
 
 
+def test_a_line_stays_a_line() -> None:
+    assert one_line("Où est\u00a0Marie\u3000?") == "Où est\u00a0Marie\u3000?"
+    assert one_line("a\nb\u2028\x1b[2J\u202e") == r"a\nb\u2028\x1b[2J\u202e"
+
+
 def test_plain_names_stay_plain() -> None:
     assert to_type("resume", "outputs/2026-01-31/12-00-00-detect") == "resume=outputs/2026-01-31/12-00-00-detect"
 

@@ -93,6 +93,7 @@ DIFFERENT = [
     ("hydra.sweep.subdir=a", f"hydra.sweep.subdir=a: {SHARED}"),
     ("hydra.run.dir=x", "hydra.run.dir=x: is where a single run goes; of a sweep, give hydra.sweep.dir=…"),
     ("hydra.sweep.dir=run", "hydra.sweep.dir=run: holds a run; choose another folder"),
+    ("hydra.sweep.dir=/proc/x", "hydra.sweep.dir=/proc/x: No such file or directory; choose another folder"),
     ("seed=3", "seed=1,2 and seed=3: is given twice, of which one would count; leave one of them out"),
     ("+data.x=1,1 data.batch_size=4", f"hydra.sweep.subdir=seed_1-x_1: {SHARED}"),
     ("model=glob(*) model=glob(r*)", "model=glob(*) and model=glob(r*): is given twice"),

@@ -113,7 +113,8 @@ def front_door(
             except OSError as error:
                 if begun or not error.filename:
                     raise
-                raise UserError(f"hydra.run.dir={error.filename}: {error.strerror}; choose another folder") from None
+                key = "hydra.sweep.dir" if {"-m", "--multirun"} & {*sys.argv} else "hydra.run.dir"
+                raise UserError(f"{key}={error.filename}: {error.strerror}; choose another folder") from None
             except ValueError as error:
                 if begun or isinstance(error, OmegaConfBaseException) or NO_CHOICE.search(str(error)):
                     raise

@@ -7,6 +7,7 @@ import re
 import shlex
 from pathlib import Path
 from typing import Any
+from unicodedata import category
 
 # What none of them reads as anything but a text.
 _PLAIN = re.compile(r"[A-Za-z_./][\w./+-]*", flags=re.ASCII)
@@ -73,4 +74,8 @@ def shown(path: str | Path) -> str:
 
 def one_line(text: str) -> str:
     """A text without what would break a line or change a screen."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+    # Python takes no space but the plain one for printable.
+    return "".join(
+        letter if letter.isprintable() or category(letter) == "Zs" else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
