@@ -101,7 +101,7 @@ def test_questions(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     answerer = Answerer(model, nn.Linear(16, 3), ["here", "there", "nowhere"]).eval()
     answerer.save_pretrained(tmp_path / "folder")
     opened = Answerer.from_pretrained(tmp_path / "folder")
-    texts = ["Mary went to the garden. " * 20 + "Where is Mary?", "Where is John?", ""]
+    texts = ["Mary went to the garden. " * 20 + "Where is Mary?", "Where is John?", "."]
     assert torch.equal(opened.scores(texts), answerer.scores(texts))
     assert opened(texts) == [answerer([text])[0] for text in texts]
     assert set(opened(texts)) <= {"here", "there", "nowhere"}
@@ -111,6 +111,9 @@ def test_questions(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     for wrong in ([1], [None], [texts], b"text", {"text": 1}.values(), {"text": 1}, {"text"}, 5, None):
         with pytest.raises(UserError, match=r"^texts: give a text, or a list of texts$"):
             opened(wrong)
+    for blank in ("", [" \n", "Where is Mary?"]):
+        with pytest.raises(UserError, match=r"^texts: one is blank, which asks nothing; leave it out$"):
+            opened(blank)
     with pytest.raises(UserError, match=r"^texts: half of a surrogate pair"):
         opened("where\ud800")
     with pytest.raises(UserError, match=r"^head: reads 3 numbers, and the model makes 16"):
@@ -153,8 +156,9 @@ def test_what_cannot_be_opened(
         (RMTEncoder, lambda: broken(model="rmt_lightning.absent.RMT"), r"class rmt_lightning.absent.RMT; import rmt_"),
         (RMTEncoder, lambda: broken(memory_size=4), r"broken: holds no whole model \(RuntimeError: .*memory"),
         (RMTEncoder, lambda: broken(colour=4), r"broken: holds no whole model \(TypeError: .*colour"),
+        (RMTEncoder, lambda: without("backbone"), r"broken: has no backbone/, which its weights need; put it back"),
         *((RMTEncoder, lambda name=name: without(name), r"broken: holds no whole model")
-          for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "backbone")),
+          for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")),
     ]  # fmt: skip
     for kind, folder, message in cases:
         with pytest.raises(UserError, match=message) as raised:

@@ -128,7 +128,7 @@ def test_rows_without_text_keep_their_memory(tokenizer: PreTrainedTokenizerBase)
 def test_saved_and_opened(kind: str, update: Any, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     model = make(kind, tokenizer, update).float()
     model.save_pretrained(tmp_path)
-    noted = json.loads((tmp_path / "config.json").read_text())["update"]
+    noted = json.loads((tmp_path / "config.json").read_text())["arguments"]["update"]
     name = "rmt_lightning.Gated" if update is Gated else "test_updates.Mean"
     assert noted == {"class": name} | ({"share": 0.25} if isinstance(update, partial) else {})
     again = SegmentModel.from_pretrained(tmp_path)
@@ -152,7 +152,7 @@ def test_nothing_but_an_update_is_made(
 ) -> None:
     make("encoder", tokenizer).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config["update"] = {"class": name, "args": "touch executed"}
+    config["arguments"]["update"] = {"class": name, "args": "touch executed"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=message):
         SegmentModel.from_pretrained(tmp_path)

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
-from transformers.utils import find_adapter_config_file
+from transformers.utils import CONFIG_NAME, find_adapter_config_file
 from transformers.utils import logging as hf_logging
 
 from rmt_lightning.core.errors import UserError
@@ -274,9 +274,7 @@ class Restored:
         return config
 
     def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
-        # Runs have it in a folder; saved models at their top, where AutoTokenizer looks for it.
-        inner = (self.folder / TOKENIZER).exists() or not (self.folder / TOKENIZER_CONFIG_FILE).exists()
-        tokenizer: PreTrainedTokenizerBase = self._load(AutoTokenizer, TOKENIZER if inner else TOKENIZER_CONFIG_FILE)
+        tokenizer: PreTrainedTokenizerBase = self._load(AutoTokenizer, TOKENIZER)
         return tokenizer
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase) -> Encoder:
@@ -293,16 +291,21 @@ class Restored:
         return model
 
     def _load(self, auto_class: Any, name: str) -> Any:
-        with self._whole(name), _quiet():
-            part = self.folder / name
-            return _usable(auto_class.from_pretrained(part.parent if part.is_file() else part, trust_remote_code=False))
+        with self._whole(name) as part, _quiet():
+            return _usable(auto_class.from_pretrained(part, trust_remote_code=False))
 
     @contextmanager
-    def _whole(self, name: str) -> Iterator[None]:
-        """Tell which part is damaged or may not be read, if that is found out while it is open."""
+    def _whole(self, name: str) -> Iterator[Path]:
+        """Where a part stands. Tells if it is damaged or may not be read, if that is found out while it is open."""
         part = self.folder / name
+        if name == TOKENIZER and not part.exists() and (self.folder / CONFIG_NAME).exists():
+            # Runs have it in a folder; saved models at their top, where AutoTokenizer looks for it.
+            part = self.folder
         if not part.is_dir():
             raise UserError(f"{self.folder}: has no {name}/, which its weights need; put it back")
+        if name == TOKENIZER and not (part / TOKENIZER_CONFIG_FILE).is_file():
+            # Without it some tokenizers open all the same, and know no special tokens.
+            raise UserError(f"{self.folder}: holds no whole model ({TOKENIZER_CONFIG_FILE} is missing); put it back")
         check_readable(part, *part.glob("*"))
         # What is read of these is written where the model is saved next: no file of this machine belongs there.
         home = self.folder.resolve()
@@ -312,7 +315,7 @@ class Restored:
             if path.is_symlink() and not path.resolve().is_relative_to(home):
                 raise UserError(f"{path}: is a link that leads out of {self.folder}; put there what it leads to")
         try:
-            yield
+            yield part
         except UserError:
             raise
         except Exception as error:  # each library raises classes of its own
