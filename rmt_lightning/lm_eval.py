@@ -23,9 +23,10 @@ def run() -> None:
     except ImportError as error:
         told = "is not installed" if error.name == "lm_eval" else f"cannot be imported ({one_line(str(error))})"
         sys.exit(f"error: lm_eval: {told}; pip install --upgrade 'rmt-lightning[lm-eval]'")
-    # It is imported when it is asked for, as those of the harness are.
     assert NAME not in MODEL_MAPPING
-    model_registry.register(NAME, target="rmt_lightning.analysis.harness:RecurrentLM")
+    if NAME not in model_registry:
+        # It is imported when it is asked for, as those of the harness are.
+        model_registry.register(NAME, target="rmt_lightning.analysis.harness:RecurrentLM")
     if not any(word.split("=")[0] in ("--model", "-M", "-h", "--help") for word in sys.argv):
         sys.argv += ["--model", NAME]
     try:

@@ -208,7 +208,6 @@ def test_a_project_that_wandb_would_not_take() -> None:
         WandbRun("run", project="a/b")
 
 
-@pytest.mark.soak
 def test_a_language_model(train: Run, tmp_path: Path) -> None:
     few = ("task=language_modeling", "curriculum.steps=6", "test.documents=2", "noise.documents=20")
     small = tuple(setting for setting in SMALL if setting.startswith(("backbone", "data.s", "data.b")))

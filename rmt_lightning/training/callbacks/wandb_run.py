@@ -194,10 +194,10 @@ class WandbRun(WandbLogger):
         for row in sorted(evaluation, key=lambda row: row.get("segments", 0)):
             self._step += 1
             run.log({f"test/{name}": value for name, value in row.items() if value is not None}, step=self._step)
-            if row.get("tokens") is not None:
-                run.summary[f"test/accuracy_tokens_{row['tokens']}"] = row["accuracy"]
-            elif "segments" in row:
-                run.summary[f"test/accuracy_segments_{row['segments']}"] = row["accuracy"]
+            # Of running text nothing is right or wrong.
+            if "accuracy" in row:
+                length = "segments" if row.get("tokens") is None else "tokens"
+                run.summary[f"test/accuracy_{length}_{row[length]}"] = row["accuracy"]
         found: dict[str, Any] = {}
         for path in self._own(TABLES):
             with _survived():
