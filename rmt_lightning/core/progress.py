@@ -65,13 +65,11 @@ def bar(what: str, total: int, streams: int = 1, unit: str = "segments") -> Iter
         TextColumn(f"{{task.fields[speed]:,.0f}} {unit}/s ·"), TimeRemainingColumn(),
         console=get_console(), transient=True, disable=not seen,
     )  # fmt: skip
-    task, pace, done = shown.add_task(what, total=total, speed=0.0), Pace(), 0
+    task, pace = shown.add_task(what, total=total, speed=0.0), Pace()
 
     def advance() -> None:
-        nonlocal done
-        done += 1
         shown.update(task, advance=1, speed=(shown.tasks[0].speed or 0.0) * streams)
-        if not seen and pace.due and (left := pace.left(done, total)):
+        if not seen and pace.due and (left := pace.left(shown.tasks[0].completed, total)):
             log.info("%s: %s left", what, in_time(left))
 
     with shown:
