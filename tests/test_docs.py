@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import json
 import os
 import re
@@ -17,7 +16,6 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT, SMALL, Run
-from hydra.core.global_hydra import GlobalHydra
 
 import rmt_lightning
 from rmt_lightning.tasks.facts import PLACES
@@ -112,9 +110,7 @@ def test_commands(line: str, command: Run) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_the_tutorial(
-    command: Run, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_tutorial(command: Run, tmp_path: Path) -> None:
     """From rows like those of the README to a model that is asked."""
     (example,) = [block.splitlines() for kind, block in BLOCKS if kind == "json"]
     like = [example[number % 2] for number in range(24)]
@@ -128,16 +124,11 @@ def test_the_tutorial(
     assert "task=qa: 20 questions for training; 2 for validation, a tenth of task.path; 2 for test" in result.stdout
     told = [json.loads(line) for line in (tmp_path / "mine" / "predictions.jsonl").read_text().splitlines()]
     assert len(told) == 2 and {row["target"] for row in told} <= {"Ada", "Bo"}
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("RMT_LIGHTNING_CACHE", str(cache))
     said = []
     for module, *settings in others:
         quick = ["tokens=[0,1k]", "follow=0", "device=cpu"] if module.endswith("evaluate") else []
         given = [word for word in settings if not (quick and word.startswith("tokens="))]
-        monkeypatch.setattr(sys, "argv", [module, *given, *quick])
-        importlib.import_module(module).run()
-        GlobalHydra.instance().clear()
-        said.append(capsys.readouterr().out)
+        said.append(command(module, *given, *quick).stdout)
     assert "Test on unseen text, 2 samples each" in said[0]
     assert re.search(r"Who has the red key\? → (Ada|Bo) \(\d+\.\d%\)", said[2])
 
