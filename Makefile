@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+PINS   := constraints.txt
 ARGS   ?=
 
-.PHONY: help install train evaluate figures report test soak bench docs lint clean
+.PHONY: help install train evaluate figures report test lowest soak bench docs lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -29,6 +30,10 @@ test: $(VENV)/.installed-test  ## run linter, type checker and the whole test su
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
+lowest:  ## run the tests with the lowest versions that pyproject.toml allows, in .venv-lowest
+	$(MAKE) VENV=.venv-lowest PINS=.venv-lowest/pins.txt .venv-lowest/.installed-test
+	.venv-lowest/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
+
 soak: $(VENV)/.installed-test  ## try every fault, with the tests that make test leaves out; ends with a table
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "soak or fault" $(ARGS)
 
@@ -44,17 +49,22 @@ lint: $(VENV)/.installed-test  ## let the linter mend what it can
 	$(BIN)/ruff format .
 
 clean:  ## remove .venv and caches; outputs/ stays
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-lowest .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/.created:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-$(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[report]'
+$(VENV)/.installed: $(VENV)/.created pyproject.toml $(PINS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(PINS) --editable '.[report]'
 	touch $@
 
-$(VENV)/.installed-test: $(VENV)/.created pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+$(VENV)/.installed-test: $(VENV)/.created pyproject.toml $(PINS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(PINS) --editable '.[test]'
 	touch $@ $(VENV)/.installed
+
+# Each lower bound as the only version.
+.venv-lowest/pins.txt: pyproject.toml
+	mkdir -p $(@D)
+	grep -oE '"[A-Za-z0-9_-]+(\[[a-z]+\])?>=[0-9.]+' $< | sed -E 's/"|\[.*\]//g; s/>=/==/' > $@

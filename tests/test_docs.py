@@ -7,9 +7,11 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -151,9 +153,20 @@ def test_make_targets(tmp_path: Path) -> None:
 def test_the_workflow_tests_every_python_that_is_promised() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     promised = [name.rsplit(" ", 1)[1] for name in project["classifiers"] if ":: Python :: 3." in name]
-    job = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())["jobs"]["test"]
-    assert job["strategy"]["matrix"]["python"] == promised
-    assert job["steps"][-1]["run"] == "make test"
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())["jobs"]
+    assert jobs["test"]["strategy"]["matrix"]["python"] == promised
+    assert [job["steps"][-1]["run"] for job in jobs.values()] == ["make test", "make lowest"]
+
+
+def test_the_lowest_versions_are_those_that_are_promised(tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    subprocess.run(["make", "-s", ".venv-lowest/pins.txt"], cwd=tmp_path, check=True)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    bounded = chain(project["dependencies"], *project["optional-dependencies"].values())
+    lowest = [re.sub(r"\[.*\]|,.*", "", line).replace(">=", "==") for line in bounded if ">=" in line]
+    pins = (tmp_path / ".venv-lowest" / "pins.txt").read_text().splitlines()
+    assert set(lowest) < set(pins)
 
 
 def test_the_group_table_lists_every_choice() -> None:
