@@ -43,11 +43,21 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def notebook(path: Path) -> str:
-    """A notebook as a page; what its cells print and draw is seen where it is run."""
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    parts = [("".join(cell["source"]), cell["cell_type"] == "code") for cell in cells]
-    parts.insert(1, (f"[{path.name}]({path.name}) is the notebook itself.", False))
-    return "\n\n".join(f"```python\n{text}\n```" if code else text for text, code in parts)
+    """A notebook as a page, with what its cells have printed and drawn."""
+    title, *cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    parts = ["".join(title["source"]), f"[{path.name}]({path.name}) is the notebook itself."]
+    for cell in cells:
+        text = "".join(cell["source"])
+        parts += [f"```python\n{text}\n```", *map(output, cell["outputs"])] if cell["cell_type"] == "code" else [text]
+    return "\n\n".join(parts)
+
+
+def output(shown: dict[str, Any]) -> str:
+    """What a cell has printed, drawn or ended with."""
+    data = shown.get("data", {})
+    if "image/png" in data:
+        return f'<img alt="the figure that this cell draws" src="data:image/png;base64,{"".join(data["image/png"])}">'
+    return f"```text\n{''.join(shown.get('text') or data['text/plain']).rstrip()}\n```"
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
@@ -181,7 +191,8 @@ def api() -> str:
     parts = []
     for room, title in titles.items():
         parts.append(f"## {title}")
-        for name in rooms[room]:
+        # The models of the papers come first.
+        for name in sorted(rooms[room], key=lambda name: not name.startswith("RMT")):
             found = getattr(rmt_lightning, name)
             parts.append(f"::: {found.__module__}.{name}")
     return "\n\n".join(parts)
