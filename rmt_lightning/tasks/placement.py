@@ -8,10 +8,7 @@ Shapes: T segments, S text tokens of a segment, Q questions about a sample, A to
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -28,6 +25,7 @@ from rmt_lightning.core.tokens import encode, token_ids
 from rmt_lightning.tasks.corpus import Corpus, Reader
 from rmt_lightning.tasks.facts import Example, Finite, Split, Task
 from rmt_lightning.tasks.noise import SPLITS
+from rmt_lightning.tasks.room import Needs, Room, choose_homes, room_in_segments, room_in_tokens, segments_needed
 
 # How often an example that needs more room than the sample has is drawn anew before it is chosen among those that fit.
 _ATTEMPTS = 200
@@ -129,20 +127,6 @@ class Sample:
         return (np.concatenate([piece.ids for piece in pieces]) for pieces in self.pieces)
 
 
-class Room(NamedTuple):
-    """How much text there is room for in the segments of a sample.
-
-    Attributes:
-        num_segments: T.
-        tokens: of the whole sample.
-        left: what the question leaves of each segment, for facts and noise.
-    """
-
-    num_segments: int
-    tokens: int
-    left: dict[int, int]
-
-
 class Placement:
     """Draws an example, chooses places for its facts and fills the rest with noise.
 
@@ -228,7 +212,8 @@ class Placement:
             return Sample(None, (), 0, key.num_segments, key.num_segments * self.text_length, noise)
         example, room = self._draw(rng, split, key)
         facts, question = [self._ids(fact) for fact in example.facts], self._ids(example.question)
-        homes = self._choose_segments(rng, facts, room, key)
+        by_tokens = key.tokens is not None
+        homes = choose_homes(rng, [len(fact) for fact in facts], room, self.task.where, by_tokens)
         pieces = self._fill(Reader(self.corpora[split], rng), rng, split, key, facts, homes, question, room)
         distance = room.num_segments - 1 - min(homes[fact] for fact in example.support)
         return Sample(example, tuple(homes), distance, room.num_segments, room.tokens, pieces)
@@ -342,7 +327,7 @@ class Placement:
                     drawn.append(task.draw(rng, split))
                     told += len(drawn[-1].facts)
                 examples = tuple(drawn)
-            segments = np.array([self._segments_needed(example, text_length) for example in examples])
+            segments = np.array([segments_needed(self._needs(example), text_length) for example in examples])
             self._examples[name] = Examples(examples, segments, np.array([self._size(example) for example in examples]))
         return self._examples[name]
 
@@ -426,62 +411,15 @@ class Placement:
     def _size(self, example: Example) -> int:
         return sum(len(self._ids(sentence)) for sentence in (*example.facts, example.question))
 
-    def _segments_needed(self, example: Example, text_length: int) -> float:
-        """How many segments have room for an example, filled from the last one on; infinite if none have."""
-        sizes = [len(self._ids(fact)) for fact in example.facts]
-        spare = text_length - len(self._ids(example.question))
-        if spare < 0 or max(sizes, default=0) > text_length:
-            return math.inf
-        return len(_packed(sizes, spare, text_length))
+    def _needs(self, example: Example) -> Needs:
+        return Needs([len(self._ids(fact)) for fact in example.facts], len(self._ids(example.question)))
 
     def _room(self, example: Example, key: Key) -> Room | None:
         """How much text such a sample has room for; None if that is too little for the example."""
-        length = key.text_length or self.text_length
-        needed = self._segments_needed(example, length)
+        length, needs = key.text_length or self.text_length, self._needs(example)
         if key.tokens is None:
-            left = defaultdict(lambda: length, {key.num_segments - 1: length - len(self._ids(example.question))})
-            return Room(key.num_segments, key.num_segments * length, left) if needed <= key.num_segments else None
-        if needed == math.inf:
-            return None
-        asked, sizes = len(self._ids(example.question)), [len(self._ids(fact)) for fact in example.facts]
-        if key.tokens == 0:
-            return Room(int(needed), sum(sizes) + asked, dict(enumerate(_packed(sizes, length - asked, length))))
-        total = key.tokens + asked
-        last = -(-total // length) - 1
-        left = defaultdict(lambda: length, {last: length - asked})
-        left[0] -= (last + 1) * length - total
-        return Room(last + 1, total, left) if _latest(sizes, left, last) is not None else None
-
-    def _choose_segments(self, rng: np.random.Generator, facts: list[np.ndarray], room: Room, key: Key) -> list[int]:
-        """The segment of each fact, in order, if they fit.
-
-        Segments are drawn uniformly and sorted, those of facts that stand apart each only once while there are enough.
-        Where facts crowd, a fact moves on to the next segment with room, but never past the last one from which those
-        that follow still find theirs.
-        """
-        num_segments, length = room.num_segments, key.text_length or self.text_length
-        latest = _latest([len(fact) for fact in facts], room.left, num_segments - 1)
-        assert latest is not None, "there is room"
-        if key.tokens is None:
-            wanted = np.sort(rng.integers(num_segments, size=len(facts)))
-        else:
-            # The first segment is shorter.
-            missing = num_segments * length - room.tokens
-            wanted = (np.sort(rng.integers(room.tokens, size=len(facts))) + missing) // length
-        if self.task.where == "start":
-            wanted[:] = 0
-        elif self.task.where == "apart":
-            places = max(num_segments, len(facts))
-            wanted = np.sort(rng.choice(places, size=len(facts), replace=False)) * num_segments // places
-        homes: list[int] = []
-        segment, left = 0, copy(room.left)
-        for fact, ids in enumerate(facts):
-            segment = max(segment, min(int(wanted[fact]), latest[fact]))
-            while left[segment] < len(ids):
-                segment += 1
-            left[segment] -= len(ids)
-            homes.append(segment)
-        return homes
+            return room_in_segments(needs, key.num_segments, length)
+        return room_in_tokens(needs, key.tokens, length)
 
     def _noise(self, reader: Reader, rng: np.random.Generator, split: Split, key: Key) -> Iterator[list[Piece]]:
         """Yield segments of mere noise, perhaps with fragments of facts."""
@@ -528,29 +466,6 @@ class Placement:
             places = np.sort(rng.choice(gaps, size=len(here)))
             text = [Piece("noise", ids) for ids in np.split(reader.tokens(spans), places)]
             yield [*chain.from_iterable(zip(text, here, strict=False)), text[-1], *end]
-
-
-def _packed(sizes: Sequence[int], last: int, others: int) -> list[int]:
-    """How much is in each of as few segments as hold facts, filled from the last one on, by what there is room for."""
-    filled = [0]
-    for size in reversed(sizes):
-        if filled[-1] + size > (last if len(filled) == 1 else others):
-            filled.append(0)
-        filled[-1] += size
-    return filled[::-1]
-
-
-def _latest(sizes: Sequence[int], left: dict[int, int], last: int) -> list[int] | None:
-    """The last segment in which each fact may stand so that those after it find room; None if there is too little."""
-    latest, spare, segment = [0] * len(sizes), copy(left), last
-    for fact in reversed(range(len(sizes))):
-        while segment >= 0 and spare[segment] < sizes[fact]:
-            segment -= 1
-        if segment < 0:
-            return None
-        spare[segment] -= sizes[fact]
-        latest[fact] = segment
-    return latest
 
 
 def side_by_side(rows: Sequence[tuple[int, Iterator[np.ndarray]]]) -> Iterator[tuple[Tensor, Tensor | None]]:
