@@ -95,6 +95,18 @@ def test_schedules_agree(any_model: Make, kind: str, variant: str) -> None:
 
 
 @pytest.mark.parametrize("schedule", OTHERS)
+def test_maps_of_attention_are_those_of_segments(any_model: Make, schedule: str) -> None:
+    found = []
+    for order in ("vertical", schedule):
+        model = any_model("", "transformer-xl", schedule=order)
+        with torch.no_grad(), model.recorded() as weights:
+            model.encode(texts(2, 4, 6))
+        assert model.schedule == order and len(weights) == 4
+        found.append(torch.stack(weights))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("schedule", OTHERS)
 def test_memory_of_the_last_layer_has_one_order(make: Make, schedule: str, tokenizer: PreTrainedTokenizerBase) -> None:
     told = rf"^model\.schedule={schedule}: is for memory that each layer keeps for itself, .* last layer .* vertical"
     with pytest.raises(UserError, match=told):

@@ -174,9 +174,12 @@ class TransformerXL(MemoryTokens[XLState], LayeredModel[XLState]):
                 found.clear()
 
         hooks = [cast(Layer, layer).attention.register_forward_hook(keep) for layer in self.layers]
+        # All layers of a segment, one after the other, make its map.
+        schedule, self.schedule = self.schedule, "vertical"
         try:
             yield segments
         finally:
+            self.schedule = schedule
             for hook in hooks:
                 hook.remove()
 
