@@ -164,14 +164,19 @@ class Rewrite(Remember):
 
 
 class MQAR(KeyValue):
-    """Pairs anywhere, each key asked again after a gap (multi-query associative recall, Arora et al. 2023).
+    """Pairs anywhere, a key asked again after all of them (multi-query associative recall, Arora et al. 2023).
 
     ```
     noise b: q. noise d: w. noise c: q. noise d?   -> w
     ```
 
-    Keys are of the first half of the symbols, values of the second. A sample asks for one key, after all pairs;
-    `answer.all_questions=true` trains on all of them.
+    Keys are of the first half of the symbols, values of the second.
+
+    The published task (Zoology, arXiv 2312.04927) has its pairs at the start and asks for every key within the text
+    that follows, the sooner the likelier; a value is foretold where its key is asked. Here, as in every task, the
+    question ends the text: a sample asks for one key, drawn at random, after all else; `answer.all_questions=true`
+    trains on all keys, each asked there in turn. Accuracy counts answered keys there as here, but here memory has had
+    to hold all pairs to the end.
 
     Args:
         pairs, symbols, key_size, values: as in `KeyValue`.
