@@ -33,6 +33,8 @@ class LSTM(SegmentModel[LSTMState]):
     """An LSTM over word embeddings (Hochreiter and Schmidhuber 1997; Gers et al. 2000).
 
     It reads token by token; segments are only where its gradients may be cut. The answer is read at the last token.
+    Its layers have no schedule (see `LayeredModel`): torch runs all of them over a segment in one call, within which
+    cuDNN already runs a diagonal of tokens and layers (Appleyard et al. 2016, arXiv 1604.01946).
 
     Args:
         tokenizer: tells the size of the vocabulary.
