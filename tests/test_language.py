@@ -351,6 +351,11 @@ def test_real_articles(shared_data: Path, train_here: Callable[..., str], tmp_pa
         ("answer=generate", "answer: running text asks nothing; leave out answer=…"),
         ("answer.all_questions=true", "answer: running text asks nothing; leave out answer=…"),
         ("optim.lr=[1e-3,1e-4]", "optim.lr=[0.001, 0.0001]: running text has one stage, not 2; give one number"),
+        (
+            "model.schedule=diagonal",
+            "model.schedule=diagonal: running text is read segment by segment, for documents begin anywhere in it; "
+            "leave it at vertical",
+        ),
     ],
 )
 def test_what_running_text_would_not_obey(typed: str, message: str, refused: Callable[..., str]) -> None:

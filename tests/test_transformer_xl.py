@@ -192,27 +192,6 @@ def test_text_in_pieces_and_padding_change_nothing(make: Make, kind: str) -> Non
         torch.testing.assert_close(untouched[4], first[0])
 
 
-def test_cells_may_be_run_in_another_order(make: Make) -> None:
-    """Without memory a cell needs the layer below and its own layer's past: layer 0 may read all segments first."""
-    model = make(**KINDS["transformer-xl"])
-    segments = [Segment(ids) for ids in texts(2, 12).split(4, dim=1)]
-    state = model.initial_state(2)
-    lower, upper = state.layers
-    below = []
-    for segment in segments:
-        hidden, shared = model.enter(segment, state)
-        hidden, lower = model.cell(0, shared)(hidden, lower)
-        below.append((hidden, shared))
-        # Of the state, entering needs the number of cached tokens alone.
-        state = state._replace(cached=(state.cached + 4).clamp(max=model.cache_length))
-    for hidden, shared in below:
-        hidden, upper = model.cell(1, shared)(hidden, upper)
-    found, _ = model.leave(hidden, (lower, upper), state, shared)
-    expected, after = model(texts(2, 12).view(2, 3, 4))
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close((lower, upper), after.layers)
-
-
 def test_the_state_of_an_earlier_checkpoint(make: Make) -> None:
     """There the caches of all layers were one tensor (B, L, C, D)."""
     model = make(**KINDS["hybrid"])
@@ -276,7 +255,14 @@ def test_a_run_learns_and_its_checkpoint_is_loaded(train: Run, tmp_path: Path, c
 
 @pytest.mark.soak
 @pytest.mark.parametrize(
-    "model", [("rmt_transformer_xl", *SIZES), ("armt",), ("prmt", "backbone=tiny_gpt"), ("rmt_retrieval",)], ids=str
+    "model",
+    [
+        ("rmt_transformer_xl", *SIZES),
+        ("armt",),
+        ("prmt", "backbone=tiny_gpt", "model.schedule=diagonal"),
+        ("rmt_retrieval",),
+    ],
+    ids=str,
 )
 def test_two_processes(model: tuple[str, ...], train: Run, tmp_path: Path) -> None:
     name, *sizes = model
