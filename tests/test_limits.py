@@ -26,7 +26,7 @@ from rmt_lightning.app.build import construct
 from rmt_lightning.app.processes import RANK, forget_leftovers, is_first_process
 from rmt_lightning.app.schema import CONF, check
 from rmt_lightning.app.trust import check_saved
-from rmt_lightning.models import segment_model
+from rmt_lightning.models import machine
 from rmt_lightning.models.tiny import TinyBert
 from rmt_lightning.reporting.reading import read_runs
 from rmt_lightning.training.trainer import TimeBudget
@@ -381,7 +381,7 @@ def test_another_number_of_processes(
 
 @pytest.mark.parametrize("settings", [{"width": 2**15}, {"width": 2**13, "layers": 100}], ids=str)
 def test_weights_that_this_machine_cannot_hold(settings: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segment_model, "machine_memory", lambda: 2**34)
+    monkeypatch.setattr(machine, "machine_memory", lambda: 2**34)
     with pytest.raises(UserError, match=r"backbone: its [\d,]+ weights take [\d,]+ GB, and this machine has 17; make"):
         TinyBert(**settings)
 

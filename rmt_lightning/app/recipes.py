@@ -28,7 +28,8 @@ from rmt_lightning.core.files import write_atomically, write_csv, write_jsonl
 from rmt_lightning.core.progress import bar
 from rmt_lightning.core.run_folder import EVALUATION, PREDICTIONS
 from rmt_lightning.models.adapters import Finetuning
-from rmt_lightning.models.segment_model import SegmentModel, check_room, check_weights, state_size
+from rmt_lightning.models.machine import check_room, check_weights
+from rmt_lightning.models.segment_model import SegmentModel, state_size
 from rmt_lightning.models.sources import reads_backbone
 from rmt_lightning.reporting import figures, style
 from rmt_lightning.tasks.corpus import Corpus

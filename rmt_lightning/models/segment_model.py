@@ -6,7 +6,6 @@ width of the embeddings, D width of the hidden states.
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, tee
@@ -264,17 +263,6 @@ class WordModel(SegmentModel[State], Generic[State]):
         return self.embed(self.tokens(segment)) if segment.words is None else segment.words
 
 
-def check_weights(key: str, count: int, size: int = 4) -> None:
-    """Raise UserError, naming a setting, if so many weights of so many bytes are more than this machine can hold."""
-    check_room(f"{key}: its {count:,} weights take", count * size, "make it smaller")
-
-
-def check_room(what: str, needed: int, hint: str) -> None:
-    """Raise UserError, which begins with what takes so many bytes, if they are more than this machine can hold."""
-    if needed > (there := machine_memory()):
-        raise UserError(f"{what} {needed / 1e9:,.0f} GB, and this machine has {there / 1e9:,.0f}; {hint}")
-
-
 def state_size(model: SegmentModel[Any]) -> int:
     """How many bytes the first state of a sample takes, of which none is made; 0 if that cannot be told."""
     try:
@@ -282,17 +270,6 @@ def state_size(model: SegmentModel[Any]) -> int:
             return tree.size(model.initial_state(1))
     except Exception:  # a model of one's own may look at values, which there are none of
         return 0
-
-
-def machine_memory() -> int:
-    """The memory of this machine or of its GPU, whichever is larger, in bytes."""
-    gpu = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
-    return max(installed_memory(), gpu)
-
-
-def installed_memory() -> int:
-    """The memory of this machine beside that of GPUs, in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def touch(hidden: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:

@@ -30,7 +30,7 @@ from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import write_atomically
 from rmt_lightning.models.decoder import Decoder
 from rmt_lightning.models.encoder import Encoder
-from rmt_lightning.models.segment_model import check_weights
+from rmt_lightning.models.machine import check_weights
 
 _LONG_WORD = re.compile(r"\S{1000}(?=\S)")
 

@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.models.layered import LayeredModel, Schedule, refuse_schedule
+from rmt_lightning.models.machine import check_weights
 from rmt_lightning.models.memory import Layout, MemoryTokens
 from rmt_lightning.models.recurrence import Segment
-from rmt_lightning.models.segment_model import check_weights
 from rmt_lightning.models.update import Replace, Update
 
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transformers import PreTrainedTokenizerBase
 
+from rmt_lightning.models.machine import check_weights
 from rmt_lightning.models.recurrence import Segment
-from rmt_lightning.models.segment_model import SegmentModel, check_weights
+from rmt_lightning.models.segment_model import SegmentModel
 
 
 class LSTMState(NamedTuple):

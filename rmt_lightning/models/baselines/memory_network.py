@@ -12,8 +12,9 @@ from annotated_types import Ge
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from rmt_lightning.models.machine import check_weights
 from rmt_lightning.models.recurrence import Segment
-from rmt_lightning.models.segment_model import SegmentModel, check_weights
+from rmt_lightning.models.segment_model import SegmentModel
 
 
 class Sentences(NamedTuple):

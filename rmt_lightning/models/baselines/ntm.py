@@ -14,8 +14,9 @@ from torch.nn.functional import cosine_similarity, softplus
 from transformers import PreTrainedTokenizerBase
 
 from rmt_lightning.models import state as tree
+from rmt_lightning.models.machine import check_weights
 from rmt_lightning.models.recurrence import Segment
-from rmt_lightning.models.segment_model import SegmentModel, check_weights
+from rmt_lightning.models.segment_model import SegmentModel
 
 
 class Machine(NamedTuple):

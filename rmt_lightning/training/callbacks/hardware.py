@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import Callback
 
 from rmt_lightning.core.files import write_atomically
 from rmt_lightning.core.run_folder import HARDWARE
-from rmt_lightning.models.segment_model import installed_memory
+from rmt_lightning.models.machine import installed_memory
 
 _CHECKOUT = Path(__file__).parents[3]
 

@@ -21,7 +21,8 @@ from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.run_folder import HOLD
 from rmt_lightning.core.statistics import LossRate
 from rmt_lightning.models import state as tree
-from rmt_lightning.models.segment_model import SegmentModel, check_room
+from rmt_lightning.models.machine import check_room
+from rmt_lightning.models.segment_model import SegmentModel
 from rmt_lightning.tasks.datamodule import FactBatch, FactDataModule, FactDataset
 from rmt_lightning.tasks.placement import Key
 from rmt_lightning.training.answering import FactModule
