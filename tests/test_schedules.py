@@ -18,6 +18,7 @@ from rmt_lightning import ARMT, TransformerXL
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.models import state as tree
 from rmt_lightning.models.decoder import Decoder
+from rmt_lightning.models.recurrence import Segment
 from rmt_lightning.models.rmt import RMTDecoder, RMTEncoder
 
 __all__ = ["make"]
@@ -92,6 +93,28 @@ def test_schedules_agree(any_model: Make, kind: str, variant: str) -> None:
         other.float().load_state_dict(plain.state_dict())
     precision = 1e-5
     compare(five)
+
+
+def test_diagonal_reads_ahead_in_a_stream(any_model: Make) -> None:
+    """As far as there are layers, whether or not some segments are shorter, or padded."""
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]])
+    five = [Segment(ids) for ids in texts(2, 5, 6).unbind(dim=1)]
+    segments = [Segment(texts(2, 1, 4)[:, 0]), *five, five[1]._replace(attention_mask=mask), five[0]]
+    plain, diagonal = (any_model("gpt2", "armt", schedule=schedule) for schedule in ("vertical", "diagonal"))
+    read: list[int] = []
+
+    def found(model: Any) -> list[Any]:
+        read.clear()
+        stream = (read.append(number) or segment for number, segment in enumerate(segments))
+        return [(len(read), *tree.leaves([reading.hidden, reading.state])) for reading in model.read(stream)]
+
+    for grad, ahead in ((False, 2), (True, 0)):
+        with torch.set_grad_enabled(grad):
+            expected, made = found(plain), found(diagonal)
+        assert max(here - number for number, (here, *_) in enumerate(made, start=1)) == ahead
+        for one, other in zip(made, expected, strict=True):
+            for left, right in zip(one[1:], other[1:], strict=True):
+                torch.testing.assert_close(left, right)
 
 
 @pytest.mark.parametrize("schedule", OTHERS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -49,8 +49,8 @@ class LayeredModel(SegmentModel[LayeredState], Generic[LayeredState]):
     layer has left after the segment before. A schedule is an order of cells:
 
     ```
-    vertical      segment by segment: all that a text needs whose end is not known
-    horizontal    layer by layer, over all segments
+    vertical      segment by segment
+    horizontal    layer by layer, over all segments, which must be known beforehand
     diagonal      layer l of segment s together with all other cells of the same l + s, for which the layers must differ
                   in nothing but their weights (arXiv 2506.05229)
     ```
@@ -101,13 +101,23 @@ class LayeredModel(SegmentModel[LayeredState], Generic[LayeredState]):
         self.schedule = schedule
 
     def run(self, segments: Iterable[Segment], state: LayeredState) -> Iterator[tuple[Tensor, LayeredState]]:
-        """Those of which there is a list are read in the order of the `schedule`."""
-        if self.schedule == "vertical" or not isinstance(segments, list):
+        """Those of which there is a list are read in the order of the `schedule`.
+
+        Of others the end is not known: diagonal, if no gradient is asked for, reads them L - 1 ahead of what it yields;
+        otherwise they are read one by one.
+        """
+        ordered = {"horizontal": horizontal, "diagonal": diagonal}.get(self.schedule)
+        parts: Iterable[tuple[Callable[..., Any], Iterable[Segment]]]
+        if ordered is not None and isinstance(segments, list):
+            first = first_with_gradient(len(segments), self.bptt_depth) if torch.is_grad_enabled() else 0
+            parts = [(torch.no_grad()(ordered), segments[:first]), (ordered, segments[first:])]
+        elif ordered is diagonal and not torch.is_grad_enabled():
+            # What is run at once is of one length, and padded or not.
+            parts = ((diagonal, part) for _, part in groupby(segments, _form))
+        else:
             yield from super().run(segments, state)
             return
-        first = first_with_gradient(len(segments), self.bptt_depth) if torch.is_grad_enabled() else 0
-        ordered = {"horizontal": horizontal, "diagonal": diagonal}[self.schedule]
-        for schedule, part in ((torch.no_grad()(ordered), segments[:first]), (ordered, segments[first:])):
+        for schedule, part in parts:
             for hidden, after in schedule(self, part, state):
                 state = after
                 yield hidden, state
@@ -186,7 +196,7 @@ def horizontal(
 
 
 def diagonal(
-    model: LayeredModel[LayeredState], segments: Sequence[Segment], state: LayeredState
+    model: LayeredModel[LayeredState], segments: Iterable[Segment], state: LayeredState
 ) -> Iterator[tuple[Tensor, LayeredState]]:
     """Run all cells at once that can be: those whose layer and segment have the same sum, at most L of them."""
     left, stack = list(state.layers), None
@@ -205,6 +215,10 @@ def diagonal(
             reading.take(*result)
         if numbers.stop == len(left):
             yield readings.pop().end(model)
+
+
+def _form(segment: Segment) -> tuple[torch.Size, bool]:
+    return segment.input_ids.shape, segment.attention_mask is None
 
 
 def _checkpointed(model: LayeredModel[Any], function: Callable[..., Made], *given: Any) -> Made:
