@@ -6,6 +6,7 @@ make bench ARGS="--only train/tiny"     some of them
 Variants of a case take turns, so that whatever else runs on the machine burdens all of them alike. A row is the median
 of a variant's turns; the first variant is what the others are compared with. The share of the limit is that of the best
 product that was measured in the same process, and counts the products of all rows, also of those that are left out.
+On a GPU a row has the megabytes that the last turn has taken above those that were there before it, too.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from torch.utils.data import default_collate
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConfig, PreTrainedModel
 
 from rmt_lightning import (
+    ARMT,
     Decoder,
     Detect,
     Encoder,
@@ -307,6 +309,28 @@ def reader(who: str, name: str) -> Any:
     return RMTEncoder(Encoder(SIZES[name].encoder(), TOKENIZER), SEGMENT, MEMORY).to(DEVICE).eval()
 
 
+def schedules(segment: int, tokens: int, full_attention: bool) -> Case:
+    """A text read by ARMT on a Llama, its cells in two orders (arXiv 2506.05229), and perhaps by the Llama alone."""
+    segments, precision = tokens // segment, "" if DEVICE == "cpu" else "bf16"
+
+    def read(schedule: Any) -> Callable[[], None]:
+        model = ARMT(Decoder(llama(), TOKENIZER), segment, MEMORY, schedule=schedule).to(DEVICE).eval()
+        ids = torch.randint(5, VOCABULARY, (1, segments, model.text_length), device=DEVICE)
+
+        def work() -> None:
+            with torch.no_grad(), autocast(precision):
+                for _ in model.read(ids):
+                    pass
+
+        return work
+
+    variants: dict[str, Callable[[], object]] = {f"ours, {name}": read(name) for name in ("vertical", "diagonal")}
+    if full_attention:
+        ids, plain = torch.randint(5, VOCABULARY, (1, tokens), device=DEVICE), llama().base_model.eval()
+        variants["full attention"] = torch.no_grad()(autocast(precision)(lambda: plain(ids, use_cache=False)))
+    return Case(f"schedule/Llama-135M/{tokens:,} tokens in segments of {segment:,}", variants, tokens)
+
+
 def growth(variant: str, segments: int) -> tuple[float, float]:
     """Seconds and MB to read a text of one row, the memory above that of a single segment. For a process of its own."""
     make_fast()
@@ -388,6 +412,10 @@ LENGTHS = [("tiny", 7), ("tiny", 14), ("MiniLM", 7), ("MiniLM", 14), ("BERT-base
 STREAMS = [("tiny", 1, 16), ("tiny", 16, 16), ("MiniLM", 1, 16), ("MiniLM", 16, 2), ("BERT-base", 1, 4)]
 if DEVICE != "cpu":
     STREAMS = [("tiny", 1, 64), ("MiniLM", 1, 64), ("MiniLM", 64, 64), ("BERT-base", 64, 16)]
+# Segment, tokens, and whether full attention, which knows no segments, is measured beside it.
+SCHEDULES = [(64, 1024, False), (256, 1024, True)]
+if DEVICE != "cpu":
+    SCHEDULES = [(512, 2**17, False), (1024, 2**17, True), (4096, 2**17, False)]
 TRAIN = ("-m", "rmt_lightning.train")
 STARTS = {
     "start/import": ("-c", "import rmt_lightning"),
@@ -404,6 +432,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "data/tiny": data,
     **{f"write/tiny/segment {s}, batch {b}": lambda s=s, b=b: write(s, b) for s in (128, 512) for b in (1, 16)},
     **{name: lambda name=name: start(name) for name in STARTS},
+    **{f"schedule/{s}": lambda s=s, n=n, f=f: schedules(s, n, f) for s, n, f in SCHEDULES},
 }
 # What is measured in a process of its own, what of, and the names of what comes out.
 ALONE: dict[str, tuple[Callable[[str, int], tuple[float, ...]], list[tuple[str, int]], tuple[str, ...]]] = {
@@ -422,15 +451,21 @@ ALONE: dict[str, tuple[Callable[[str, int], tuple[float, ...]], list[tuple[str, 
 
 def measure(case: Case, turns: int, best: dict[str, float]) -> list[dict[str, object]]:
     seconds: dict[str, list[float]] = {name: [] for name in case.variants}
+    megabytes = dict[str, float]()
     for turn in range(-WARMING_UP, turns):
         for name, work in case.variants.items():
             torch.set_float32_matmul_precision("highest")
             if name.startswith("ours"):
                 multiply_fast()
+            if DEVICE == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated() / 1e6
             began = time.perf_counter()
             synchronized(work)()
             if turn >= 0:
                 seconds[name].append(time.perf_counter() - began)
+            if DEVICE == "cuda":
+                megabytes[name] = round(peak() - before)
     first = statistics.median(next(iter(seconds.values())))
     rows = []
     for name, measured in seconds.items():
@@ -440,7 +475,7 @@ def measure(case: Case, turns: int, best: dict[str, float]) -> list[dict[str, ob
             {
                 "case": case.name, "variant": name, "seconds": round(median, 4), "fastest": round(min(measured), 4),
                 "rate": round(case.amount / median, 1), "unit": case.unit, "times_as_fast": round(first / median, 2),
-                "share_of_limit": round(share, 2) if share else "",
+                "share_of_limit": round(share, 2) if share else "", "megabytes": megabytes.get(name, ""),
             }
         )  # fmt: skip
     return rows

@@ -44,7 +44,7 @@ preset=(
     noise.field=document "test.segments=[1,8]"
     data.validation_samples=256 curriculum.when_stuck=continue hold.steps=800 hold.rounds=2
 )
-only=(train/BERT-base stream/ train/MiniLM/7) followed=512
+only=(train/BERT-base stream/ train/MiniLM/7 schedule/) followed=512
 lengths=1,8,64,512 longest=4096 samples=64
 if [ -n "${TINY:-}" ]; then
     preset+=(
@@ -58,9 +58,9 @@ evaluate=(python3 -m rmt_lightning.evaluate "checkpoint=$run" "samples=$samples"
 
 for name in "$@"; do
     case $name in
-    tests) part tests 220 python3 -m pytest -p no:cacheprovider -o addopts= -v --tb=short "$root/tests/test_gpu.py" ;;
+    tests) part tests 210 python3 -m pytest -p no:cacheprovider -o addopts= -v --tb=short "$root/tests/test_gpu.py" ;;
     speeds)
-        part speeds 160 python3 "$root/experiments/benchmarks/run.py" --only "${only[@]}" \
+        part speeds 190 python3 "$root/experiments/benchmarks/run.py" --only "${only[@]}" \
             --output "$results/speeds.csv" ${TINY:+--turns 1} ;;
     train)
         rm -rf "$run"
