@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import multiprocessing
 import os
 import subprocess
@@ -54,6 +55,17 @@ SMALL = (
     "test.segments=[1,4]",
     "test.samples=8",
 )
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """A command that runs within a test sends what is logged to its screen, where later tests would not see it."""
+    loggers = [logging.getLogger(name) for name in ("rmt_lightning", "py.warnings", "lightning", "lightning.pytorch")]
+    before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
+    yield
+    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")
