@@ -124,10 +124,15 @@ def test_at_the_command_line(
     [
         ({"batch_size": "auto"}, "batch_size=auto: give a number"),
         ({"batch_size": "0"}, "batch_size=0: give 1 or more"),
+        ({"batch_size": 2.7}, "batch_size=2.7: give a number"),
+        ({"batch_size": None}, "batch_size=None: give a number"),
         ({"device": "nix"}, "device=nix: torch cannot use it here; give cpu, or leave it out"),
+        ({"device": "meta"}, "device=meta: torch cannot use it here; give cpu, or leave it out"),
         ({"peft": "x"}, "model_args: peft: not known here; give pretrained=<folder>, and"),
         ({"pretrained": ""}, "model_args: pretrained: is missing; give pretrained=<folder>, and"),
         ({"dtype": "int8"}, "dtype=int8: give float32, bfloat16 or float16"),
+        # The harness makes a number of what looks like one.
+        ({"pretrained": 2024}, "model_args: pretrained=2024: is no text; give ./2024"),
         ({"pretrained": "absent"}, "absent: no such folder, and cannot be loaded from the Hugging Face Hub"),
     ],
 )
@@ -143,6 +148,17 @@ def test_what_is_refused(options: dict[str, str], told: str, folder: Path, monke
         ({"max_gen_toks": "x"}, "gen_kwargs: invalid literal for int"),
         ({"do_sample": True, "temperature": -1}, "gen_kwargs: .*temperature"),
         ({"num_beams": 3}, "gen_kwargs: num_beams: not known here; give until, "),
+        ({"until": 3}, "gen_kwargs: until=.3.: give a text, or a list of texts"),
+        ({"until": ["a", {"b": 1}]}, "gen_kwargs: until=.*: give a text, or a list of texts"),
+        ({"max_gen_toks": -5}, "gen_kwargs: max_gen_toks=-5: give 0 or more"),
+        ({"max_gen_toks": []}, "gen_kwargs: int.. argument must be"),
+        ({"do_sample": "no"}, "gen_kwargs: do_sample=no: give true or false"),
+        ({"max_gen_toks": math.inf}, "gen_kwargs: cannot convert float infinity"),
+        ({"temperature": -0.1}, "gen_kwargs: .*temperature"),
+        ({"top_k": -1}, "gen_kwargs: .*top_k"),
+        ({"temperature": 1, "top_k": True}, "gen_kwargs: top_k=True: give a number"),
+        ({"temperature": None}, "gen_kwargs: float.. argument must be"),
+        ({"temperature": 1, "top_p": "much"}, "gen_kwargs: top_p=much: give a number"),
     ],
 )
 def test_what_cannot_be_written_so(options: dict[str, Any], told: str, folder: Path) -> None:
@@ -151,6 +167,27 @@ def test_what_cannot_be_written_so(options: dict[str, Any], told: str, folder: P
         ours.generate_until([SimpleNamespace(args=("Mary", options))], disable_tqdm=True)
     with pytest.raises(UserError, match=r"^apply_chat_template: the model's tokenizer has no template; leave"):
         ours.apply_chat_template([{"role": "user", "content": "Where is Mary?"}])
+    ours.tokenizer.chat_template = "{{ raise_exception('no system') }}"
+    with pytest.raises(
+        UserError, match=r"^apply_chat_template: the model's template fails \(TemplateError: no system\)"
+    ):
+        ours.apply_chat_template([{"role": "user", "content": "Where is Mary?"}])
+
+
+def test_numbers_of_tokens_and_temperatures_mean_what_the_harness_means(folder: Path) -> None:
+    ours = RecurrentLM(str(folder / "model"), device="cpu")
+
+    def write(**options: Any) -> str:
+        torch.manual_seed(0)
+        (text,) = ours.generate_until(
+            [SimpleNamespace(args=("Mary", {"max_gen_toks": 9} | options))], disable_tqdm=True
+        )
+        return text
+
+    assert write() == write(temperature=0.0) == write(do_sample=False, temperature=9.0)
+    assert write(temperature=9.0) == write(do_sample=True, temperature=9.0) != write()
+    for name in ("max_new_tokens", "max_tokens"):
+        assert write(max_gen_toks=None, **{name: 4}) == write(max_gen_toks=4)
 
 
 @pytest.mark.fault("lm_eval is not installed, or cannot be imported", "one line says which of them")
@@ -170,6 +207,12 @@ def test_a_harness_that_is_not_there(missing: str, told: str, monkeypatch: pytes
     with pytest.raises(SystemExit) as left:
         door.run()
     assert str(left.value.code).startswith(f"error: lm_eval: {told}")
+
+
+def test_a_home_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No shell has put it into `pretrained=~/model`."""
+    monkeypatch.setenv("HOME", str(folder))
+    assert RecurrentLM("~/model").model.predicts
 
 
 def test_an_encoder_predicts_no_words(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

@@ -5,13 +5,16 @@ Texts of any length are read whole, segment by segment, in constant memory; noth
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, Literal, cast
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -23,6 +26,8 @@ from rmt_lightning.models.segment_model import SegmentModel
 
 # Tokens that are written before it is seen whether the answer has come to its end.
 _GLANCE = 16
+# What of gen_kwargs `generate` takes.
+_DRAWN = ("temperature", "top_k", "top_p")
 
 
 @register_model("rmt_lightning")
@@ -56,14 +61,17 @@ class RecurrentLM(TemplateLM):
         if unknown or not pretrained:
             told = f"{', '.join(unknown)}: not known here" if unknown else "pretrained: is missing"
             raise UserError(f"model_args: {told}; give pretrained=<folder>, and perhaps dtype=bfloat16")
-        self.model: SegmentModel[Any] = SegmentModel.from_pretrained(pretrained)
+        if not isinstance(pretrained, str | Path):
+            # The harness makes a number of what looks like one.
+            raise UserError(f"model_args: pretrained={pretrained}: is no text; give ./{pretrained}")
+        self.model: SegmentModel[Any] = SegmentModel.from_pretrained(os.path.expanduser(pretrained))
         if not self.model.predicts:
             raise UserError(
                 f"pretrained={pretrained}: a {type(self.model).__name__} predicts no words; give a causal language "
                 "model, such as one that task=language_modeling or answer=generate has trained"
             )
         try:
-            self.batch_size = int(batch_size)
+            self.batch_size = int(str(batch_size))
         except ValueError:
             raise UserError(f"batch_size={batch_size}: give a number") from None
         if self.batch_size < 1:
@@ -71,9 +79,10 @@ class RecurrentLM(TemplateLM):
         if dtype not in ("float32", "bfloat16", "float16"):
             raise UserError(f"dtype={dtype}: give float32, bfloat16 or float16")
         try:
-            self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-            torch.empty(1, device=self._device)
-        except (RuntimeError, AssertionError, NotImplementedError):
+            choice = "cuda" if torch.cuda.is_available() else "cpu"
+            self._device = torch.device(choice if device is None else device)
+            torch.zeros(1, device=self._device).item()
+        except (RuntimeError, AssertionError, NotImplementedError, TypeError):
             raise UserError(f"device={device}: torch cannot use it here; give cpu, or leave it out") from None
         self.model.to(self._device, getattr(torch, dtype)).eval()
         self.tokenizer: Any = self.model.tokenizer
@@ -100,10 +109,16 @@ class RecurrentLM(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         if not self.tokenizer.chat_template:
             raise UserError("apply_chat_template: the model's tokenizer has no template; leave it out")
-        return self.tokenizer.apply_chat_template(
-            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )  # fmt: skip
+        try:
+            return self.tokenizer.apply_chat_template(
+                chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )  # fmt: skip
+        except Exception as error:  # templates fail in ways of their own
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(
+                f"apply_chat_template: the model's template fails ({reason:.200}); leave it out, or mend the template"
+            ) from None
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_options: Any
@@ -128,7 +143,7 @@ class RecurrentLM(TemplateLM):
         for request in tqdm(requests, disable=disable_tqdm, desc="writing"):
             context, options = request.args
             try:
-                written.append(self._write(self._begun(self.tok_encode(context)), dict(options)))
+                written.append(self._write(self._begun(self.tok_encode(context)), _asked(options)))
             except UserError:
                 raise
             except ValueError as error:  # of what is no such number
@@ -136,29 +151,17 @@ class RecurrentLM(TemplateLM):
             self.cache_hook.add_partial("generate_until", request.args, written[-1])
         return written
 
-    def _write(self, context: list[int], options: dict[str, Any]) -> str:
+    def _write(self, context: list[int], asked: _Asked) -> str:
         """What follows a context, up to the first of the texts that end it."""
-        until = options.pop("until", None) or []
-        until = [until] if isinstance(until, str) else [text for text in until if text]
-        left = int(options.pop("max_gen_toks", 256))
-        temperature = float(options.pop("temperature", 1.0)) if options.pop("do_sample", False) else 0.0
-        options.pop("temperature", None)
-        drawn = {name: options.pop(name) for name in ("top_k", "top_p") if name in options}
-        if options:
-            raise UserError(
-                f"gen_kwargs: {', '.join(options)}: not known here; give until, max_gen_toks, do_sample, temperature, "
-                "top_k, top_p"
-            )
-        ids, stream, text, tokens = torch.tensor([context], device=self._device), None, "", []
+        ids, stream, text, tokens, left = torch.tensor([context], device=self._device), None, "", [], asked.tokens
         while left > 0:
             made = generate(
-                self.model, ids, min(left, _GLANCE), stream=stream, temperature=temperature,
-                stop_tokens=[self.eot_token_id], **drawn if temperature else {},
-            )  # fmt: skip
+                self.model, ids, min(left, _GLANCE), stream=stream, stop_tokens=[self.eot_token_id], **asked.drawn
+            )
             tokens += made.input_ids[0][made.attention_mask[0].bool()].tolist()
             ended = tokens[-1] == self.eot_token_id
             text = self.tokenizer.decode(tokens[:-1] if ended else tokens)
-            ends = [place for place in (text.find(stop) for stop in until) if place >= 0]
+            ends = [place for place in (text.find(stop) for stop in asked.until) if place >= 0]
             if ends or ended:
                 return text[: min(ends)] if ends else text
             ids, stream, left = ids[:, :0], made.stream, left - _GLANCE
@@ -178,3 +181,39 @@ class RecurrentLM(TemplateLM):
         masks = [torch.ones_like(row) for row in rows]
         pad = torch.nn.utils.rnn.pad_sequence
         return pad(rows, batch_first=True), pad(masks, batch_first=True)
+
+
+class _Asked(NamedTuple):
+    """What is to be written: up to which texts, how many tokens at most, and how they are drawn."""
+
+    until: list[str]
+    tokens: int
+    drawn: dict[str, Any]
+
+
+def _asked(options: dict[str, Any]) -> _Asked:
+    """What gen_kwargs ask for; they mean what they mean for the other models of the harness.
+
+    Raises:
+        ValueError: if they ask for what is not known here, or there can be no such thing.
+    """
+    try:
+        left: dict[str, Any] = dict(normalize_gen_kwargs(cast(Any, options)))
+    except (TypeError, OverflowError) as error:
+        raise ValueError(error) from None
+    until, tokens, draws = (left.pop(name) for name in ("until", "max_gen_toks", "do_sample"))
+    until = [text for text in until if text not in (None, "")]
+    drawn = {name: left.pop(name) for name in _DRAWN if name in left}
+    if left:
+        raise ValueError(f"{', '.join(left)}: not known here; give until, max_gen_toks, do_sample, {', '.join(_DRAWN)}")
+    if not all(isinstance(text, str) for text in until):
+        raise ValueError(f"until={until}: give a text, or a list of texts")
+    if tokens < 0:
+        raise ValueError(f"max_gen_toks={tokens}: give 0 or more")
+    if not isinstance(draws, bool):
+        raise ValueError(f"do_sample={draws}: give true or false")
+    for name, value in drawn.items():
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            raise ValueError(f"{name}={value}: give a number")
+    # One that is given with do_sample=false has become 0.
+    return _Asked(until, tokens, {"temperature": 1.0 if draws else 0.0} | drawn)
