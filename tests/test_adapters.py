@@ -324,7 +324,7 @@ def test_layers_that_are_not_there(tokenizer: PreTrainedTokenizerBase, monkeypat
     for targets in (["query", "nix"], "nix", ["LayerNorm", "nix"]):
         absent = targets if isinstance(targets, str) else next(name for name in targets if name != "query")
         told = (
-            f"lora.targets={absent}: is no linear layer of the backbone; give all-linear, or a list of some of dense, "
+            f"lora.targets={absent}: is no linear layer of the backbone; give all-linear by itself, or a list of some of "
         )
         with pytest.raises(UserError, match=f"^{re.escape(told)}"):
             LoRA(targets=targets)(backbone(model))
@@ -375,7 +375,7 @@ def test_a_run_with_adapters(train: Run, command: Run, tmp_path: Path) -> None:
     [
         (
             "finetune=lora",
-            r"lora\.targets: PEFT knows none for this backbone; give all-linear, or a list of some of de",
+            r"lora\.targets: PEFT knows none for this backbone; give all-linear by itself, or a list of some of de",
         ),
         ("finetune=lora lora.targets=[nix]", r"lora\.targets=nix: is no linear layer of the backbone; give all-linear"),
         ("finetune=lora lora.r=0", r"lora\.r=0: must be greater than or equal to 1"),

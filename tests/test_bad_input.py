@@ -215,6 +215,8 @@ TABLE = [
     ("resume=run model.memory_size=3", r"model.memory_size=3: a resumed run keeps its model (model.memory_size=10)"),
     ("resume=run model.update=gated", r"model.update=gated: a resumed run keeps its model (model.update._target_=rmt"),
     ("resume=run backbone.width=32", r"backbone.width=32: a resumed run keeps its backbone (backbone.width=16); st"),
+    ("resume=run ~backbone.width", r"~backbone.width: a resumed run keeps its backbone (backbone.width=16); start a"),
+    ("resume=run ~model.update", r"~model.update: a resumed run keeps its model (model.update._target_=rmt"),
     ("resume=run model.bptt_depth=0", r"model.bptt_depth=0: memory would never learn"),
 ]  # fmt: skip
 

@@ -428,7 +428,8 @@ def _check_settings(config: DictConfig, run: Path, typed: Iterable[str]) -> None
             raise
         # What was typed then is the same as before; the weights are compared with the model that it makes.
         return
-    changed = [key for key in changes(config, saved) if _is_kept(key)]
+    typed = list(typed)
+    changed = [key for key in (*changes(config, saved), *_left_out(config, saved, typed)) if _is_kept(key)]
     if not changed:
         return
     word, key = as_typed(changed, config, typed)
@@ -444,12 +445,18 @@ def changes(config: DictConfig, saved: DictConfig) -> list[str]:
     return [key for key, value in flat(config) if key in there and value != there[key]]
 
 
+def _left_out(config: DictConfig, saved: DictConfig, typed: Iterable[str]) -> list[str]:
+    """The settings of an earlier start that something typed (~key) takes out."""
+    now, out = dict(flat(config)), tuple(f"{key_of(word)}." for word in typed if word.startswith("~"))
+    return [key for key, _ in flat(saved) if key not in now and f"{key}.".startswith(out)]
+
+
 def as_typed(changed: Sequence[str], config: DictConfig, typed: Iterable[str]) -> tuple[str, str]:
     """How one of some settings was typed, if any was, and which it is."""
     words = {key_of(word): word for word in typed}
     key = next((key for key in changed if key in words), changed[0])
     above = (key.rsplit(".", depth)[0] for depth in range(key.count(".") + 1))
-    return next((words[part] for part in above if part in words), f"{key}={dict(flat(config))[key]}"), key
+    return next((words[part] for part in above if part in words), f"{key}={dict(flat(config)).get(key)}"), key
 
 
 def _is_kept(key: str) -> bool:

@@ -232,7 +232,7 @@ def _merge(backbone: nn.Module) -> None:
 
 
 def _choose(names: Iterable[str]) -> str:
-    return f"give all-linear, or a list of some of {', '.join(sorted(names))}"
+    return f"give all-linear by itself, or a list of some of {', '.join(sorted(names))}"
 
 
 def _peft(why: str) -> Any:
