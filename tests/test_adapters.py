@@ -323,9 +323,7 @@ def test_layers_that_are_not_there(tokenizer: PreTrainedTokenizerBase, monkeypat
     model = make(RMTEncoder, tokenizer)
     for targets in (["query", "nix"], "nix", ["LayerNorm", "nix"]):
         absent = targets if isinstance(targets, str) else next(name for name in targets if name != "query")
-        told = (
-            f"lora.targets={absent}: is no linear layer of the backbone; give all-linear by itself, or a list of some of "
-        )
+        told = f"lora.targets={absent}: is no linear layer of the backbone; give all-linear by itself, or a list "
         with pytest.raises(UserError, match=f"^{re.escape(told)}"):
             LoRA(targets=targets)(backbone(model))
     monkeypatch.setitem(sys.modules, "peft", None)

@@ -184,6 +184,10 @@ TABLE = [
         "backbone=minilm backbone.name=kernel",
         "backbone.name=kernel: names code (attn_implementation=some/kernel), which is not executed; take that out",
     ),
+    (
+        "backbone=minilm backbone.name=mary",
+        "backbone.name=mary: holds a model of this package, which has a backbone inside; give a Hugging Face model, or",
+    ),
     ("backbone=minilm backbone.name=bare", r"backbone.name=bare: its tokenizer knows 0 words, and the model 40; put"),
     ("backbone=minilm backbone.name=greek", r"backbone: its tokenizer (greek) knows 0% of the characters of the noise"),
     (
@@ -249,6 +253,8 @@ def backbones(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempP
     tokenizer.save_pretrained(folder / "kernel")
     named = {"model_type": "bert", "attn_implementation": "some/kernel"}
     (folder / "kernel" / "config.json").write_text(json.dumps(named))
+    tokenizer.save_pretrained(folder / "mary")
+    (folder / "mary" / "config.json").write_text(json.dumps({"model_type": "rmt_lightning"}))
     (folder / "code" / "code.py").write_text("raise SystemExit('executed')")
     return folder
 
@@ -270,7 +276,7 @@ def here(
     (tmp_path / "short.txt").write_text("One sentence. Another one. A third one.")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "evaluation.csv").write_text("mine")
-    for name in ("bert", "bare", "greek", "code", "kernel", "gpt"):
+    for name in ("bert", "bare", "greek", "code", "kernel", "gpt", "mary"):
         (tmp_path / name).symlink_to(backbones / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RMT_LIGHTNING_CACHE", environment["RMT_LIGHTNING_CACHE"])

@@ -31,6 +31,7 @@ from rmt_lightning.core.hub import out_of_reach
 from rmt_lightning.core.run_folder import ADAPTER, BACKBONE, TOKENIZER
 from rmt_lightning.models import adapters
 from rmt_lightning.models.backbone import Transformer, told
+from rmt_lightning.models.configuration import MODEL_TYPE
 from rmt_lightning.models.decoder import Decoder
 from rmt_lightning.models.encoder import Encoder
 
@@ -138,6 +139,11 @@ class Pretrained:
                 "as that of the model they belong to, or what merge_and_unload makes of both"
             )
         config: PreTrainedConfig = self._load(AutoConfig)
+        if config.model_type == MODEL_TYPE:
+            raise UserError(
+                f"backbone.name={self.name}: holds a model of this package, which has a backbone inside; give a "
+                "Hugging Face model, or go on with the run that it is from (resume=…)"
+            )
         _refuse_kernels(config, f"backbone.name={self.name}")
         return config
 
@@ -161,7 +167,7 @@ class Pretrained:
         return Encoder(model, tokenizer)
 
     def decoder(self, tokenizer: PreTrainedTokenizerBase) -> Decoder:
-        kind = self._load(AutoConfig).model_type
+        kind = self.config().model_type
         # transformers would run BERT as a decoder that it was never trained to be.
         if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
             raise UserError(f"backbone.name={self.name}: {kind} is an encoder; choose {Decoder.OTHERS}")
