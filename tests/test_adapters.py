@@ -221,6 +221,20 @@ def test_what_is_shared(
     torch.testing.assert_close(read(model), expected, rtol=1e-3, atol=1e-3)
 
 
+def test_nobody_is_asked_for_the_base(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: Any
+) -> None:
+    """What the adapters are made for may be gone, or anything if they came from elsewhere."""
+    asked: list[str] = []
+    monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", lambda name, _: asked.append(name))
+    model = make(RMTEncoder, tokenizer)
+    backbone(model).name_or_path = "somebody/gone"
+    LoRA(r=2)(backbone(model))
+    model.save_pretrained(tmp_path)
+    assert not asked and not [warning for warning in recwarn if "gone" in str(warning.message)]
+    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["base_model_name_or_path"]
+
+
 @pytest.mark.parametrize(
     "config",
     [

@@ -192,7 +192,8 @@ def saved(folder: Path) -> PeftConfig:
 
 def save_weights(backbone: nn.Module, folder: Path) -> None:
     """Write those of adapters beside their config, so that `PeftModel.from_pretrained(backbone, folder)` opens them."""
-    weights = _peft("backbone: has adapters, and").get_peft_model_state_dict(backbone)
+    # Embeddings stand in the model's own weights. To see whether they have changed, PEFT would ask for the base.
+    weights = _peft("backbone: has adapters, and").get_peft_model_state_dict(backbone, save_embedding_layers=False)
     # Of those that are shared each is written.
     whole = {name: value.clone(memory_format=torch.contiguous_format) for name, value in weights.items()}
     save_file({f"base_model.model.{name}": value for name, value in whole.items()}, folder / WEIGHTS)
