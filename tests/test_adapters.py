@@ -352,7 +352,7 @@ def test_a_run_with_adapters(train: Run, command: Run, tmp_path: Path) -> None:
     """Bit for bit resumed, evaluated and exported in both ways."""
     assert train(*WORDS, "hydra.run.dir=whole").returncode == 0
     assert train(*WORDS, "hydra.run.dir=cut", "trainer.max_steps=7").returncode == 0
-    resumed = train("resume=cut", "trainer.max_steps=-1", small=False)
+    resumed = train("resume=cut", "~trainer.max_steps", small=False)
     assert resumed.returncode == 0, resumed.stderr
     left, right = final(tmp_path / "whole"), final(tmp_path / "cut")
     assert_identical(left, right)

@@ -185,7 +185,7 @@ def _check_answers(recipe: Recipe, saved: dict[str, Any]) -> None:
 def _refuse_what_comes_too_late(config: DictConfig, source: Path | None, recipe: Recipe, saved: dict[str, Any]) -> None:
     """Raise UserError if settings were changed for a part of the run that is over."""
     typed = overrides(HydraConfig.get())
-    if 0 <= config.trainer.max_steps < saved["global_step"]:
+    if 0 <= config.trainer.get("max_steps", -1) < saved["global_step"]:
         word, _ = as_typed(["trainer.max_steps"], config, typed)
         raise UserError(f"{word}: the run has taken {saved['global_step']} steps already; give more, or -1 for any")
     if source is None or not (changed := _changed(config, source)):
