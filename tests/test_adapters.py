@@ -287,7 +287,13 @@ def test_adapters_from_elsewhere(
     place.write_text(json.dumps(plain))
     place = tmp_path / "backbone/config.json"
     place.write_text(json.dumps(json.loads(place.read_text()) | {"attn_implementation": "kernels-community/any"}))
-    with pytest.raises(UserError, match=r"/backbone: names code \(attn_implementation=kernels-community/any\), which"):
+    told = r"/backbone: names code \(attn_implementation=kernels-community/any\), which"
+    with pytest.raises(UserError, match=told):
+        RMTEncoder.from_pretrained(tmp_path)
+    # For a model inside.
+    inside = {"model_type": "llava", "attn_implementation": {"vision_config": "kernels-community/any"}}
+    place.write_text(json.dumps(inside))
+    with pytest.raises(UserError, match=told):
         RMTEncoder.from_pretrained(tmp_path)
 
 

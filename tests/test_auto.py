@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -145,6 +146,37 @@ def test_nothing_is_executed(folder: Path) -> None:
     assert AutoModel.from_pretrained(folder).config.model_type == "rmt_lightning"
     AutoModel.from_pretrained(folder, trust_remote_code=True)
     SegmentModel.from_pretrained(folder)
+
+
+@pytest.mark.fault("config.json of a saved model names a kernel of the Hub as its attention", "refused, not fetched")
+@pytest.mark.parametrize("named", ["kernels-community/any", "somebody/evil:attention", {"": "somebody/evil"}])
+def test_no_kernel_is_fetched(named: Any, folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attn_implementation": named}))
+    with pytest.raises(UserError, match=r"names code \(attn_implementation=.*\), which is not executed; take"):
+        AutoModel.from_pretrained(folder)
+
+
+def test_answers_are_those_of_the_head(folder: Path, tmp_path: Path) -> None:
+    """transformers makes names of its own if num_labels is another number."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_labels": 2}))
+    opened = AutoModel.from_pretrained(folder)
+    assert [*opened.config.id2label.values()] == ANSWERS and opened.config.label2id["there"] == 1
+    opened.save_pretrained(tmp_path / "again")
+    assert Answerer.from_pretrained(tmp_path / "again").answers == tuple(ANSWERS)
+
+
+def test_adapters_at_the_top(folder: Path, tmp_path: Path) -> None:
+    """PEFT puts them there, and nothing of this package would read them."""
+    told = r"holds adapters of PEFT at its top \(adapter_config.json\), which are not opened with it; put them in a"
+    (tmp_path / "alone").mkdir()
+    for place in (folder, tmp_path / "alone"):
+        (place / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder)}))
+        with pytest.raises(UserError, match=told):
+            AutoModel.from_pretrained(place)
+    with pytest.raises(UserError, match=told):
+        Answerer.from_pretrained(folder)
 
 
 def test_nothing_waits_for_transformers(folder: Path) -> None:

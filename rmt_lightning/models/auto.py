@@ -68,9 +68,13 @@ class RecurrentModel(PreTrainedModel):
         """
         # Imported here: they import transformers, whose import leads here.
         from rmt_lightning.models.answerer import Answerer
-        from rmt_lightning.models.pretrained import HEAD, opened
+        from rmt_lightning.models.pretrained import HEAD, has_adapters, opened
         from rmt_lightning.models.segment_model import SegmentModel
+        from rmt_lightning.models.sources import refuse_kernels
 
+        if place := (options.get("adapter_kwargs") or {}).get("_adapter_model_path"):
+            # transformers has found some, and would go on with the model that they belong to.
+            raise has_adapters(place)
         given = {name: value for name, value in options.items() if name not in _OF_AUTO and value is not None}
         if unknown := ", ".join(sorted(given.keys() - _OF_THE_HUB)):
             raise UserError(f"{unknown}: is not obeyed here; give dtype, device_map, or what snapshot_download takes")
@@ -78,9 +82,12 @@ class RecurrentModel(PreTrainedModel):
         with opened(pretrained_model_name_or_path, **given) as folder:
             own = RecurrentConfig.from_pretrained(folder)
             _check_same(config, own)
+            refuse_kernels(own, str(folder))
             own.name_or_path, own.dtype = str(pretrained_model_name_or_path), _dtype(dtype, own)
             if (folder / HEAD).exists():
                 answerer = Answerer.from_pretrained(folder)
+                own.id2label = dict(enumerate(answerer.answers))
+                own.label2id = {answer: number for number, answer in own.id2label.items()}
                 found: RecurrentModel = RecurrentForSequenceClassification(own, answerer.model, answerer.head)
             else:
                 model: SegmentModel[Any] = SegmentModel.from_pretrained(folder)

@@ -205,6 +205,8 @@ def opened(name_or_path: str | Path, **options: Any) -> Iterator[Path]:
         folder = _download(str(name_or_path), **options)
     refuse_pipes(folder)
     check_readable(folder, folder / CONFIG, *folder.glob("*.safetensors"))
+    if (folder / adapters.CONFIG).exists():
+        raise has_adapters(folder)
     try:
         yield folder
     except UserError:
@@ -215,6 +217,14 @@ def opened(name_or_path: str | Path, **options: Any) -> Iterator[Path]:
             f"{folder}: holds no whole model ({type(error).__name__}: {reason}); give what save_pretrained or "
             "python -m rmt_lightning.export has left"
         ) from None
+
+
+def has_adapters(place: str | Path) -> UserError:
+    """What is said about a folder, or an id on the Hub, with adapters at its top."""
+    return UserError(
+        f"{place}: holds adapters of PEFT at its top ({adapters.CONFIG}), which are not opened with it; put them in a "
+        "folder of their own, and open that with PeftModel.from_pretrained"
+    )
 
 
 def _download(name: str, **options: Any) -> Path:

@@ -100,9 +100,17 @@ def _usable(loaded: Any) -> Any:
     return loaded
 
 
-def _refuse_kernels(config: PreTrainedConfig, place: str) -> None:
+def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """A config, and those of the models inside, such as that of a vision model's text model."""
+    yield config
+    for name in config.sub_configs:
+        if isinstance(part := getattr(config, name, None), PreTrainedConfig):
+            yield from _parts(part)
+
+
+def refuse_kernels(config: PreTrainedConfig, place: str) -> None:
     """Raise a UserError if a config names attention whose code would be fetched from the Hub, and executed."""
-    for part in (config, config.get_text_config()):
+    for part in _parts(config):
         if "/" in (named := str(part._attn_implementation)):
             raise UserError(f"{place}: names code (attn_implementation={named}), which is not executed; take that out")
 
@@ -144,7 +152,7 @@ class Pretrained:
                 f"backbone.name={self.name}: holds a model of this package, which has a backbone inside; give a "
                 "Hugging Face model, or go on with the run that it is from (resume=…)"
             )
-        _refuse_kernels(config, f"backbone.name={self.name}")
+        refuse_kernels(config, f"backbone.name={self.name}")
         return config
 
     def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
@@ -276,7 +284,7 @@ class Restored:
 
     def config(self) -> PreTrainedConfig:
         config: PreTrainedConfig = self._load(AutoConfig, BACKBONE)
-        _refuse_kernels(config, f"{self.folder / BACKBONE}")
+        refuse_kernels(config, f"{self.folder / BACKBONE}")
         return config
 
     def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
