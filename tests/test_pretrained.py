@@ -71,6 +71,26 @@ def test_a_part_of_a_tensor(make_model: Callable[..., RMTEncoder], tmp_path: Pat
     model.save_pretrained(tmp_path)
 
 
+@pytest.mark.fault("a folder that a model is saved into holds links", "what they lead to stays as it is, mode and all")
+def test_links_where_a_model_is_saved(make_model: Callable[..., RMTEncoder], tmp_path: Path) -> None:
+    victims, folder = tmp_path / "victims", tmp_path / "model"
+    for place in (victims, folder):
+        place.mkdir()
+    for name in ("model.safetensors", "other.safetensors"):
+        (victims / name).write_text("mine")
+        (victims / name).chmod(0o600)
+        (folder / name).symlink_to(victims / name)
+    (folder / "README.md").symlink_to(victims / "absent")
+    make_model(double=False).save_pretrained(folder)
+    assert {(path.read_text(), path.stat().st_mode & 0o777) for path in victims.iterdir()} == {("mine", 0o600)}
+    assert not (folder / "README.md").is_symlink()
+    assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+    with pytest.raises(UserError, match=r"model.safetensors: is a folder, where a file belongs; remove it$"):
+        make_model().save_pretrained(folder)
+
+
 @pytest.mark.fault("a file of a model folder is a link that leads out of it", "refused in one line, but for the Hub's")
 @pytest.mark.parametrize("name", ["chat_template.jinja", "backbone/deep/x.jinja", "backbone/config.json"])
 def test_a_link_out_of_a_model(name: str, make_model: Callable[..., RMTEncoder], tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from transformers.tokenization_utils_base import (
 from transformers.utils import CHAT_TEMPLATE_FILE
 
 from rmt_lightning.core.errors import UserError
-from rmt_lightning.core.files import check_readable, removed
+from rmt_lightning.core.files import check_readable, own_file, removed
 from rmt_lightning.core.hub import out_of_reach
 from rmt_lightning.core.names import public_name
 from rmt_lightning.core.quoting import one_line
@@ -46,6 +46,8 @@ from rmt_lightning.models.update import Update
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 HEAD = "head.safetensors"
+# The mixin writes it if there is none.
+README = "README.md"
 # Files that any tokenizer may have.
 _FILES = (
     FULL_TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_MAP_FILE, ADDED_TOKENS_FILE, CHAT_TEMPLATE_FILE,
@@ -103,6 +105,8 @@ class SavedModel(ModelHubMixin, library_name="rmt_lightning"):
     def _save_pretrained(self, save_directory: Path) -> None:
         assert isinstance(self, nn.Module)
         check_reopens(self)
+        for name in (WEIGHTS, README):
+            own_file(save_directory / name)
         name = public_name(f"{type(self).__module__}.{type(self).__qualname__}")
         kinds = (weight.dtype for weight in self.parameters() if weight.is_floating_point())
         dtype = str(next(kinds, torch.float32)).removeprefix("torch.")
@@ -119,9 +123,10 @@ class SavedModel(ModelHubMixin, library_name="rmt_lightning"):
             if list(adapters.adapters(backbone)):
                 adapters.save_weights(backbone, save_directory / ADAPTER)
         save_model(self, str(save_directory / WEIGHTS))
-        for weights in save_directory.rglob("*.safetensors"):
+        for weights in (save_directory / WEIGHTS, save_directory / ADAPTER / adapters.WEIGHTS):
             # safetensors leaves files that nobody else may read.
-            shutil.copymode(save_directory / CONFIG, weights)
+            if weights.exists():
+                shutil.copymode(save_directory / CONFIG, weights)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
