@@ -109,6 +109,25 @@ def test_the_license_of_the_backbone(
     assert found.data.to_dict()["license"] == told_license and "base_model" not in found.data.to_dict()
 
 
+@pytest.mark.fault("a run folder from elsewhere is exported", "its card is whole, whatever the files of the run say")
+def test_what_others_may_have_written(run: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    said = "a | b\n\n# <img src=x>"
+    (run / "hardware.json").write_text(json.dumps([{"gpus": 3, "cpu": said, "commit": said}]))
+    (run / "predictions.jsonl").write_text(json.dumps({"question": said, "target": said}))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    # A folder that is gone, whose name can be no id on the Hub.
+    config["backbone"] |= {"name": "my models/bert"}
+    config["noise"] |= {"documents": said}
+    config["data"] = None
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    page = card(run, tokenizer)
+    # But in the two examples, which are code.
+    assert page.content.count("<img") == 2
+    assert r"| hardware | a \| b # &lt;img src=x> |" in page.content
+    assert "*a | b # &lt;img src=x>*" in page.content
+    assert "base_model" not in page.data.to_dict()
+
+
 def test_a_language_model(tokenizer: PreTrainedTokenizerBase) -> None:
     run = Path(__file__).parent / "version_0_1" / "text"
     page = make(RMTDecoder, tokenizer).generate_model_card(**told(run, run / "checkpoints" / "last.ckpt", None, 35))

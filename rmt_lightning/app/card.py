@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from hydra.utils import get_object
 from omegaconf import DictConfig
 
@@ -69,7 +71,8 @@ def _settings(part: Any) -> str:
 def _task_section(config: DictConfig, question: dict[str, str] | None) -> str:
     lines = ["## Task", (inspect.getdoc(get_object(config.task._target_)) or "").partition("\n\nArgs:")[0]]
     if question:
-        lines.append(f"One of the questions it was tested with: *{question['question']}* → {question['target']}")
+        asked, answer = (_plain(question[name]) for name in ("question", "target"))
+        lines.append(f"One of the questions it was tested with: *{asked}* → {answer}")
     return "\n\n".join(line for line in lines if line)
 
 
@@ -78,7 +81,7 @@ def _question(folder: Path) -> dict[str, str] | None:
     try:
         with (folder / PREDICTIONS).open(encoding="utf-8") as file:
             found = json.loads(file.readline())
-        return {name: public_text(" ".join(str(found[name]).split())) for name in ("question", "target")}
+        return {name: public_text(_one_line(str(found[name]))) for name in ("question", "target")}
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -97,9 +100,15 @@ def _training(run: Run, folder: Path, checkpoint: Path, text_length: int) -> str
         rows["ended"] = run.status
     else:
         rows["checkpoint"] = checkpoint.name
-    rows |= {"batch size": config.get("data", {}).get("batch_size"), "seed": config.get("seed")} | _machine(run)
+    rows |= {"batch size": _data(run).get("batch_size"), "seed": config.get("seed")} | _machine(run)
     known = {name: value for name, value in rows.items() if value not in (None, "")}
     return "## Training\n\n" + _table(["", ""], [[name, str(value)] for name, value in known.items()])
+
+
+def _data(run: Run) -> dict[str, Any]:
+    """The settings of the data, if the config has some."""
+    found = run.config.get("data")
+    return found if isinstance(found, dict) else {}
 
 
 def _machine(run: Run) -> dict[str, Any]:
@@ -108,8 +117,9 @@ def _machine(run: Run) -> dict[str, Any]:
         return {}
     machine = run.hardware[-1]
     libraries = [name for name in ("python", "torch", "lightning", "transformers") if name in machine]
+    gpus = machine.get("gpus")
     return {
-        "hardware": ", ".join(map(str, machine.get("gpus") or [machine.get("cpu", "")])),
+        "hardware": ", ".join(map(str, gpus if gpus and isinstance(gpus, list) else [machine.get("cpu", "")])),
         "precision": machine.get("precision"),
         "versions": ", ".join(f"{name} {machine[name]}" for name in libraries),
         "commit of rmt_lightning": machine.get("commit"),
@@ -119,7 +129,7 @@ def _machine(run: Run) -> dict[str, Any]:
 def _longest(run: Run, checkpoint: Path) -> int | None:
     """The segments of the longest inputs that the weights were trained on."""
     if not run.stages:
-        segments = run.config.get("data", {}).get("num_segments")
+        segments = _data(run).get("num_segments")
         return segments if isinstance(segments, int) else None
     stage = checkpoint.stem.removeprefix("stage-")
     return int(stage) if stage.isdigit() else run.reached
@@ -226,7 +236,10 @@ def _metadata(run: Run, folder: Path, checkpoint: Path, tests: list[Evaluation])
 
 def _on_the_hub(name: str) -> bool:
     """Whether that is the id of a model on the Hugging Face Hub, as far as can be told without asking it."""
-    return bool(name) and not Path(name).exists() and name.count("/") <= 1 and name[0] not in "./~"
+    with suppress(HFValidationError):
+        validate_repo_id(name)
+        return not Path(name).exists()
+    return False
 
 
 def _license(run: Run, folder: Path) -> str | None:
@@ -241,6 +254,15 @@ def _license(run: Run, folder: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _plain(text: str) -> str:
+    """A text in one line, without tags: a run may come from elsewhere."""
+    return _one_line(text).replace("<", "&lt;")
+
+
 def _table(head: list[str], rows: list[list[str]]) -> str:
-    cells = [[cell.replace("|", r"\|") for cell in row] for row in (head, ["---"] * len(head), *rows)]
+    cells = [[_plain(cell).replace("|", r"\|") for cell in row] for row in (head, ["---"] * len(head), *rows)]
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
