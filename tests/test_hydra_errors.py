@@ -13,6 +13,7 @@ import hydra
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 from hydra.errors import (
     ConfigCompositionException,
     InstantiationException,
@@ -198,3 +199,15 @@ def test_what_errors_tell_without_words() -> None:
     with pytest.raises(InterpolationKeyError) as absent:
         print(compose("model.memory_size=${absent}").model.memory_size)
     assert absent.value.full_key == "model.memory_size"
+
+
+def test_choices_are_those_that_hydra_lists(tmp_path: Path) -> None:
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "own.yaml").write_text("defaults: [detect]\n")
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        loader = GlobalHydra.instance().config_loader()
+        for group in ("", "task", "model", "model/update", "hydra/sweeper", "nix"):
+            for kind in (ObjectType.CONFIG, ObjectType.GROUP):
+                assert hydra_errors._choices(loader, group, kind) == hydra_errors._READ_AGAIN(loader, group, kind)
+        place = [f"hydra.searchpath=[{tmp_path}]"]
+        assert "own" in hydra_errors._choices(loader, "task", config_name="train", overrides=place)
