@@ -64,6 +64,7 @@ SAID: dict[str, tuple[Callable[[str], object], str, type[Exception], str]] = {
     "TWICE": (compose, "+model=lstm", ConfigCompositionException, "model"),
     "NO_VALUE": (compose_a_run, "hydra.mode=x", ConfigCompositionException, "hydra.mode=x"),
     "NO_SETTING": (compose, "hold.steps=9", ConfigCompositionException, "hold.steps"),
+    "NOT_THERE": (compose, "~curriculum.patience", ConfigCompositionException, "curriculum.patience"),
     "NO_CHOICE": (compose, "hold=null", ValueError, "NoneType"),
     "THERE": (compose, "+seed=2", ConfigCompositionException, "seed"),
     "FUNCTION": (compose_a_run, "seed=range(3)", ConfigCompositionException, "seed=range(3"),

@@ -36,6 +36,7 @@ from rmt_lightning.core.quoting import for_shell, literal, one_line, quoted, set
 NO_DEFAULT = re.compile(r"To append to your default list use \+(\S+)")
 NO_VALUE = re.compile(r"Error merging override (.+)")
 NO_SETTING = re.compile(r"Could not override '([^']+)'")
+NOT_THERE = re.compile(r"Could not delete from config\. '(.+)' does not exist")
 NO_CHOICE = re.compile(r"Config group override must be a string or a list\. Got (\w+)")
 SEVERAL = re.compile(r"Ambiguous value for argument '(.*)'$", flags=re.MULTILINE)
 FUNCTION = re.compile(r"Sweep parameters '(.*)' requires --multirun$")
@@ -336,6 +337,10 @@ def _one_line(error: BaseException, config_name: str) -> str:
         if told is None:
             raise error
         place = PLACE.search(str(error))
+        if place and (lacks := ARGUMENTS.search(told)):
+            needed = {f"~{place[1]}.{name}" for name in re.findall(r"'(\w+)'", lacks[1] or "")}
+            if taken := [word for word in sys.argv[1:] if word.partition("=")[0] in needed]:
+                return f"{taken[0]}: the run needs it; leave it out"
         return f"{place[1] + ': ' if place else ''}{' '.join(told.split())}"
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
@@ -373,6 +378,8 @@ def _one_line(error: BaseException, config_name: str) -> str:
         if owners := [path.stem for path in choices if f"/{group}@" in path.read_text(encoding="utf-8")]:
             return f"{group}: no such setting; it comes with {whole}={' or '.join(owners)}"
         return f"{default[1]}: is not among the defaults; write +{default[1]}"
+    if absent := NOT_THERE.search(str(said)):
+        return f"~{absent[1]}: there is no such setting, or it is null already; leave it out"
     unknown, key = NO_SETTING.search(str(said)), getattr(said, "full_key", None)
     group = (unknown[1] if unknown else key or "").partition(".")[0]
     if group and any(word.partition("=")[0] == f"~{group}" for word in sys.argv[1:]):

@@ -90,6 +90,9 @@ def check(config: DictConfig, root: type) -> None:
     single = inspect.signature(root).parameters
     own = {name: value for name, value in given.items() if name in single or not isinstance(value, dict)}
     _check_keys(name for name in own if name not in single)
+    for name in own:
+        if name not in single and own[name] is None:
+            raise UserError(f"{name}=null: is a part of the run, whose settings are given one by one; leave it out")
     _check_settings(root, own, "")
     # Mistakes are where something was typed, and need not wait for what the classes of other parts import.
     parts = [str(name) for name in config if isinstance(config[name], DictConfig)]
