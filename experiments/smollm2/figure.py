@@ -1,4 +1,4 @@
-"""Perplexity of a language model, and of untrained memories round it."""
+"""Perplexity of a language model and of untrained memories round it; and how one of them learnt a task."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from rmt_lightning.reporting.figures import curriculum_of
 from rmt_lightning.reporting.style import canvas, looks, name
 
 NAMES = {"plain": "the model alone", "RMTDecoder": "RMT", "ARMT": "ARMT"}
+TITLE = "BABILong QA1, SmolLM2-135M with LoRA"
 
 
 def untrained(rows: Sequence[Mapping[str, Any]]) -> Figure:
@@ -34,4 +36,5 @@ def untrained(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def figures(rows: Callable[[str], list[dict[str, str]]]) -> dict[str, Figure]:
-    return {"figure": untrained(rows("results"))}
+    learnt = curriculum_of(rows("stages"), rows("metrics"), rows("test"), 1 / 6, TITLE, 64)
+    return {"figure": untrained(rows("results")), "training": learnt}
