@@ -13,7 +13,7 @@ from test_rooms import DOORS
 
 # Runs a door as `python -m` does, and tells what slow libraries were imported on the way.
 DRIVER = """
-import runpy, sys
+import os, runpy, sys
 
 slow = "torch lightning torchmetrics transformers scipy".split()
 slow += "wandb wandb_workspaces datasets matplotlib plotly pandas".split()
@@ -22,6 +22,7 @@ try:
     runpy.run_module(f"rmt_lightning.{sys.argv[0]}", run_name="__main__")
 finally:
     print(*(name for name in slow if name in sys.modules), file=open("imported", "w"), end="")
+    print(os.environ.get("GOMP_SPINCOUNT"), file=open("spins", "w"), end="")
 """
 
 
@@ -34,6 +35,8 @@ def test_help_and_spelling_mistakes_wait_for_nothing(door: str, environment: dic
         result = subprocess.run([*command, word], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert result.returncode == code and said in result.stdout + result.stderr, result
         assert (tmp_path / "imported").read_text() == ""
+        # Told before torch is imported, which reads it once.
+        assert (tmp_path / "spins").read_text() == ("None" if door in ("report", "dashboard") else "1000")
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from rmt_lightning import RunTrainer, UserError, attend, evaluate
 from rmt_lightning import train as front_door
 from rmt_lightning.app import hydra_errors
 from rmt_lightning.app.build import construct
-from rmt_lightning.app.processes import RANK, forget_leftovers, is_first_process
+from rmt_lightning.app.processes import RANK, forget_leftovers, is_first_process, share_cores
 from rmt_lightning.app.schema import CONF, check
 from rmt_lightning.app.trust import check_saved
 from rmt_lightning.models import machine
@@ -356,6 +356,20 @@ def test_told_by_a_launcher(told: dict[str, str], clean: None, monkeypatch: pyte
     os.environ |= {"RMT_LIGHTNING_PARENT": "1"}
     forget_leftovers(["train", "hydra.job.name=train_ddp_process_1"])
     assert os.environ == told | {"RMT_LIGHTNING_PARENT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("told", "spins"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)], ids=str
+)
+def test_threads_wait_as_the_environment_says(
+    told: dict[str, str], spins: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, told.get(name, ""))
+        if name not in told:
+            monkeypatch.delenv(name)
+    share_cores()
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
 
 
 WRONG = [TORCHRUN | {"RANK": "x"}, {"TORCHELASTIC_RUN_ID": "x"}, SRUN | {"SLURM_PROCID": ""}, {"MASTER_PORT": "any"}]

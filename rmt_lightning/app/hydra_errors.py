@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rmt_lightning.app.console import keep, steady_screen, trouble
 from rmt_lightning.app.own_parts import mistake
-from rmt_lightning.app.processes import forget_leftovers
+from rmt_lightning.app.processes import forget_leftovers, share_cores
 from rmt_lightning.app.schema import CONF, may_be_added, suggest
 from rmt_lightning.core.errors import UserError
 from rmt_lightning.core.files import check_readable
@@ -94,6 +94,7 @@ def front_door(
         # A run has succeeded whoever watches it; of what only tells something, that is all.
         with steady_screen(lambda: config_name != "train" or not begun), told_in_one_line(config_name):
             forget_leftovers(sys.argv)
+            share_cores()
             if not os.environ.get("RMT_LIGHTNING_CACHE"):
                 # Empty is as good as not set.
                 os.environ.pop("RMT_LIGHTNING_CACHE", None)

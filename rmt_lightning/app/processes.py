@@ -1,4 +1,7 @@
-"""Which process of a run this is: what a launcher tells in the environment, not what other programs have left there."""
+"""Which process of a run this is, by what a launcher tells in the environment, not by what others have left there.
+
+And how it gets on with other processes.
+"""
 
 from __future__ import annotations
 
@@ -46,6 +49,17 @@ def forget_leftovers(command: Sequence[str]) -> None:
             del told[name]
     _check_numbers(*(name for name in _NUMBERS if name in told))
     _check_numbers(*(_OF_TORCHRUN if by_torchrun else _OF_SLURM if by_srun else ()))
+
+
+def share_cores() -> None:
+    """Let threads that wait for each other sleep soon, unless the environment says how they are to wait.
+
+    To be called before torch is imported. GNU's OpenMP takes the cores for its own: threads spin for milliseconds at
+    each of thousands of barriers a step, and where another program wants a core, for a time slice of it, which took
+    twenty times as long. A thousand turns is what it takes itself where it knows of more threads than cores.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def _check_numbers(*names: str) -> None:
