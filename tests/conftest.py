@@ -125,7 +125,7 @@ def assert_identical(left: dict[str, torch.Tensor], right: dict[str, torch.Tenso
 @pytest.fixture
 def environment(cache: Path) -> dict[str, str]:
     """What a stranger's shell would have: no key, no terminal, a cache of its own."""
-    private = ("WANDB_", "RMT_", "LOCAL_RANK", "NODE_RANK", "PYTEST_")
+    private = ("WANDB_", "RMT_", "LOCAL_RANK", "NODE_RANK", "PYTEST_", "GOMP_")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(private)}
     own = {"RMT_LIGHTNING_CACHE": str(cache), "OMP_NUM_THREADS": "1", "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
     return kept | own | {"NETRC": os.devnull, "WANDB_SILENT": "true"}
