@@ -81,7 +81,7 @@ def _question(folder: Path) -> dict[str, str] | None:
     try:
         with (folder / PREDICTIONS).open(encoding="utf-8") as file:
             found = json.loads(file.readline())
-        return {name: public_text(_one_line(str(found[name]))) for name in ("question", "target")}
+        return {name: public_text(" ".join(str(found[name]).split())) for name in ("question", "target")}
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -254,13 +254,9 @@ def _license(run: Run, folder: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
 def _plain(text: str) -> str:
     """A text in one line, without tags: a run may come from elsewhere."""
-    return _one_line(text).replace("<", "&lt;")
+    return " ".join(text.split()).replace("<", "&lt;")
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

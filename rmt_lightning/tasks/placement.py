@@ -327,8 +327,9 @@ class Placement:
                     drawn.append(task.draw(rng, split))
                     told += len(drawn[-1].facts)
                 examples = tuple(drawn)
-            segments = np.array([segments_needed(self._needs(example), text_length) for example in examples])
-            self._examples[name] = Examples(examples, segments, np.array([self._size(example) for example in examples]))
+            needs = [self._needs(example) for example in examples]
+            segments = np.array([segments_needed(each, text_length) for each in needs])
+            self._examples[name] = Examples(examples, segments, np.array([each.tokens for each in needs]))
         return self._examples[name]
 
     def form(self, easier: int | None = None) -> Task:
@@ -406,10 +407,7 @@ class Placement:
 
     def _longest(self, task: Task) -> int:
         rng = np.random.default_rng(0)
-        return min(self.text_length, max(self._size(task.draw(rng, "train")) for _ in range(1000)))
-
-    def _size(self, example: Example) -> int:
-        return sum(len(self._ids(sentence)) for sentence in (*example.facts, example.question))
+        return min(self.text_length, max(self._needs(task.draw(rng, "train")).tokens for _ in range(1000)))
 
     def _needs(self, example: Example) -> Needs:
         return Needs([len(self._ids(fact)) for fact in example.facts], len(self._ids(example.question)))

@@ -22,6 +22,10 @@ class Needs(NamedTuple):
     facts: list[int]
     question: int
 
+    @property
+    def tokens(self) -> int:
+        return sum(self.facts) + self.question
+
 
 class Room(NamedTuple):
     """How much text there is room for in the segments of a sample.
@@ -61,7 +65,7 @@ def room_in_tokens(needs: Needs, tokens: int, length: int) -> Room | None:
         return None
     if tokens == 0:
         packed = _packed(needs.facts, length - needs.question, length)
-        return Room(int(needed), sum(needs.facts) + needs.question, length, dict(enumerate(packed)))
+        return Room(int(needed), needs.tokens, length, dict(enumerate(packed)))
     total = tokens + needs.question
     num_segments = -(-total // length)
     left = defaultdict(lambda: length, {num_segments - 1: length - needs.question})
